@@ -1,0 +1,79 @@
+# Everything runs in .venv, made on first use; a stamp in it says what is installed.
+#
+#   make demo                  train on Moby-Dick, evaluate, sample: at most five minutes of training
+#   make test                  the test suite, without the slow tests
+#   make lint                  style, types, import rules
+#   make demo PYTHON=python3.12 VENV=/tmp/venv      every variable below can be set like this
+
+VENV        ?= .venv
+PYTHON      ?= python3.13 python3.12 python3.11 python3
+JOBS        ?= 2
+DEMO_ARGS   ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+# True for an interpreter that can make the environment and that we support.
+SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+
+.PHONY: help demo test test-slow lint format hooks clean
+.NOTPARALLEL:
+
+help: ## list what can be made
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 18
+
+demo: $(VENV)/.installed-run ## train on the bundled Moby-Dick, evaluate it, sample from it
+	$(BIN)/tvq demo $(DEMO_ARGS)
+
+test: $(VENV)/.installed-test ## run the tests, without the slow ones
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
+
+# One process: slow tests measure time and memory. Without a slow test there is nothing to run.
+test-slow: $(VENV)/.installed-test ## run the slow tests
+	@if ! grep -rqs --include='*.py' 'pytest\.mark\.slow' tests; then echo "no slow tests"; \
+	else set -x; $(BIN)/python -m pytest -n 0 -m slow $(PYTEST_ARGS); fi
+
+lint: $(VENV)/.installed-dev ## check style, formatting, types and import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev ## apply the formatter and the safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+hooks: $(VENV)/.installed-dev ## run the checks at every commit
+	$(BIN)/pre-commit install
+
+clean: ## remove the environment and the caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---------------------------------------------------------------- the environment
+
+$(VENV)/.installed-run:  EXTRAS :=
+$(VENV)/.installed-test: EXTRAS := [test,text]
+$(VENV)/.installed-dev:  EXTRAS := [test,text,dev]
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	@$(BIN)/python -c '$(SUPPORTED)' || { \
+	  echo "$(VENV) holds $$($(BIN)/python --version 2>&1), and 3.11 to 3.13 is needed:" \
+	    "remove it (rm -rf $(VENV)) and try again" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null
+	@echo "installing transformer-vq$(EXTRAS) into $(VENV) (the first time takes a minute or two)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check \
+	  --constraint constraints.txt --editable '.$(EXTRAS)'
+	@touch $@
+
+$(BIN)/python:
+	@for python in $(PYTHON); do \
+	  if $$python -c '$(SUPPORTED)' >/dev/null 2>&1; then \
+	    echo "making $(VENV) with $$($$python --version)"; \
+	    exec $$python -m venv --clear $(VENV); \
+	  fi; \
+	done; \
+	echo "no usable Python: 3.11, 3.12 or 3.13 with its venv module is needed; tried" \
+	  "$(PYTHON) (python3 is $$(python3 --version 2>&1 || echo missing))." >&2; \
+	echo "Install one (Debian, Ubuntu: apt install python3 python3-venv)," \
+	  "or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; \
+	exit 1

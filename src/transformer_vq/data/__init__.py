@@ -1,0 +1,31 @@
+"""From a file to batches of tokens: vocabularies, files and splits, training and evaluation feeds.
+
+NumPy and grain only: nothing here knows about models or devices.
+"""
+
+from transformer_vq.data.loader import Batch, Batches, EvalChunk, eval_chunks
+from transformer_vq.data.text import (
+    DataError,
+    bundled_corpus,
+    fingerprint,
+    load_bytes,
+    require_length,
+    split,
+)
+from transformer_vq.data.tokenizer import ByteTokenizer, StreamDecoder, check_tokens
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "ByteTokenizer",
+    "DataError",
+    "EvalChunk",
+    "StreamDecoder",
+    "bundled_corpus",
+    "check_tokens",
+    "eval_chunks",
+    "fingerprint",
+    "load_bytes",
+    "require_length",
+    "split",
+]

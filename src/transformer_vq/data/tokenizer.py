@@ -1,0 +1,87 @@
+"""Text to token ids and back, whole or as the tokens arrive."""
+
+import codecs
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+Tokens = Sequence[int] | np.ndarray
+
+
+@dataclass(frozen=True)
+class ByteTokenizer:
+    """Every byte is its own token, so any file can be modelled and nothing is out of vocabulary."""
+
+    name: ClassVar[str] = "bytes"
+    vocab_size: ClassVar[int] = 256
+    start_id: int = 10  # a newline: what stands before a text that has no prompt
+    eos_id: int = 0  # NUL: the one byte that ordinary text never holds
+
+    def encode(self, text: str | bytes) -> list[int]:
+        """The bytes of `text`, as UTF-8 if it is a `str`.
+
+        Undecodable bytes that Python smuggles into a `str` (file names, command-line arguments)
+        come out as the bytes they were. Raises `UnicodeEncodeError`, a `ValueError`, for other
+        lone surrogates.
+        """
+        return list(text.encode(errors="surrogateescape") if isinstance(text, str) else text)
+
+    def decode(self, tokens: Tokens) -> bytes:
+        """The bytes that `tokens` stand for. Raises `ValueError` as `check_tokens` does."""
+        return check_tokens(tokens, self.vocab_size).astype(np.uint8).tobytes()
+
+    def decode_text(self, tokens: Tokens) -> str:
+        """`decode` as text; what is not UTF-8 becomes U+FFFD."""
+        return self.decode(tokens).decode(errors="replace")
+
+
+class StreamDecoder:
+    """Text from tokens one at a time: a character appears when its last byte does.
+
+    All pieces joined, `flush` included, equal `decode_text` of all the tokens.
+    """
+
+    def __init__(self, tokenizer: ByteTokenizer = ByteTokenizer()) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._position = 0
+
+    def push(self, token: int) -> str:
+        """The characters that `token` completes: often one, maybe none.
+
+        Raises `ValueError` as `check_tokens` does, with the position in the stream.
+        """
+        tokens = check_tokens([token], self._tokenizer.vocab_size, self._position)
+        self._position += 1
+        return self._utf8.decode(self._tokenizer.decode(tokens))
+
+    def flush(self) -> str:
+        """U+FFFD if the stream stopped inside a character; the decoder is as new afterwards."""
+        self._position = 0
+        return self._utf8.decode(b"", final=True)
+
+
+def check_tokens(tokens: Tokens, vocab_size: int, first_position: int = 0) -> np.ndarray:
+    """`tokens` as an integer array `[T]`, each of them known to be in the vocabulary.
+
+    Raises `ValueError` naming the first token outside 0 to `vocab_size` - 1, its position
+    (counted from `first_position`) and the limit.
+    """
+    array = np.asarray(tokens)
+    if not array.size:
+        return np.zeros(0, np.int32)  # an empty list would come out as float64
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ValueError(
+            f"tokens must be a flat sequence of whole numbers, "
+            f"not {array.dtype} of shape {array.shape}"
+        )
+    outside = np.flatnonzero((array < 0) | (array >= vocab_size))
+    if outside.size:
+        position = int(outside[0])
+        raise ValueError(
+            f"token {array[position]} at position {first_position + position} is outside "
+            f"the vocabulary: it must be 0 to {vocab_size - 1}"
+        )
+    return array

@@ -1,0 +1,1 @@
+"""Models and training state on disk: checkpoints, export, weights of other implementations."""

@@ -1,0 +1,463 @@
+"""Checkpoints on disk: any pytree of arrays, written in the background, atomic and verified.
+
+A checkpoint is a folder named after its step. Orbax writes it under another name and renames it
+when it is whole, so that a process killed at any moment leaves only complete ones. Next to
+orbax's files lie
+
+    metadata.json   what the caller gave, the metrics, and the dtype and shape of every array
+    SHA256SUMS      a checksum of every file, so that damage is never read as weights
+                    (by hand: `cd runs/NAME/checkpoints/100 && sha256sum -c SHA256SUMS`)
+
+Arrays are stored under their path in the tree ("params/embed"), so that reading needs neither the
+classes that were saved nor the arrays that are not wanted.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+METADATA_FILE = "metadata.json"
+CHECKSUM_FILE = "SHA256SUMS"
+# Written after the checksums, and not needed to restore.
+_UNVERIFIED = {CHECKSUM_FILE, "_CHECKPOINT_METADATA", "commit_success.txt"}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written or read; one sentence says why and what to do."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, in a folder on a local or shared disk.
+
+    The last `keep` are kept, and the one with the lowest `best_metric`. With several processes,
+    all of them make the same calls. Use it as a context manager: leaving it waits for the save in
+    progress, which is lost if the program ends before.
+
+        with Checkpoints("runs/book/checkpoints") as checkpoints:
+            checkpoints.save(100, train_state, {"position": 51_200})
+            train_state, metadata = checkpoints.restore(None, like=train_state)
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike, *, keep: int = 3, best_metric: str = "validation_loss"
+    ):
+        """Nothing is created before the first save.
+
+        Raises `CheckpointError` if `keep` is not positive.
+        """
+        if keep < 1:
+            raise CheckpointError(f"keep is {keep}: at least 1 checkpoint must be kept")
+        self.folder = Path(folder).absolute()  # orbax refuses relative paths
+        self._keep = keep
+        self._best_metric = best_metric
+        self._saving: tuple[int, ocp.AsyncCheckpointer] | None = None  # in the background
+        _mute_orbax()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    # Writing
+
+    def save(
+        self,
+        step: int,
+        tree: Any,
+        metadata: dict[str, Any] | None = None,
+        *,
+        metrics: dict[str, float] | None = None,
+        wait: bool = False,
+    ) -> None:
+        """Write `tree` as the checkpoint of `step`, in the background unless `wait`.
+
+        The values are those of now: `tree` may be donated or changed as soon as this returns.
+        Leaves are jax arrays (also typed random keys), numpy arrays and Python numbers, kept bit
+        for bit. `metadata` is what JSON can hold. `metrics` may hold the `best_metric`.
+        An earlier save is waited for first.
+
+        Raises `CheckpointError` if the folder has this step or a newer one, if a leaf or the
+        metadata cannot be saved, or if writing fails (a full disk, say), now or in the earlier
+        save; the checkpoints before it stay as they are.
+        """
+        self.wait()
+        newest = self.latest()
+        if newest is not None and step <= newest:
+            raise CheckpointError(
+                f"step {step} cannot be saved in {self.folder}, which already has step {newest}: "
+                f"delete the checkpoints from step {step} on, or use another folder"
+            )
+        arrays = {name: _storable(name, leaf) for name, leaf in _named_leaves(tree).items()}
+        sidecar = _to_json(
+            {
+                "step": step,
+                "metrics": {name: float(value) for name, value in (metrics or {}).items()},
+                "metadata": metadata or {},
+                "arrays": {name: _describe(array) for name, array in arrays.items()},
+            }
+        )
+        # Orbax refuses arrays without elements; their description says all there is.
+        stored = {name: array for name, array in arrays.items() if array.size}
+        # A new one for every save: after an error, orbax would report it again at the next.
+        checkpointer = ocp.AsyncCheckpointer(_Handler(sidecar))
+        self._saving = step, checkpointer
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._tidy()
+            checkpointer.save(self.folder / str(step), args=_Save(stored))
+        except Exception as error:
+            raise self._save_failed(step, error) from error
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Block until the save in progress, if any, is complete.
+
+        Raises `CheckpointError` if it failed; the checkpoints before it stay as they are.
+        """
+        if self._saving is None:
+            return
+        step, checkpointer = self._saving
+        try:
+            checkpointer.close()  # which waits
+        except Exception as error:
+            raise self._save_failed(step, error) from error
+        self._saving = None
+        self._tidy()
+
+    def close(self) -> None:
+        """Wait for the save in progress; leaving the context does the same.
+
+        Raises `CheckpointError` if that save failed.
+        """
+        self.wait()
+
+    # Reading
+
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, oldest first; empty without a folder."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(entry.name) for entry in self.folder.iterdir() if entry.name.isdecimal())
+
+    def latest(self) -> int | None:
+        """The newest complete step, or None."""
+        return max(self.steps(), default=None)
+
+    def best(self) -> int | None:
+        """The step with the lowest `best_metric`, or None if none was saved with it."""
+        measured = [(self._metric(step), step) for step in self.steps()]
+        metric, step = min(measured, default=(math.inf, None))
+        return step if metric < math.inf else None
+
+    def metadata(self, step: int | None = None) -> dict[str, Any]:
+        """The metadata saved with `step`, by default the newest.
+
+        Raises `CheckpointError` if there is no such checkpoint or it is damaged.
+        """
+        return self._open(step)[1]["metadata"]
+
+    def restore(self, step: int | None, like: Any) -> tuple[Any, dict[str, Any]]:
+        """The tree and the metadata saved at `step`, or at the newest if None.
+
+        `like` is a tree of the same structure, of arrays, `jax.ShapeDtypeStruct`s and numbers.
+        Each leaf comes back as the leaf of `like` is: a numpy array, a number, or a jax array,
+        placed by the sharding of that leaf if it has one, whatever devices saved it.
+
+        Raises `CheckpointError` if the folder or the checkpoint does not exist, if it is damaged
+        (naming the newest intact one before it, never falling back to it), or if `like` has other
+        arrays, dtypes or shapes (naming the first).
+        """
+        return self._restore(step, like, subtree=False)
+
+    def restore_subtree(self, step: int | None, like: Any) -> tuple[Any, dict[str, Any]]:
+        """As `restore`, for a part of the tree: `like` leaves out what is not wanted.
+
+        `restore_subtree(None, {"params": params})` reads the parameters of a training checkpoint,
+        whatever its optimizer. Dictionaries stand for dataclasses of the same field names.
+
+        Raises `CheckpointError` as `restore` does.
+        """
+        return self._restore(step, like, subtree=True)
+
+    # Inside
+
+    def _restore(self, step: int | None, like: Any, *, subtree: bool) -> tuple[Any, dict]:
+        path, saved = self._open(step)
+        leaves = _named_leaves(like)
+        specs = {name: _data_spec(name, leaf) for name, leaf in leaves.items()}
+        _check_match(path, saved["arrays"], specs, subtree=subtree)
+        wanted = {name: _restore_args(leaves[name]) for name, spec in specs.items() if spec.size}
+        try:
+            # A partial restore reads what `item` names and skips the rest.
+            args = ocp.args.PyTreeRestore(item=wanted, restore_args=wanted, partial_restore=True)
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                values = checkpointer.restore(path, args=args) if wanted else {}
+        except Exception as error:
+            raise CheckpointError(f"cannot read {path}: {_reason(error)}") from error
+        restored = []
+        for name, spec in specs.items():
+            value = values[name] if spec.size else np.zeros(spec.shape, spec.dtype)
+            restored.append(_as_like(leaves[name], value))
+        return jax.tree.unflatten(jax.tree.structure(like), restored), saved["metadata"]
+
+    def _open(self, step: int | None) -> tuple[Path, dict[str, Any]]:
+        """The checkpoint of `step` (None: the newest), verified, and its description.
+
+        Every process verifies for itself: all come to one verdict without talking.
+        """
+        self.wait()
+        steps = self.steps()
+        if not self.folder.is_dir():
+            raise CheckpointError(f"there is no folder {self.folder}: name that of a trained run")
+        if not steps:
+            raise CheckpointError(
+                f"there is no complete checkpoint in {self.folder}: train until one is saved"
+            )
+        if step is None:
+            step = steps[-1]
+        if step not in steps:
+            raise CheckpointError(
+                f"there is no checkpoint of step {step} in {self.folder}: "
+                f"it has {', '.join(map(str, steps))}"
+            )
+        path = self.folder / str(step)
+        if damage := _find_damage(path):
+            earlier = (s for s in reversed(steps) if s < step)
+            intact = next((s for s in earlier if not _find_damage(self.folder / str(s))), None)
+            advice = (
+                "and no earlier one is intact: delete it and train anew"
+                if intact is None
+                else f"but step {intact} is intact: delete {path} to go on from there"
+            )
+            raise CheckpointError(f"the checkpoint {path} is damaged ({damage}), {advice}")
+        return path, json.loads((path / METADATA_FILE).read_text())
+
+    def _metric(self, step: int) -> float:
+        """The `best_metric` of `step`; infinite if it has none, or is not worth keeping."""
+        try:
+            saved = json.loads((self.folder / str(step) / METADATA_FILE).read_text())
+            metric = float(saved["metrics"][self._best_metric])
+        except (OSError, ValueError, KeyError, TypeError):  # also damage: not our concern here
+            return math.inf
+        return math.inf if math.isnan(metric) else metric
+
+    def _save_failed(self, step: int, error: Exception) -> CheckpointError:
+        """The error to raise; clears the remains away, which may be what fills the disk."""
+        self._saving = None
+        self._tidy()
+        latest = self.latest()
+        remains = "nothing was saved before" if latest is None else f"step {latest} is intact"
+        return CheckpointError(
+            f"step {step} could not be saved in {self.folder} ({remains}): {_reason(error)}"
+        )
+
+    def _tidy(self) -> None:
+        """Delete what is not to be kept and what interrupted saves and deletions left."""
+        if jax.process_index() != 0 or not self.folder.is_dir():
+            return
+        steps = self.steps()
+        for step in set(steps[: -self._keep]) - {self.best()}:
+            # Renamed first: deleting takes time, and half a checkpoint must not look like one.
+            path = self.folder / str(step)
+            path.rename(path.with_suffix(".deleted"))
+        for entry in self.folder.iterdir():
+            if re.fullmatch(r"\d+\.(deleted|orbax-checkpoint-tmp.*)", entry.name):
+                shutil.rmtree(entry, ignore_errors=True)
+
+
+class _Handler(ocp.PyTreeCheckpointHandler):
+    """Orbax's handler, which also seals a checkpoint with our two files."""
+
+    def __init__(self, metadata: str):
+        super().__init__(use_compression=False)  # weights are noise: zstd would save 8 %
+        self._metadata = metadata
+
+    def finalize(self, directory: os.PathLike) -> None:
+        """Runs in one process, when all have written, before the folder gets its name."""
+        super().finalize(directory)
+        folder = Path(directory)
+        (folder / METADATA_FILE).write_text(self._metadata)
+        sums = "".join(f"{_sha256(folder / name)}  {name}\n" for name in _files(folder))
+        (folder / CHECKSUM_FILE).write_text(sums)
+
+
+# Orbax asks for argument types of its own for every class of handler.
+@ocp.args.register_with_handler(_Handler, for_save=True)
+class _Save(ocp.args.PyTreeSave):
+    pass
+
+
+@ocp.args.register_with_handler(_Handler, for_restore=True)
+class _Restore(ocp.args.PyTreeRestore):
+    pass
+
+
+def _mute_orbax() -> None:
+    """Keep orbax's log from the terminal: what matters of it reaches the user as errors."""
+    logging.getLogger("absl").addFilter(_not_from_orbax)  # adding it twice has no effect
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+# Leaves
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves by their path: fields, keys and indices joined by slashes."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    named = {
+        jax.tree_util.keystr(path, simple=True, separator="/") or "value": leaf
+        for path, leaf in leaves
+    }
+    if len(named) < len(leaves):
+        raise CheckpointError("two arrays of the tree have one name: a key of it contains a slash")
+    return named
+
+
+def _is_random_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _storable(name: str, leaf: Any) -> np.ndarray | jax.Array:
+    """The array to write for a leaf: itself, the data of a random key, or a number as an array."""
+    if _is_random_key(leaf):
+        leaf = jax.random.key_data(leaf)
+    if isinstance(leaf, jax.Array):
+        # Among several processes, orbax takes arrays of them all, or numpy arrays from the first.
+        return np.asarray(leaf) if _is_local_of_many(leaf.sharding) else leaf
+    return _number_array(name, leaf)
+
+
+def _number_array(name: str, leaf: Any) -> np.ndarray:
+    array = np.asarray(leaf)
+    if array.dtype.kind in "OSUMm":  # objects, texts and dates
+        raise CheckpointError(f"{name} is of type {type(leaf).__name__}: save arrays and numbers")
+    return array
+
+
+def _data_spec(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of what `_storable` would write."""
+    if _is_random_key(leaf):
+        return jax.eval_shape(jax.random.key_data, leaf)
+    array = leaf if hasattr(leaf, "dtype") else _number_array(name, leaf)
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+def _sharding(leaf: Any) -> jax.sharding.Sharding | None:
+    """Where to put a leaf, or None if it is free to go where it is used."""
+    if isinstance(leaf, jax.Array) and not leaf.committed:
+        return None
+    return getattr(leaf, "sharding", None)
+
+
+def _is_local_of_many(sharding: jax.sharding.Sharding) -> bool:
+    return jax.process_count() > 1 and sharding.is_fully_addressable
+
+
+def _restore_args(leaf: Any) -> ocp.RestoreArgs:
+    sharding = _sharding(leaf)
+    if sharding is None or _is_local_of_many(sharding):
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    return ocp.ArrayRestoreArgs(sharding=sharding)
+
+
+def _as_like(leaf: Any, value: np.ndarray | jax.Array) -> Any:
+    """What was read, as the kind of thing that `leaf` is."""
+    if isinstance(leaf, np.ndarray):
+        return value
+    if isinstance(leaf, bool | int | float | complex | np.generic):
+        return type(leaf)(value.item())
+    sharding = _sharding(leaf)
+    if isinstance(value, np.ndarray):
+        value = jnp.asarray(value) if sharding is None else jax.device_put(value, sharding)
+    if _is_random_key(leaf):
+        impl = jax.random.key_impl(jnp.empty((), leaf.dtype))
+        return jax.random.wrap_key_data(value, impl=impl)
+    return value
+
+
+def _describe(array: Any) -> str:
+    return f"{array.dtype}[{','.join(map(str, array.shape))}]"
+
+
+def _check_match(
+    path: Path, saved: dict[str, str], specs: dict[str, jax.ShapeDtypeStruct], *, subtree: bool
+) -> None:
+    """Raises `CheckpointError` naming the first array that is not as in the checkpoint."""
+    difference = None
+    for name, spec in specs.items():
+        if name not in saved:
+            difference = f"{name} is missing in {path} and {_describe(spec)} here"
+        elif saved[name] != _describe(spec):
+            difference = f"{name} is {saved[name]} in {path} and {_describe(spec)} here"
+        if difference:
+            break
+    else:
+        unknown = next((name for name in saved if name not in specs), None)
+        if unknown is not None and not subtree:
+            difference = f"{unknown} is {saved[unknown]} in {path} and missing here"
+    if difference:
+        raise CheckpointError(f"{difference}: use the configuration it was saved with")
+
+
+# Files
+
+
+def _files(checkpoint: Path) -> Iterator[str]:
+    """All files of a checkpoint that are verified, in order; hidden ones are not ours."""
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and path.name not in _UNVERIFIED and not path.name.startswith("."):
+            yield path.relative_to(checkpoint).as_posix()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, or None if every byte is as written."""
+    try:
+        lines = (checkpoint / CHECKSUM_FILE).read_text(errors="replace").splitlines()
+        listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        present = set(_files(checkpoint))
+        for name in sorted(listed.keys() | present | {METADATA_FILE}):
+            if name not in present:
+                return f"{name} is missing"
+            if _sha256(checkpoint / name) != listed.get(name):
+                return f"{name} is not as it was written"
+    except OSError as error:
+        return _reason(error)
+    return None
+
+
+def _to_json(content: dict[str, Any]) -> str:
+    try:
+        return json.dumps(content, indent=1)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the metadata is not JSON: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, which may be a page long."""
+    text = str(error).strip() or type(error).__name__
+    if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in text:
+        return "the disk is full, so free some space and resume"
+    return text.splitlines()[0]

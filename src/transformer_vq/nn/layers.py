@@ -1,0 +1,106 @@
+"""Small pieces every model has: array declarations, norms, sinusoids, dropout, keys."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from transformer_vq.types import Key, Params
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One parameter, declared once: shape, logical axis names (for sharding) and initialiser.
+
+    `init` is "zeros", "ones" or "normal"; a normal array has standard deviation `scale`.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: Literal["zeros", "ones", "normal"] = "normal"
+    scale: float = 1.0
+
+
+def is_spec(x: Any) -> bool:
+    return isinstance(x, ArraySpec)
+
+
+def as_key(key: Any) -> Key:
+    """A typed JAX key from a typed key, raw key data (JAX or numpy) or a whole number."""
+    if isinstance(key, int | np.integer):
+        return jax.random.key(int(key))
+    if jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+        return key
+    return jax.random.wrap_key_data(jnp.asarray(key, jnp.uint32))
+
+
+def init_arrays(specs: Params, key: Key, dtype: Any) -> Params:
+    """Arrays for a tree of specs. Each is drawn from its own key, by its place in the tree."""
+    leaves, tree = jax.tree.flatten(specs, is_leaf=is_spec)
+    keys = jax.random.split(key, len(leaves))
+
+    def draw(spec: ArraySpec, key: Key) -> jax.Array:
+        if spec.init == "normal":
+            return (spec.scale * jax.random.normal(key, spec.shape)).astype(dtype)
+        return jnp.full(spec.shape, {"zeros": 0, "ones": 1}[spec.init], dtype)
+
+    return jax.tree.unflatten(tree, [draw(s, k) for s, k in zip(leaves, keys, strict=True)])
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """x in at least float32: the precision of norms, softmaxes and sums."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def rms_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """x over its root mean square along the last axis, computed and returned in wide precision."""
+    x = wide(x)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
+def norm(params: Params, x: jax.Array) -> jax.Array:
+    """RMS norm with gain and bias, in the dtype of x."""
+    return (rms_norm(x) * params["gain"] + params["bias"]).astype(x.dtype)
+
+
+def norm_specs(lead: tuple[int, ...], width: int) -> Params:
+    axes = ("unit",) * len(lead) + (None,)
+    return {
+        "gain": ArraySpec((*lead, width), axes, "ones"),
+        "bias": ArraySpec((*lead, width), axes, "zeros"),
+    }
+
+
+def sinusoid(positions: jax.Array, width: int, max_wavelength: float, dtype: Any) -> jax.Array:
+    """Sines, then cosines, of integer positions `[...]`, as `[..., width]` (Vaswani et al., 2017).
+
+    The angles are computed in wide precision: at position 1,000,000 bfloat16 would be noise.
+    """
+    dtype = jnp.promote_types(dtype, jnp.float32)
+    frequencies = max_wavelength ** (-np.arange(0, width, 2) / width)
+    angles = positions[..., None].astype(dtype) * jnp.asarray(frequencies, dtype)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def dropout(key: Key, x: jax.Array, rate: float, mask_shape: tuple[int, ...] | None = None):
+    """Inverted dropout; a `mask_shape` with ones in it shares the mask along those axes."""
+    if rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, mask_shape or x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def mlp(params: Params, x: jax.Array) -> jax.Array:
+    """Squared-ReLU feed-forward block (So et al., 2021), with its own norm: `[..., D]` to same."""
+    hidden = norm(params["norm"], x) @ params["w_in"].astype(x.dtype)
+    return jnp.square(jax.nn.relu(hidden)) @ params["w_out"].astype(x.dtype)
+
+
+def mlp_specs(lead: tuple[int, ...], width: int, hidden: int) -> Params:
+    return {
+        "norm": norm_specs(lead, width),
+        "w_in": ArraySpec((*lead, width, hidden), ("unit", "embed", "heads"), scale=width**-0.5),
+        "w_out": ArraySpec((*lead, hidden, width), ("unit", "heads", "embed"), scale=hidden**-0.5),
+    }

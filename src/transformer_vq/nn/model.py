@@ -1,0 +1,376 @@
+"""The model: parameters, state, and `extend`, the one function that everything is built on."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from transformer_vq.config import ModelConfig
+from transformer_vq.nn import attention, full, layers, vq
+from transformer_vq.nn.attention import AttentionState, Timeline
+from transformer_vq.nn.full import FullAttentionState
+from transformer_vq.nn.layers import ArraySpec
+from transformer_vq.nn.unit import Statistics, apply_unit, prepare_unit
+from transformer_vq.types import Features, Key, Logits, Params, PerRow, Tokens
+
+DEFAULT_CAPACITY = 4096  # tokens that a state of full attention holds, unless told otherwise
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["params", "codebook"], meta_fields=["config"]
+)
+@dataclass(frozen=True)
+class Model:
+    """A model: `params` are trained by gradient, `codebook` by moving average.
+
+    Arrays of the residual units are stacked along a leading axis N.
+    """
+
+    params: Params
+    codebook: Params  # {"sum": [N, G, S, K], "count": [N, G, S]}
+    config: ModelConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """All that a model remembers of B sequences. Rows are independent of each other.
+
+    Structure, shapes and dtypes never change, whatever was consumed.
+    """
+
+    position: jax.Array  # int32 [B]: tokens consumed
+    document_start: jax.Array  # int32 [B]: position of the first token of the current document
+    document_id: jax.Array  # int32 [B]: id of the current document
+    logits: jax.Array  # float32 [B, vocab_size]: prediction of the next token; zeros at first
+    units: tuple[AttentionState | FullAttentionState, ...]  # N of them
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DropoutKeys:
+    """Randomness of one training call: masks that are drawn anew, and masks of a sequence."""
+
+    call: Key
+    sequence: Key  # the same in all calls that continue one sequence
+
+
+def model_specs(config: ModelConfig) -> tuple[Params, Params]:
+    """Declarations of all arrays of a model: `(params, codebook)`, as trees of `ArraySpec`."""
+    d, n = config.d_model, config.num_units
+    heads, groups = config.num_heads, config.num_kv_heads
+    k, v = config.d_k, config.d_v
+
+    def weight(rows: int, columns: int, axes=("embed", "heads")) -> ArraySpec:
+        return ArraySpec((n, rows, columns), ("unit", *axes), scale=rows**-0.5)
+
+    units = {
+        "norm": layers.norm_specs((n,), d),
+        "w_q": weight(d, heads * k),
+        "w_k": weight(d, groups * k),
+        "w_v": weight(d, groups * v),
+        "w_r": weight(d, heads * k),
+        "u": ArraySpec((n, heads * k), ("unit", "heads"), "zeros"),
+        "w": ArraySpec((n, heads * k), ("unit", "heads"), "zeros"),
+        "w_o": weight(heads * v, d, ("heads", "embed")),
+    }
+    if config.head_type == "shga":
+        units["w_g"] = weight(d, heads * v)
+    else:
+        units["mlp"] = layers.mlp_specs((n,), d, config.d_mlp)
+    params: Params = {
+        "embedding": ArraySpec((config.vocab_size, d), ("vocab", "embed")),
+        "units": units,
+        "output_bias": ArraySpec((config.vocab_size,), ("vocab",), "zeros"),
+    }
+    if config.absolute_positions:
+        params["position_scale"] = ArraySpec((), (), "zeros")
+    if config.final_norm:
+        params["final_norm"] = layers.norm_specs((), d)
+    if not config.tie_embeddings:
+        shape = (d, config.vocab_size)
+        params["w_out"] = ArraySpec(shape, ("embed", "vocab"), scale=d**-0.5)
+    return params, vq.codebook_specs(n, groups, config.codebook_size, k)
+
+
+def init_model(config: ModelConfig, key: Any) -> Model:
+    """A model with random parameters.
+
+    `key`: a JAX key (typed or raw), numpy data of one, or a whole number.
+    """
+    params, codebook = model_specs(config)
+    params_key, codebook_key = jax.random.split(layers.as_key(key))
+    return Model(
+        params=layers.init_arrays(params, params_key, config.param_dtype),
+        codebook=layers.init_arrays(codebook, codebook_key, config.param_dtype),
+        config=config,
+    )
+
+
+def init_state(
+    config: ModelConfig, batch_size: int, dtype: Any = None, *, capacity: int | None = None
+) -> State:
+    """The state of `batch_size` sequences of which nothing was consumed.
+
+    `dtype` overrides `config.state_dtype`. `capacity` is for `attention = "full"` only: how many
+    tokens its key/value cache can hold (4096 by default). A vq state holds any number.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+    dtype = dtype or config.state_dtype
+    if config.attention == "full":
+        capacity = DEFAULT_CAPACITY if capacity is None else capacity
+        if capacity < 1:
+            raise ValueError(f"capacity is {capacity}: it must be at least 1")
+        make = functools.partial(full.init_full_state, config, batch_size, capacity, dtype)
+    elif capacity is not None:
+        raise ValueError('capacity is for attention = "full": a vq state has no limit')
+    else:
+        make = functools.partial(attention.init_attention_state, config, batch_size, dtype)
+    return State(
+        position=jnp.zeros(batch_size, jnp.int32),
+        document_start=jnp.zeros(batch_size, jnp.int32),
+        document_id=jnp.zeros(batch_size, jnp.int32),
+        logits=jnp.zeros((batch_size, config.vocab_size), logits_dtype(config)),
+        units=tuple(make() for _ in range(config.num_units)),
+    )
+
+
+def logits_dtype(config: ModelConfig) -> Any:
+    """float32, or float64 where the computation is."""
+    return jnp.promote_types(config.compute_dtype, jnp.float32)
+
+
+# From tokens to features to logits.
+
+
+def distance_wave(config: ModelConfig, state: State) -> jax.Array:
+    """Sinusoids of all distances that get a position bias, `[distances, D]`."""
+    first = state.units[0]
+    distances = first.capacity if isinstance(first, FullAttentionState) else config.ring_len
+    return layers.sinusoid(
+        jnp.arange(distances), config.d_model, config.max_wavelength, config.compute_dtype
+    )
+
+
+def embed(params: Params, tokens: Tokens, timeline: Timeline, config: ModelConfig) -> Features:
+    """The input of the first unit. Positions count from the start of the document."""
+    dtype = jnp.dtype(config.compute_dtype)
+    x = params["embedding"][tokens].astype(dtype)
+    if config.absolute_positions:
+        position = config.ring_len + jnp.arange(tokens.shape[1]) - timeline.first
+        wave = layers.sinusoid(position, config.d_model, config.max_wavelength, dtype)
+        x = x + (params["position_scale"] * wave).astype(dtype)
+    return x
+
+
+def to_logits(params: Params, x: jax.Array, config: ModelConfig) -> jax.Array:
+    """Logits of features `[..., D]`: `[..., vocab_size]`, in wide precision."""
+    dtype = logits_dtype(config)
+    if config.final_norm:
+        x = layers.norm(params["final_norm"], x)
+    w_out = params["embedding"].T if config.tie_embeddings else params["w_out"]
+    logits = x.astype(dtype) @ w_out.astype(dtype) + params["output_bias"].astype(dtype)
+    return logits * config.logit_scale
+
+
+def make_timeline(
+    config: ModelConfig, state: State, lengths: PerRow, length: int, document_ids: Tokens | None
+) -> tuple[Timeline, jax.Array, jax.Array]:
+    """The timeline of a call of `length` tokens, and the new document start and id of each row."""
+    ring, start = config.ring_len, state.position
+    first_before = ring + state.document_start - start
+    first = jnp.broadcast_to(first_before[:, None], (start.shape[0], length))
+    document_start, document_id = state.document_start, state.document_id
+    if config.reset_at_document and document_ids is not None:
+        before = jnp.concatenate([document_id[:, None], document_ids[:, :-1]], axis=1)
+        index = ring + jnp.arange(length)
+        first = jax.lax.cummax(jnp.where(document_ids != before, index, first), axis=1)
+        last = jnp.clip(lengths - 1, 0)[:, None]
+        last_first, last_id = (
+            jnp.take_along_axis(x, last, axis=1)[:, 0] for x in (first, document_ids)
+        )
+        document_start = jnp.where(lengths > 0, last_first - ring + start, document_start)
+        document_id = jnp.where(lengths > 0, last_id, document_id)
+    timeline = Timeline(start=start, length=lengths, first_before=first_before, first=first)
+    return timeline, document_start, document_id
+
+
+def forward(
+    model: Model,
+    state: State,
+    tokens: Tokens,
+    *,
+    lengths: PerRow | None = None,
+    document_ids: Tokens | None = None,
+    weights: jax.Array | None = None,
+    dropout: DropoutKeys | None = None,
+    remat: bool = False,
+) -> tuple[Features, State, Statistics | None]:
+    """`extend` up to the features before the output projection, with what training needs.
+
+    `weights` `[B, T]`: how much each token counts in the statistics; none are made without it.
+    `remat`: recompute each unit in the backward pass instead of keeping its activations.
+    """
+    config, params = model.config, model.params
+    batch, length = tokens.shape
+    if lengths is None:
+        lengths = jnp.full(batch, length, jnp.int32)
+    timeline, document_start, document_id = make_timeline(
+        config, state, lengths, length, document_ids
+    )
+    x = embed(params, tokens, timeline, config)
+    wave = distance_wave(config, state)
+
+    if length == 1 and dropout is None and weights is None:
+        units = []
+        for i, unit_state in enumerate(state.units):
+            unit = jax.tree.map(lambda a, i=i: a[i], (params["units"], model.codebook))
+            unit = prepare_unit(*unit, wave, config)
+            x, unit_state, _ = apply_unit(unit, x, unit_state, timeline, config)
+            units.append(unit_state)
+        statistics = None
+    else:
+        unit_keys = None
+        if dropout is not None:
+            x = layers.dropout(
+                jax.random.fold_in(dropout.call, config.num_units), x, config.dropout_embedding
+            )
+            unit_keys = jax.vmap(
+                lambda i: (
+                    jax.random.fold_in(dropout.call, i),
+                    jax.random.fold_in(dropout.sequence, i),
+                )
+            )(jnp.arange(config.num_units))
+
+        def body(x, xs):
+            unit_params, codebook, unit_state, keys = xs
+            unit_wave, drop = wave, lambda added: added
+            if keys is not None:
+                call_key, sequence_key = keys
+                sinusoid_key, layer_key = jax.random.split(sequence_key)
+                unit_wave = layers.dropout(sinusoid_key, wave, config.dropout_sinusoid)
+
+                def drop(added):
+                    added = layers.dropout(call_key, added, config.dropout_residual)
+                    return layers.dropout(layer_key, added, config.dropout_layer, (batch, 1, 1))
+
+            unit = prepare_unit(unit_params, codebook, unit_wave, config)
+            x, unit_state, statistics = apply_unit(
+                unit, x, unit_state, timeline, config, weights, drop
+            )
+            return x, (unit_state, statistics)
+
+        stacked = jax.tree.map(lambda *rows: jnp.stack(rows), *state.units)
+        xs = (params["units"], model.codebook, stacked, unit_keys)
+        x, (stacked, statistics) = jax.lax.scan(jax.checkpoint(body) if remat else body, x, xs)
+        units = [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(config.num_units)]
+        if statistics is not None:
+            statistics = Statistics(statistics.commitment.sum(), statistics.codebook)
+
+    last = jnp.take_along_axis(x, jnp.clip(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+    logits = to_logits(params, last, config)
+    state = State(
+        position=state.position + lengths,
+        document_start=document_start,
+        document_id=document_id,
+        logits=jnp.where(lengths[:, None] > 0, logits, state.logits),
+        units=tuple(units),
+    )
+    return x, state, statistics
+
+
+def extend(
+    model: Model,
+    state: State,
+    tokens: ArrayLike,
+    *,
+    lengths: ArrayLike | None = None,
+    document_ids: ArrayLike | None = None,
+) -> tuple[Logits, State]:
+    """Continue B sequences by T tokens each: logits of what follows every token, and the new state.
+
+    Any split of a sequence into calls means the same: a prompt at once, in pieces, or one token at
+    a time give the same logits and the same final state, up to float rounding.
+
+    Args:
+      model: from `init_model` or a checkpoint.
+      state: from `init_state`, or an earlier call.
+      tokens: int32 `[B, T]`, any T of at least 1.
+      lengths: int32 `[B]`, how many tokens of each row are real; all of them by default. The rest
+        is padding at the end of the row: it changes nothing, and its logits mean nothing.
+      document_ids: int32 `[B, T]`, growing along a row; used if `config.reset_at_document`. Without
+        it the tokens belong to the document that the state is in.
+
+    Returns:
+      `(logits, state)`: float32 `[B, T, vocab_size]`, where `logits[:, t]` predicts token t + 1.
+
+    Raises:
+      ValueError: if shapes do not fit. Where values are known (outside of `jit`) also for a token
+        outside of the vocabulary, a length outside of 0..T and, with `attention = "full"`, tokens
+        beyond the capacity of the state.
+    """
+    tokens = jnp.asarray(tokens)
+    check_tokens(model.config, state, tokens, lengths, document_ids)
+    if lengths is not None:
+        lengths = jnp.asarray(lengths, jnp.int32)
+    if document_ids is not None:
+        document_ids = jnp.asarray(document_ids, jnp.int32)
+    x, state, _ = forward(
+        model, state, tokens.astype(jnp.int32), lengths=lengths, document_ids=document_ids
+    )
+    return to_logits(model.params, x, model.config), state
+
+
+def check_tokens(
+    config: ModelConfig, state: State, tokens: jax.Array, lengths: Any, document_ids: Any
+) -> None:
+    """Raise `ValueError` for arguments of `extend` that do not fit, as far as they are known."""
+    batch = state.position.shape[0]
+    if tokens.ndim != 2 or tokens.shape[0] != batch or tokens.shape[1] < 1:
+        raise ValueError(
+            f"tokens have shape {tokens.shape}: the state has {batch} rows, so [{batch}, T] is "
+            f"needed, with T at least 1"
+        )
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens are {tokens.dtype}: they must be whole numbers")
+    for name, array, shape in (
+        ("lengths", lengths, (batch,)),
+        ("document_ids", document_ids, tokens.shape),
+    ):
+        if array is not None and jnp.shape(array) != shape:
+            raise ValueError(f"{name} have shape {jnp.shape(array)}: it must be {shape}")
+    if state.logits.shape[1] != config.vocab_size or len(state.units) != config.num_units:
+        raise ValueError(
+            "the state is of another model: make one with init_state(model.config, batch_size)"
+        )
+
+    def known(array: Any) -> np.ndarray | None:
+        return None if isinstance(array, jax.core.Tracer) else np.asarray(array)
+
+    length = tokens.shape[1]
+    values = known(tokens)
+    if values is not None and (values.min() < 0 or values.max() >= config.vocab_size):
+        bad = values[(values < 0) | (values >= config.vocab_size)][0]
+        raise ValueError(
+            f"token {bad} is outside of the vocabulary: tokens go from 0 to {config.vocab_size - 1}"
+        )
+    counts = known(length if lengths is None else lengths)
+    if counts is not None and (counts.min() < 0 or counts.max() > length):
+        bad = counts[(counts < 0) | (counts > length)][0]
+        raise ValueError(
+            f"a length is {bad}: it must be from 0 to {length}, the number of tokens in a row"
+        )
+    if config.attention == "full":
+        capacity: int = state.units[0].capacity  # type: ignore[union-attr]
+        used = known(state.position)
+        end = 0 if counts is None else int(np.max(counts + (0 if used is None else used)))
+        if end > capacity:
+            raise ValueError(
+                f"the sequence would reach {end} tokens, and this state of full attention holds "
+                f"{capacity}: give init_state a larger capacity"
+            )

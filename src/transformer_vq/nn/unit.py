@@ -1,0 +1,97 @@
+"""One residual unit: attention between projections, and an MLP where the head type has one."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from transformer_vq.config import ModelConfig
+from transformer_vq.nn import attention, full, layers, vq
+from transformer_vq.nn.attention import AttentionState, Timeline
+from transformer_vq.nn.full import FullAttentionState
+from transformer_vq.types import Features, Params
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Statistics:
+    """What training needs of a forward pass besides the features: sums over weighted tokens."""
+
+    commitment: jax.Array  # []: of |k - C_z|^2, over units and heads too
+    codebook: Params  # {"sum": [N, G, S, K], "count": [N, G, S]}: of keys, by code
+
+
+def prepare_unit(params: Params, codebook: Params, wave: jax.Array, config: ModelConfig) -> Params:
+    """The constants of one unit, in the compute dtype: projections side by side, one product for
+    all of q, k, v (and g); the position table r; the codewords.
+
+    `wave` `[distances, D]`: the sinusoid of each distance.
+    """
+    dtype = jnp.dtype(config.compute_dtype)
+    names = ["w_q", "w_k", "w_v"] + ["w_g"] * (config.head_type == "shga")
+    scale = config.d_k**-0.25
+    heads_k = (config.num_heads, config.d_k)
+    r = (wave.astype(dtype) @ params["w_r"].astype(dtype)).reshape(-1, *heads_k)
+    prepared = {
+        "norm": params["norm"],
+        "w_in": jnp.concatenate([params[name].astype(dtype) for name in names], axis=1),
+        "w_o": params["w_o"].astype(dtype),
+        "u": params["u"].astype(dtype).reshape(heads_k) * scale,
+        "w": params["w"].astype(dtype).reshape(heads_k) * scale,
+        "r": r * scale,
+        "words": vq.codewords(codebook),
+    }
+    if config.head_type != "shga":
+        prepared["mlp"] = params["mlp"]
+    return prepared
+
+
+def apply_unit(
+    unit: Params,
+    x: Features,
+    state: AttentionState | FullAttentionState,
+    timeline: Timeline,
+    config: ModelConfig,
+    weights: jax.Array | None = None,
+    drop: Any = lambda x: x,
+) -> tuple[Features, AttentionState | FullAttentionState, Statistics | None]:
+    """One residual unit. `drop` is the dropout of what is added to x."""
+    batch, length, _ = x.shape
+    heads, groups, d_k, d_v = config.num_heads, config.num_kv_heads, config.d_k, config.d_v
+    dtype = x.dtype
+    sizes = [heads * d_k, groups * d_k, groups * d_v]
+    parts = jnp.split(
+        layers.norm(unit["norm"], x) @ unit["w_in"], [sum(sizes[:i]) for i in (1, 2, 3)], axis=-1
+    )
+    q, k, v = (
+        part.reshape(batch, length, n, -1)
+        for part, n in zip(parts, (heads, groups, groups), strict=False)
+    )
+    q = (layers.rms_norm(q) * d_k**-0.25).astype(dtype)
+    k = layers.rms_norm(k) * d_k**-0.25  # stays wide until its code is known
+    if config.head_type == "shga":
+        v = jax.nn.silu(v)
+
+    statistics = None
+    if config.attention == "full":
+        out, state = full.attend_full(
+            q, k.astype(dtype), v, unit["u"], unit["w"], unit["r"], state, timeline, config
+        )
+    else:
+        attend = attention.attend_step if length == 1 else attention.attend_blocks
+        out, codes, state = attend(
+            q, k, v, unit["words"], unit["u"], unit["w"], unit["r"], state, timeline, config
+        )
+        if weights is not None:
+            statistics = Statistics(
+                commitment=vq.commitment(k, vq.look_up(unit["words"], codes), weights),
+                codebook=vq.code_statistics(k, codes, weights, config.codebook_size),
+            )
+    out = out.reshape(batch, length, -1)
+    if config.head_type == "shga":
+        out = out * jax.nn.silu(parts[3])
+    x = x + drop(out @ unit["w_o"])
+    if config.head_type != "shga":
+        x = x + drop(layers.mlp(unit["mlp"], x))
+    return x, state, statistics

@@ -1,0 +1,77 @@
+"""Vector quantization of keys (paper, section 3.2): assignment, straight-through, moving average.
+
+A codebook is `{"sum": [..., G, S, K], "count": [..., G, S]}`; its codewords are sum over count.
+No gradient reaches it: `update_codebook` moves it towards the keys it was given.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from transformer_vq.nn.layers import ArraySpec, wide
+from transformer_vq.types import Params
+
+MIN_COUNT = 0.01  # a code used less than this keeps its size instead of dividing by nothing
+
+
+def codebook_specs(num_units: int, num_kv_heads: int, size: int, width: int) -> Params:
+    """Codewords start with the distribution of normalised keys: direction free, norm K^1/4."""
+    return {
+        "sum": ArraySpec(
+            (num_units, num_kv_heads, size, width),
+            ("unit", "kv_heads", None, None),
+            scale=width**-0.25,
+        ),
+        "count": ArraySpec((num_units, num_kv_heads, size), ("unit", "kv_heads", None), "ones"),
+    }
+
+
+def codewords(codebook: Params) -> jax.Array:
+    """Codewords `[..., G, S, K]`, without gradient."""
+    count = jnp.maximum(codebook["count"], MIN_COUNT)
+    return jax.lax.stop_gradient(codebook["sum"] / count[..., None])
+
+
+def assign(keys: jax.Array, words: jax.Array) -> jax.Array:
+    """The nearest codeword of each key: `[B, T, G, K]` and `[G, S, K]` to int32 `[B, T, G]`.
+
+    |k|^2 is the same for every codeword and is left out.
+    """
+    keys, words = wide(jax.lax.stop_gradient(keys)), wide(words)
+    products = jnp.einsum("btgk,gsk->btgs", keys, words)
+    norms = jnp.sum(jnp.square(words), axis=-1)
+    return jnp.argmin(norms - 2.0 * products, axis=-1).astype(jnp.int32)
+
+
+def look_up(words: jax.Array, codes: jax.Array) -> jax.Array:
+    """Codewords `[G, S, K]` at codes `[B, T, G]`: `[B, T, G, K]`."""
+    return words[jnp.arange(words.shape[0]), codes]
+
+
+def straight_through(keys: jax.Array, quantized: jax.Array) -> jax.Array:
+    """The quantized keys in value, the keys in gradient (van den Oord et al., 2017)."""
+    return keys + jax.lax.stop_gradient(quantized.astype(keys.dtype) - keys)
+
+
+def commitment(keys: jax.Array, quantized: jax.Array, weights: jax.Array) -> jax.Array:
+    """Sum over tokens and heads of weight times |k - sg(C_z)|^2; a scalar. Weights are `[B, T]`."""
+    error = wide(keys) - jax.lax.stop_gradient(wide(quantized))
+    return jnp.sum(weights[..., None] * jnp.sum(jnp.square(error), axis=-1))
+
+
+def code_statistics(keys: jax.Array, codes: jax.Array, weights: jax.Array, size: int) -> Params:
+    """Per code, the sum of the keys assigned to it `[G, S, K]` and their number `[G, S]`."""
+    keys = wide(jax.lax.stop_gradient(keys))
+    hits = jax.nn.one_hot(codes, size, dtype=keys.dtype) * weights[..., None, None]
+    return {"sum": jnp.einsum("btgs,btgk->gsk", hits, keys), "count": hits.sum((0, 1))}
+
+
+def update_codebook(codebook: Params, statistics: Params, decay: float) -> Params:
+    """One step of the exponential moving average (design, section 2). Any leading axes.
+
+    `statistics` cover the whole update: all its tokens, over the global batch.
+    """
+    return jax.tree.map(
+        lambda old, new: (decay * old + (1.0 - decay) * new).astype(old.dtype),
+        codebook,
+        statistics,
+    )

@@ -1,0 +1,1 @@
+"""Programs over the mathematics: training, evaluation, sampling. Here things are compiled."""

@@ -1,0 +1,87 @@
+"""The training objective: next-token negative log-likelihood plus the commitment of keys."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from transformer_vq.nn.model import DropoutKeys, Model, State, forward, to_logits
+from transformer_vq.nn.unit import Statistics
+from transformer_vq.types import Features, Params, Tokens
+
+LOGITS_PER_CHUNK = 2**22  # logits held at once: a large vocabulary is never whole in memory
+
+
+class LossTerms(NamedTuple):
+    """Scalars. `nll` and `commitment` are means over all B T places, masked ones counting zero."""
+
+    nll: jax.Array
+    commitment: jax.Array
+    tokens: jax.Array  # targets that count
+    statistics: Statistics
+    state: State
+
+
+def token_nll(model: Model, features: Features, targets: Tokens) -> jax.Array:
+    """Negative log-likelihood `[B, T]`, in nats, of each target given the features before it.
+
+    Made in chunks along T, each recomputed in the backward pass, once the logits would be large.
+    """
+    batch, length, _ = features.shape
+    config = model.config
+
+    def chunk_nll(features: jax.Array, targets: jax.Array) -> jax.Array:
+        logits = to_logits(model.params, features, config)
+        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - picked
+
+    chunks = -(-batch * length * config.vocab_size // LOGITS_PER_CHUNK)
+    size = -(-length // min(chunks, length))
+    chunks = -(-length // size)
+    if chunks == 1:
+        return chunk_nll(features, targets)
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, chunks * size - length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, chunks, size, *x.shape[2:]), 1, 0)
+
+    nll = jax.lax.map(jax.checkpoint(lambda xs: chunk_nll(*xs)), (split(features), split(targets)))
+    return jnp.moveaxis(nll, 0, 1).reshape(batch, -1)[:, :length]
+
+
+def loss_fn(
+    params: Params,
+    model: Model,
+    state: State,
+    inputs: Tokens,
+    targets: Tokens,
+    loss_mask: jax.Array,
+    document_ids: Tokens | None = None,
+    *,
+    dropout: DropoutKeys | None = None,
+    remat: bool = False,
+) -> tuple[jax.Array, LossTerms]:
+    """The loss (a scalar, nats per token) of `params` in place of the model's, and its terms.
+
+    Every place of the batch weighs the same, 1 / (B T), whether others are masked or not.
+    `loss_mask` `[B, T]` also says which tokens count in the commitment and in the statistics of
+    the codebook: padding takes no part.
+    """
+    model = Model(params, model.codebook, model.config)
+    mask = loss_mask.astype(jnp.promote_types(model.config.compute_dtype, jnp.float32))
+    features, state, statistics = forward(
+        model,
+        state,
+        inputs,
+        document_ids=document_ids,
+        weights=mask,
+        dropout=dropout,
+        remat=remat,
+    )
+    nll = jnp.sum(mask * token_nll(model, features, targets)) / mask.size
+    if statistics is None:  # full attention has no codebook to commit to
+        zeros = jax.tree.map(jnp.zeros_like, model.codebook)
+        statistics = Statistics(jnp.zeros((), mask.dtype), zeros)
+    commitment = statistics.commitment / mask.size
+    loss = nll + model.config.commit_coefficient * commitment
+    return loss, LossTerms(nll, commitment, mask.sum(), statistics, state)

@@ -1,0 +1,78 @@
+"""What every test stands on: eight virtual CPU devices, checked shapes, and the shared folder."""
+
+import os
+import sys
+from pathlib import Path
+
+# ---------------------------------------------------------------- before anything imports jax
+
+assert "jax" not in sys.modules, "jax was imported before tests/conftest.py could set it up"
+
+_XLA_FLAGS = {
+    "--xla_force_host_platform_device_count": "8",
+    # On a busy machine eight devices on two cores may wait long for each other.
+    "--xla_cpu_collective_call_terminate_timeout_seconds": "600",
+}
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: one compute thread each
+    _XLA_FLAGS["--xla_cpu_multi_thread_eigen"] = "false"
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+_given = os.environ.get("XLA_FLAGS", "").split()
+_names = {flag.split("=")[0] for flag in _given}
+os.environ["XLA_FLAGS"] = " ".join(
+    _given + [f"{name}={value}" for name, value in _XLA_FLAGS.items() if name not in _names]
+)
+os.environ["JAX_PLATFORMS"] = os.environ.get("TVQ_TEST_PLATFORM", "cpu")
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # a test never meets code of an older run
+os.environ["MPLBACKEND"] = "agg"
+
+# Under test, every annotated shape and dtype in nn is checked at every call.
+from jaxtyping import install_import_hook
+
+install_import_hook("transformer_vq.nn", "beartype.beartype")
+
+# ---------------------------------------------------------------- the rest
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "tvq",
+    deadline=None,  # the first example compiles
+    derandomize=True,  # the same examples at every run
+    max_examples=25,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("tvq")
+
+SHARED = Path(os.environ.get("TVQ_SHARED") or Path(__file__).parents[1].parent / "shared")
+
+
+def _shared(name: str) -> Path:
+    folder = SHARED / name
+    if not folder.is_dir():
+        pytest.skip(
+            f"NOT TESTED: there is no folder {folder}. Put the project's shared/ folder next to "
+            f"the checkout, or set TVQ_SHARED to it."
+        )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """`shared/data`: enwik8.gz, moby-dick.txt, fashion-mnist. Skips where it is missing."""
+    return _shared("data")
+
+
+@pytest.fixture(scope="session")
+def parity_dir() -> Path:
+    """`shared/parity`: recorded numbers of the reference implementation. Skips where missing."""
+    return _shared("parity")
+
+
+@pytest.fixture
+def user_env() -> dict[str, str]:
+    """The environment for a `tvq` subprocess: one device and all cores, as a user has it."""
+    flags = [f for f in os.environ["XLA_FLAGS"].split() if f.split("=")[0] not in _XLA_FLAGS]
+    dropped = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PYTEST_CURRENT_TEST")
+    env = {name: value for name, value in os.environ.items() if name not in dropped}
+    return {**env, "XLA_FLAGS": " ".join(flags)}
