@@ -287,7 +287,7 @@ class _Handler(ocp.PyTreeCheckpointHandler):
         super().__init__(use_compression=False)  # weights are noise: zstd would save 8 %
         self._metadata = metadata
 
-    def finalize(self, directory: os.PathLike) -> None:
+    def finalize(self, directory: Any) -> None:
         """Runs in one process, when all have written, before the folder gets its name."""
         super().finalize(directory)
         folder = Path(directory)
@@ -384,13 +384,11 @@ def _as_like(leaf: Any, value: np.ndarray | jax.Array) -> Any:
         return value
     if isinstance(leaf, bool | int | float | complex | np.generic):
         return type(leaf)(value.item())
-    sharding = _sharding(leaf)
-    if isinstance(value, np.ndarray):
-        value = jnp.asarray(value) if sharding is None else jax.device_put(value, sharding)
+    array = jax.device_put(value, _sharding(leaf))  # does nothing to what orbax has placed
     if _is_random_key(leaf):
         impl = jax.random.key_impl(jnp.empty((), leaf.dtype))
-        return jax.random.wrap_key_data(value, impl=impl)
-    return value
+        return jax.random.wrap_key_data(array, impl=impl)
+    return array
 
 
 def _describe(array: Any) -> str:

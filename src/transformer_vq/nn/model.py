@@ -1,4 +1,4 @@
-"""The model: parameters, state, and `extend`, the one function that everything is built on."""
+"""The model: its arrays, its state, and the forward pass over many tokens."""
 
 import functools
 from dataclasses import dataclass
@@ -6,16 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.typing import ArrayLike
 
 from transformer_vq.config import ModelConfig
 from transformer_vq.nn import attention, full, layers, vq
 from transformer_vq.nn.attention import AttentionState, Timeline
 from transformer_vq.nn.full import FullAttentionState
 from transformer_vq.nn.layers import ArraySpec
-from transformer_vq.nn.unit import Statistics, apply_unit, prepare_unit
-from transformer_vq.types import Features, Key, Logits, Params, PerRow, Tokens
+from transformer_vq.nn.unit import Statistics, apply_unit, no_drop, prepare_unit
+from transformer_vq.types import Features, Key, Params, PerRow, Tokens
 
 DEFAULT_CAPACITY = 4096  # tokens that a state of full attention holds, unless told otherwise
 
@@ -23,7 +21,7 @@ DEFAULT_CAPACITY = 4096  # tokens that a state of full attention holds, unless t
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["params", "codebook"], meta_fields=["config"]
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """A model: `params` are trained by gradient, `codebook` by moving average.
 
@@ -36,7 +34,7 @@ class Model:
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class State:
     """All that a model remembers of B sequences. Rows are independent of each other.
 
@@ -211,7 +209,10 @@ def forward(
     dropout: DropoutKeys | None = None,
     remat: bool = False,
 ) -> tuple[Features, State, Statistics | None]:
-    """`extend` up to the features before the output projection, with what training needs.
+    """Features of T new tokens per row, before the output projection, and the new state.
+
+    This is `extend` (which see for the arguments) with what training needs: units are scanned, so
+    compile time does not grow with depth, and tokens are taken in blocks.
 
     `weights` `[B, T]`: how much each token counts in the statistics; none are made without it.
     `remat`: recompute each unit in the backward pass instead of keeping its activations.
@@ -226,51 +227,41 @@ def forward(
     x = embed(params, tokens, timeline, config)
     wave = distance_wave(config, state)
 
-    if length == 1 and dropout is None and weights is None:
-        units = []
-        for i, unit_state in enumerate(state.units):
-            unit = jax.tree.map(lambda a, i=i: a[i], (params["units"], model.codebook))
-            unit = prepare_unit(*unit, wave, config)
-            x, unit_state, _ = apply_unit(unit, x, unit_state, timeline, config)
-            units.append(unit_state)
-        statistics = None
-    else:
-        unit_keys = None
-        if dropout is not None:
-            x = layers.dropout(
-                jax.random.fold_in(dropout.call, config.num_units), x, config.dropout_embedding
+    unit_keys = None
+    if dropout is not None:
+        x = layers.dropout(
+            jax.random.fold_in(dropout.call, config.num_units), x, config.dropout_embedding
+        )
+        unit_keys = jax.vmap(
+            lambda i: (
+                jax.random.fold_in(dropout.call, i),
+                jax.random.fold_in(dropout.sequence, i),
             )
-            unit_keys = jax.vmap(
-                lambda i: (
-                    jax.random.fold_in(dropout.call, i),
-                    jax.random.fold_in(dropout.sequence, i),
-                )
-            )(jnp.arange(config.num_units))
+        )(jnp.arange(config.num_units))
 
-        def body(x, xs):
-            unit_params, codebook, unit_state, keys = xs
-            unit_wave, drop = wave, lambda added: added
-            if keys is not None:
-                call_key, sequence_key = keys
-                sinusoid_key, layer_key = jax.random.split(sequence_key)
-                unit_wave = layers.dropout(sinusoid_key, wave, config.dropout_sinusoid)
+    def body(x, xs):
+        unit_params, codebook, unit_state, keys = xs
+        unit_wave, drop = wave, no_drop
+        if keys is not None:
+            call_key, sequence_key = keys
+            sinusoid_key, layer_key = jax.random.split(sequence_key)
+            unit_wave = layers.dropout(sinusoid_key, wave, config.dropout_sinusoid)
 
-                def drop(added):
-                    added = layers.dropout(call_key, added, config.dropout_residual)
-                    return layers.dropout(layer_key, added, config.dropout_layer, (batch, 1, 1))
+            def drop(added, branch):
+                call, layer = (jax.random.fold_in(key, branch) for key in (call_key, layer_key))
+                added = layers.dropout(call, added, config.dropout_residual)
+                return layers.dropout(layer, added, config.dropout_layer, (batch, 1, 1))
 
-            unit = prepare_unit(unit_params, codebook, unit_wave, config)
-            x, unit_state, statistics = apply_unit(
-                unit, x, unit_state, timeline, config, weights, drop
-            )
-            return x, (unit_state, statistics)
+        unit = prepare_unit(unit_params, codebook, unit_wave, config)
+        x, unit_state, statistics = apply_unit(unit, x, unit_state, timeline, config, weights, drop)
+        return x, (unit_state, statistics)
 
-        stacked = jax.tree.map(lambda *rows: jnp.stack(rows), *state.units)
-        xs = (params["units"], model.codebook, stacked, unit_keys)
-        x, (stacked, statistics) = jax.lax.scan(jax.checkpoint(body) if remat else body, x, xs)
-        units = [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(config.num_units)]
-        if statistics is not None:
-            statistics = Statistics(statistics.commitment.sum(), statistics.codebook)
+    stacked = jax.tree.map(lambda *rows: jnp.stack(rows), *state.units)
+    xs = (params["units"], model.codebook, stacked, unit_keys)
+    x, (stacked, statistics) = jax.lax.scan(jax.checkpoint(body) if remat else body, x, xs)
+    units = [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(config.num_units)]
+    if statistics is not None:
+        statistics = Statistics(statistics.commitment.sum(), statistics.codebook)
 
     last = jnp.take_along_axis(x, jnp.clip(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     logits = to_logits(params, last, config)
@@ -282,95 +273,3 @@ def forward(
         units=tuple(units),
     )
     return x, state, statistics
-
-
-def extend(
-    model: Model,
-    state: State,
-    tokens: ArrayLike,
-    *,
-    lengths: ArrayLike | None = None,
-    document_ids: ArrayLike | None = None,
-) -> tuple[Logits, State]:
-    """Continue B sequences by T tokens each: logits of what follows every token, and the new state.
-
-    Any split of a sequence into calls means the same: a prompt at once, in pieces, or one token at
-    a time give the same logits and the same final state, up to float rounding.
-
-    Args:
-      model: from `init_model` or a checkpoint.
-      state: from `init_state`, or an earlier call.
-      tokens: int32 `[B, T]`, any T of at least 1.
-      lengths: int32 `[B]`, how many tokens of each row are real; all of them by default. The rest
-        is padding at the end of the row: it changes nothing, and its logits mean nothing.
-      document_ids: int32 `[B, T]`, growing along a row; used if `config.reset_at_document`. Without
-        it the tokens belong to the document that the state is in.
-
-    Returns:
-      `(logits, state)`: float32 `[B, T, vocab_size]`, where `logits[:, t]` predicts token t + 1.
-
-    Raises:
-      ValueError: if shapes do not fit. Where values are known (outside of `jit`) also for a token
-        outside of the vocabulary, a length outside of 0..T and, with `attention = "full"`, tokens
-        beyond the capacity of the state.
-    """
-    tokens = jnp.asarray(tokens)
-    check_tokens(model.config, state, tokens, lengths, document_ids)
-    if lengths is not None:
-        lengths = jnp.asarray(lengths, jnp.int32)
-    if document_ids is not None:
-        document_ids = jnp.asarray(document_ids, jnp.int32)
-    x, state, _ = forward(
-        model, state, tokens.astype(jnp.int32), lengths=lengths, document_ids=document_ids
-    )
-    return to_logits(model.params, x, model.config), state
-
-
-def check_tokens(
-    config: ModelConfig, state: State, tokens: jax.Array, lengths: Any, document_ids: Any
-) -> None:
-    """Raise `ValueError` for arguments of `extend` that do not fit, as far as they are known."""
-    batch = state.position.shape[0]
-    if tokens.ndim != 2 or tokens.shape[0] != batch or tokens.shape[1] < 1:
-        raise ValueError(
-            f"tokens have shape {tokens.shape}: the state has {batch} rows, so [{batch}, T] is "
-            f"needed, with T at least 1"
-        )
-    if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"tokens are {tokens.dtype}: they must be whole numbers")
-    for name, array, shape in (
-        ("lengths", lengths, (batch,)),
-        ("document_ids", document_ids, tokens.shape),
-    ):
-        if array is not None and jnp.shape(array) != shape:
-            raise ValueError(f"{name} have shape {jnp.shape(array)}: it must be {shape}")
-    if state.logits.shape[1] != config.vocab_size or len(state.units) != config.num_units:
-        raise ValueError(
-            "the state is of another model: make one with init_state(model.config, batch_size)"
-        )
-
-    def known(array: Any) -> np.ndarray | None:
-        return None if isinstance(array, jax.core.Tracer) else np.asarray(array)
-
-    length = tokens.shape[1]
-    values = known(tokens)
-    if values is not None and (values.min() < 0 or values.max() >= config.vocab_size):
-        bad = values[(values < 0) | (values >= config.vocab_size)][0]
-        raise ValueError(
-            f"token {bad} is outside of the vocabulary: tokens go from 0 to {config.vocab_size - 1}"
-        )
-    counts = known(length if lengths is None else lengths)
-    if counts is not None and (counts.min() < 0 or counts.max() > length):
-        bad = counts[(counts < 0) | (counts > length)][0]
-        raise ValueError(
-            f"a length is {bad}: it must be from 0 to {length}, the number of tokens in a row"
-        )
-    if config.attention == "full":
-        capacity: int = state.units[0].capacity  # type: ignore[union-attr]
-        used = known(state.position)
-        end = 0 if counts is None else int(np.max(counts + (0 if used is None else used)))
-        if end > capacity:
-            raise ValueError(
-                f"the sequence would reach {end} tokens, and this state of full attention holds "
-                f"{capacity}: give init_state a larger capacity"
-            )

@@ -1,7 +1,7 @@
 """One residual unit: attention between projections, and an MLP where the head type has one."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,11 @@ def prepare_unit(params: Params, codebook: Params, wave: jax.Array, config: Mode
     return prepared
 
 
+def no_drop(added: jax.Array, branch: int) -> jax.Array:
+    """No dropout: what evaluation and sampling use."""
+    return added
+
+
 def apply_unit(
     unit: Params,
     x: Features,
@@ -54,9 +59,9 @@ def apply_unit(
     timeline: Timeline,
     config: ModelConfig,
     weights: jax.Array | None = None,
-    drop: Any = lambda x: x,
+    drop: Callable[[jax.Array, int], jax.Array] = no_drop,
 ) -> tuple[Features, AttentionState | FullAttentionState, Statistics | None]:
-    """One residual unit. `drop` is the dropout of what is added to x."""
+    """One residual unit. `drop` is the dropout of what branch 0 (attention), 1 (MLP) adds to x."""
     batch, length, _ = x.shape
     heads, groups, d_k, d_v = config.num_heads, config.num_kv_heads, config.d_k, config.d_v
     dtype = x.dtype
@@ -91,7 +96,7 @@ def apply_unit(
     out = out.reshape(batch, length, -1)
     if config.head_type == "shga":
         out = out * jax.nn.silu(parts[3])
-    x = x + drop(out @ unit["w_o"])
+    x = x + drop(out @ unit["w_o"], 0)
     if config.head_type != "shga":
-        x = x + drop(layers.mlp(unit["mlp"], x))
+        x = x + drop(layers.mlp(unit["mlp"], x), 1)
     return x, state, statistics

@@ -1,0 +1,110 @@
+"""A `State` on disk: one safetensors file, tied to its model by a hash and checked when read."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from transformer_vq.nn.model import Model, State, init_state
+
+VERSION = 1
+FORMAT = "transformer-vq state"
+
+
+class StateError(ValueError):
+    """A state file that cannot be used, and why, in one sentence."""
+
+
+def model_hash(model: Model) -> str:
+    """SHA-256 of a model: its configuration and every byte of its arrays."""
+    digest = hashlib.sha256(model.config.to_json().encode())
+    for path, array in jax.tree.leaves_with_path((model.params, model.codebook)):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(jax.device_get(array)).tobytes())
+    return digest.hexdigest()
+
+
+def save_state(path: str | os.PathLike, state: State, model: Model) -> None:
+    """Write a state of this model to a file, whole or not at all.
+
+    Raises `StateError` if the folder is missing or the disk full; an older file then stays.
+    """
+    path = Path(path)
+    arrays = {
+        jax.tree_util.keystr(key): np.asarray(array)
+        for key, array in jax.tree.leaves_with_path(jax.device_get(state))
+    }
+    header = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "model": model_hash(model),
+        "state_dtype": _dtype(state),
+        "arrays": _arrays_hash(arrays),
+    }
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(save(arrays, metadata=header))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise StateError(f"cannot write the state to {path}: {error.strerror or error}") from None
+
+
+def load_state(path: str | os.PathLike, model: Model) -> State:
+    """Read a state that `save_state` wrote for this very model.
+
+    Raises `StateError` for a missing, damaged or foreign file, or a state of another model.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise StateError(f"cannot read the state {path}: {error.strerror or error}") from None
+    damaged = StateError(f"{path} is damaged or not a state file: make it again with save_state")
+    try:
+        header_size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + header_size])["__metadata__"]
+        arrays = load(data)
+    except (SafetensorError, ValueError, KeyError, TypeError):
+        raise damaged from None
+    if header.get("format") != FORMAT or header.get("arrays") != _arrays_hash(arrays):
+        raise damaged
+    if header.get("version") != str(VERSION):
+        raise StateError(
+            f"{path} has version {header.get('version')} of the format, and this program reads "
+            f"version {VERSION}: make it again"
+        )
+    if header.get("model") != model_hash(model):
+        raise StateError(f"{path} is the state of another model: use the model it was made with")
+    positions = arrays.get(".position", np.zeros(1))
+    capacity = None
+    if model.config.attention == "full":
+        capacity = arrays[".units[0].keys"].shape[2]
+    like = init_state(model.config, len(positions), header["state_dtype"], capacity=capacity)
+    leaves, tree = jax.tree.flatten_with_path(like)
+    names = [jax.tree_util.keystr(key) for key, _ in leaves]
+    if sorted(names) != sorted(arrays):
+        raise damaged
+    return jax.tree.unflatten(tree, [jnp.asarray(arrays[name]) for name in names])
+
+
+def _dtype(state: State) -> str:
+    unit = state.units[0]
+    return str(unit.values.dtype)
+
+
+def _arrays_hash(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return digest.hexdigest()

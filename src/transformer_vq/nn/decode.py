@@ -1,0 +1,78 @@
+"""Decoding: one token per row and step, from constants that are made once per model.
+
+What does not depend on the tokens (position tables, codewords, fused projections, casts) is
+computed by `prepare`; a step then only gathers, multiplies and scatters. Units are unrolled and
+their arrays are separate: slices of stacked arrays would be copied at every step.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+
+from transformer_vq.config import ModelConfig
+from transformer_vq.nn.model import Model, State, distance_wave, embed, make_timeline, to_logits
+from transformer_vq.nn.unit import apply_unit, prepare_unit
+from transformer_vq.types import Params, PerRow, PerRowFlag
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["params", "units"], meta_fields=["config"]
+)
+@dataclass(frozen=True)
+class Decoder:
+    """A model prepared for decoding."""
+
+    params: Params  # the arrays outside of units
+    units: tuple[Params, ...]  # `prepare_unit` of each
+    config: ModelConfig
+
+
+def prepare(model: Model, state: State) -> Decoder:
+    """The decoder of a model, for states like this one (only its shapes matter)."""
+    wave = distance_wave(model.config, state)
+
+    def unit(i: int) -> Params:
+        params, codebook = jax.tree.map(lambda a: a[i], (model.params["units"], model.codebook))
+        return prepare_unit(params, codebook, wave, model.config)
+
+    return Decoder(
+        params={name: array for name, array in model.params.items() if name != "units"},
+        units=tuple(unit(i) for i in range(model.config.num_units)),
+        config=model.config,
+    )
+
+
+def decode_step(
+    decoder: Decoder,
+    state: State,
+    tokens: PerRow,
+    active: PerRowFlag | None = None,
+    document_ids: PerRow | None = None,
+) -> State:
+    """Consume one token per row; the prediction of the next is in `state.logits`.
+
+    Rows that are not `active` keep their state, to the bit.
+    """
+    config = decoder.config
+    if active is None:
+        active = jnp.ones(tokens.shape, bool)
+    documents = None if document_ids is None else document_ids[:, None]
+    timeline, document_start, document_id = make_timeline(
+        config, state, active.astype(jnp.int32), 1, documents
+    )
+    x = embed(decoder.params, tokens[:, None], timeline, config)
+    units = []
+    for unit, unit_state in zip(decoder.units, state.units, strict=True):
+        x, unit_state, _ = apply_unit(unit, x, unit_state, timeline, config)
+        units.append(unit_state)
+    logits = to_logits(decoder.params, x[:, 0], config)
+    return replace(
+        state,
+        position=state.position + active,
+        document_start=document_start,
+        document_id=document_id,
+        logits=jnp.where(active[:, None], logits, state.logits),
+        units=tuple(units),
+    )

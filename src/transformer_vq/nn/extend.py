@@ -1,0 +1,110 @@
+"""`extend`: continue sequences by some tokens. The one function that everything is built on."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from transformer_vq.config import ModelConfig
+from transformer_vq.nn.decode import decode_step, prepare
+from transformer_vq.nn.full import FullAttentionState
+from transformer_vq.nn.model import Model, State, forward, to_logits
+from transformer_vq.types import Logits
+
+
+def extend(
+    model: Model,
+    state: State,
+    tokens: ArrayLike,
+    *,
+    lengths: ArrayLike | None = None,
+    document_ids: ArrayLike | None = None,
+) -> tuple[Logits, State]:
+    """Continue B sequences by T tokens each: logits of what follows every token, and the new state.
+
+    Any split of a sequence into calls means the same: a prompt at once, in pieces, or one token at
+    a time give the same logits and the same final state, up to float rounding.
+
+    Args:
+      model: from `init_model` or a checkpoint.
+      state: from `init_state`, or an earlier call.
+      tokens: int32 `[B, T]`, any T of at least 1.
+      lengths: int32 `[B]`, how many tokens of each row are real; all of them by default. The rest
+        is padding at the end of the row: it changes nothing, and its logits mean nothing.
+      document_ids: int32 `[B, T]`, growing along a row; used if `config.reset_at_document`. Without
+        it the tokens belong to the document that the state is in.
+
+    Returns:
+      `(logits, state)`: float32 `[B, T, vocab_size]`, where `logits[:, t]` predicts token t + 1.
+
+    Raises:
+      ValueError: if shapes do not fit. Where values are known (outside of `jit`) also for a token
+        outside of the vocabulary, a length outside of 0..T and, with `attention = "full"`, tokens
+        beyond the capacity of the state.
+    """
+    tokens = jnp.asarray(tokens)
+    check_tokens(model.config, state, tokens, lengths, document_ids)
+    if lengths is not None:
+        lengths = jnp.asarray(lengths, jnp.int32)
+    if document_ids is not None:
+        document_ids = jnp.asarray(document_ids, jnp.int32)
+    tokens = tokens.astype(jnp.int32)
+    if tokens.shape[1] == 1:
+        active = None if lengths is None else lengths > 0
+        documents = None if document_ids is None else document_ids[:, 0]
+        state = decode_step(prepare(model, state), state, tokens[:, 0], active, documents)
+        return state.logits[:, None], state
+    x, state, _ = forward(model, state, tokens, lengths=lengths, document_ids=document_ids)
+    return to_logits(model.params, x, model.config), state
+
+
+def check_tokens(
+    config: ModelConfig, state: State, tokens: jax.Array, lengths: Any, document_ids: Any
+) -> None:
+    """Raise `ValueError` for arguments of `extend` that do not fit, as far as they are known."""
+    batch = state.position.shape[0]
+    if tokens.ndim != 2 or tokens.shape[0] != batch or tokens.shape[1] < 1:
+        raise ValueError(
+            f"tokens have shape {tokens.shape}: the state has {batch} rows, so [{batch}, T] is "
+            f"needed, with T at least 1"
+        )
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens are {tokens.dtype}: they must be whole numbers")
+    for name, array, shape in (
+        ("lengths", lengths, (batch,)),
+        ("document_ids", document_ids, tokens.shape),
+    ):
+        if array is not None and jnp.shape(array) != shape:
+            raise ValueError(f"{name} have shape {jnp.shape(array)}: it must be {shape}")
+    if state.logits.shape[1] != config.vocab_size or len(state.units) != config.num_units:
+        raise ValueError(
+            "the state is of another model: make one with init_state(model.config, batch_size)"
+        )
+
+    def known(array: Any) -> np.ndarray | None:
+        return None if isinstance(array, jax.core.Tracer) else np.asarray(array)
+
+    length = tokens.shape[1]
+    values = known(tokens)
+    if values is not None and (values.min() < 0 or values.max() >= config.vocab_size):
+        bad = values[(values < 0) | (values >= config.vocab_size)][0]
+        raise ValueError(
+            f"token {bad} is outside of the vocabulary: tokens go from 0 to {config.vocab_size - 1}"
+        )
+    counts = known(length if lengths is None else lengths)
+    if counts is not None and (counts.min() < 0 or counts.max() > length):
+        bad = counts[(counts < 0) | (counts > length)][0]
+        raise ValueError(
+            f"a length is {bad}: it must be from 0 to {length}, the number of tokens in a row"
+        )
+    cache = state.units[0]
+    if isinstance(cache, FullAttentionState):
+        capacity, used = cache.capacity, known(state.position)
+        end = 0 if counts is None else int(np.max(counts + (0 if used is None else used)))
+        if end > capacity:
+            raise ValueError(
+                f"the sequence would reach {end} tokens, and this state of full attention holds "
+                f"{capacity}: give init_state a larger capacity"
+            )

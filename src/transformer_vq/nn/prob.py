@@ -1,0 +1,129 @@
+"""Sampling methods: pure functions from logits to logits.
+
+All take logits `[..., vocab]` and parameters with the leading shape of the logits (or scalars), so
+that every row of a batch has its own and none causes a compilation. A token that may not be drawn
+gets the logit `REMOVED`; the others keep theirs. Each parameter has a value that changes nothing,
+to the bit.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+REMOVED = -1e10  # finite: differences and products of logits stay numbers
+
+
+def temperature(logits: jax.Array, value: ArrayLike) -> jax.Array:
+    """Logits over the temperature (Ackley et al., 1985); 0 is greedy: only the best stays."""
+    value = _column(value, logits)
+    best = jnp.argmax(logits, axis=-1, keepdims=True)
+    greedy = jnp.where(jnp.arange(logits.shape[-1]) == best, logits, REMOVED)
+    return jnp.where(value > 0, logits / jnp.where(value > 0, value, 1.0), greedy)
+
+
+def top_k(logits: jax.Array, k: ArrayLike) -> jax.Array:
+    """Keep the k best tokens, and what ties with the last (Fan et al., 2018); 0: all."""
+    k = _column(k, logits)
+    ones = jnp.ones_like(logits)
+    kept = logits >= _threshold(logits, ones, jnp.minimum(k, logits.shape[-1]).astype(ones.dtype))
+    return jnp.where(kept | (k <= 0), logits, REMOVED)
+
+
+def nucleus(logits: jax.Array, p: ArrayLike) -> jax.Array:
+    """Keep the smallest set of most probable tokens whose mass reaches p (Holtzman et al., 2020).
+
+    The best token always stays; of equal tokens, those with higher ids stay first. 1: all.
+    """
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    kept = smallest_set(probabilities, probabilities, p)
+    return jnp.where(kept | (_column(p, logits) >= 1.0), logits, REMOVED)
+
+
+def typical(logits: jax.Array, p: ArrayLike) -> jax.Array:
+    """Keep the smallest set of tokens, those of most typical surprise first, whose mass reaches p.
+
+    Typical is a surprise near the entropy (Meister et al., 2023). 1: all.
+    """
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    probabilities = jnp.exp(log_p)
+    entropy = -jnp.sum(probabilities * jnp.where(probabilities > 0, log_p, 0.0), -1, keepdims=True)
+    kept = smallest_set(-jnp.abs(-log_p - entropy), probabilities, p)
+    return jnp.where(kept | (_column(p, logits) >= 1.0), logits, REMOVED)
+
+
+def min_p(logits: jax.Array, p: ArrayLike) -> jax.Array:
+    """Keep tokens at least p times as probable as the best (Nguyen et al., 2024); 0: all."""
+    p = _column(p, logits)
+    best = jnp.max(logits, axis=-1, keepdims=True)
+    kept = logits >= best + jnp.log(jnp.where(p > 0, p, 1.0))
+    return jnp.where(kept | (p <= 0), logits, REMOVED)
+
+
+def repetition_penalty(logits: jax.Array, seen: jax.Array, penalty: ArrayLike) -> jax.Array:
+    """Divide positive and multiply negative logits of seen tokens (Keskar et al., 2019); 1: none.
+
+    `seen` is bool `[..., vocab]`: tokens of the prompt or generated so far.
+    """
+    penalty = _column(penalty, logits)
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def presence_and_frequency(
+    logits: jax.Array, counts: jax.Array, presence: ArrayLike, frequency: ArrayLike
+) -> jax.Array:
+    """Subtract `presence` from generated tokens and `frequency` times their number; 0, 0: none.
+
+    The penalties of OpenAI's completion API. `counts` is int32 `[..., vocab]`, generated only.
+    """
+    presence, frequency = _column(presence, logits), _column(frequency, logits)
+    return logits - presence * (counts > 0) - frequency * counts
+
+
+def draw(keys: jax.Array, logits: jax.Array) -> jax.Array:
+    """One token per row, int32 `[B]`, from logits `[B, vocab]` with a key per row (Gumbel-max)."""
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], jnp.float32))(keys)
+    return jnp.argmax(logits.astype(jnp.float32) + noise, axis=-1).astype(jnp.int32)
+
+
+# Smallest sets, without a sort.
+
+
+def smallest_set(score: jax.Array, mass: jax.Array, target: ArrayLike) -> jax.Array:
+    """The shortest list of tokens, best score first, whose mass reaches `target`: bool `[..., V]`.
+
+    The best token is always in it. Of equal scores, higher ids come first.
+    """
+    target = _column(target, mass)
+    threshold = _threshold(score, mass, target)
+    above, equal = score > threshold, score == threshold
+    missing = target - jnp.sum(jnp.where(above, mass, 0.0), axis=-1, keepdims=True)
+    ties = jnp.where(equal, mass, 0.0)
+    before = jnp.flip(jnp.cumsum(jnp.flip(ties, -1), axis=-1), -1) - ties
+    return above | equal & ((before < missing) | (before == 0.0))
+
+
+def _threshold(score: jax.Array, mass: jax.Array, target: jax.Array) -> jax.Array:
+    """The largest score t for which the tokens of score >= t have at least the target mass.
+
+    Found bit by bit: floats order like their bits (once those of negative ones are flipped), so
+    32 sums over the vocabulary give the exact answer. The best score, if the target is 0.
+    """
+    bits = jax.lax.bitcast_convert_type(score.astype(jnp.float32), jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    order = jnp.where(bits & sign, ~bits, bits | sign)
+
+    def turn(i, found):
+        candidate = found | (sign >> i.astype(jnp.uint32))
+        reached = jnp.sum(jnp.where(order >= candidate, mass, 0.0), axis=-1, keepdims=True)
+        return jnp.where(reached >= target, candidate, found)
+
+    found = jax.lax.fori_loop(0, 32, turn, jnp.zeros_like(order[..., :1]))
+    found = jnp.minimum(found, order.max(-1, keepdims=True))
+    bits = jnp.where(found & sign, found ^ sign, ~found)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(score.dtype)
+
+
+def _column(value: ArrayLike, logits: jax.Array) -> jax.Array:
+    """A parameter of the leading shape of the logits, or a scalar, with an axis for the tokens."""
+    value = jnp.asarray(value)
+    return value if value.ndim == 0 else value[..., None]

@@ -1,0 +1,144 @@
+"""Stateful evaluation: every token is predicted from the entire history before it."""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from transformer_vq.config import ModelConfig
+from transformer_vq.data import check_tokens, eval_chunks
+from transformer_vq.nn.model import DEFAULT_CAPACITY, Model, State, forward, init_state
+from transformer_vq.ops.loss import token_nll
+from transformer_vq.types import PerRow, Tokens
+
+# Where the bins of positions begin: 0, 64, 128, 256, ...
+BIN_STARTS = np.concatenate([[0], 64 << np.arange(48)])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well a model predicts a text."""
+
+    loss: float  # nats per token
+    tokens: int  # that were predicted
+    by_position: list[tuple[int, int, float]]  # (start, end, loss): with start <= history < end
+
+    @property
+    def bpb(self) -> float:
+        """Bits per token: bits per byte where a token is a byte."""
+        return self.loss / math.log(2.0)
+
+
+def evaluate(
+    model: Model,
+    tokens: np.ndarray,
+    *,
+    chunk_len: int = 2048,
+    rows: int = 1,
+    max_tokens: int | None = None,
+    context_len: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Score `tokens`, a chunk at a time, with the state carried through all of them.
+
+    Up to float rounding, the numbers depend neither on `chunk_len` nor on `config.block_len`.
+
+    Args:
+      model: neither changed nor donated.
+      tokens: integers `[N]` below `config.vocab_size`. The first of each row is not predicted.
+      chunk_len: tokens of each row in one call: more need more memory.
+      rows: streams that the tokens are cut into and that are scored side by side, each with a
+        history of its own.
+      max_tokens: how many to predict, from the beginning on; all by default.
+      context_len: forget everything after so many tokens, again and again; a multiple of
+        `chunk_len`. Never, by default; full attention must, for more tokens than it can hold.
+      on_progress: called with the number of tokens scored, and of all. What it raises ends it.
+
+    Raises:
+      DataError: for fewer than two tokens in a row.
+      ValueError: for a token outside of the vocabulary, and for sizes that make no sense.
+    """
+    if max_tokens is not None:
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens is {max_tokens}: it must be at least 1")
+        tokens = tokens[: max_tokens + rows]
+    check_tokens(tokens, model.config.vocab_size)
+    chunks = eval_chunks(tokens, chunk_len, rows)
+    longest, total = -(-len(tokens) // rows) - 1, len(tokens) - rows
+    context_len = _check_context(model.config, context_len, chunk_len, longest)
+    new_state = _state_maker(model, rows, min(context_len, longest))
+    sums, counts = np.zeros(len(BIN_STARTS)), np.zeros(len(BIN_STARTS), np.int64)
+
+    def read(nll: jax.Array, lengths: np.ndarray, history: int) -> None:
+        """Add the losses `[rows, chunk_len]` of the chunk that starts after so much history."""
+        places = np.arange(nll.shape[1])
+        real = places < lengths[:, None]
+        bins = np.searchsorted(BIN_STARTS, history + places, side="right") - 1
+        bins = np.broadcast_to(bins, real.shape)[real]
+        sums[:] += np.bincount(bins, np.asarray(nll, np.float64)[real], len(sums))
+        counts[:] += np.bincount(bins, minlength=len(sums))
+        if on_progress is not None:
+            on_progress(int(counts.sum()), total)
+
+    state, unread = new_state(), None
+    for i, chunk in enumerate(chunks):
+        history = i * chunk_len % context_len
+        if i and not history:
+            state = new_state()
+        nll, state = _score(model, state, *chunk)
+        if unread is not None:  # the device is busy with this chunk while the last one is read
+            read(*unread)
+        unread = nll, chunk.lengths, history
+    assert unread is not None  # eval_chunks gives one chunk at least
+    read(*unread)
+    ends = np.minimum(BIN_STARTS[1:], min(context_len, longest))
+    return Evaluation(
+        loss=float(sums.sum() / counts.sum()),
+        tokens=int(counts.sum()),
+        by_position=[
+            (int(BIN_STARTS[i]), int(ends[i]), float(sums[i] / counts[i]))
+            for i in np.flatnonzero(counts)
+        ],
+    )
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def _score(
+    model: Model, state: State, inputs: Tokens, targets: Tokens, lengths: PerRow
+) -> tuple[jax.Array, State]:
+    """Losses `[rows, chunk_len]` in nats, meaningless beyond the length of a row; the new state."""
+    features, state, _ = forward(model, state, inputs, lengths=lengths)
+    return token_nll(model, features, targets), state
+
+
+def _check_context(
+    config: ModelConfig, context_len: int | None, chunk_len: int, longest: int
+) -> int:
+    """The number of tokens after which the state starts anew."""
+    if context_len is None:
+        if config.attention == "full" and longest > DEFAULT_CAPACITY:
+            raise ValueError(
+                f"a row has {longest:,} tokens, too many for full attention: "
+                f"give a context_len of {DEFAULT_CAPACITY:,} or less"
+            )
+        return chunk_len * -(-longest // chunk_len)
+    if context_len < 1 or context_len % chunk_len:
+        raise ValueError(
+            f"context_len is {context_len}: it must be a multiple of chunk_len, {chunk_len}"
+        )
+    return context_len
+
+
+def _state_maker(model: Model, rows: int, capacity: int) -> Callable[[], State]:
+    """A function that makes fresh states, on the devices of the model."""
+    full = model.config.attention == "full"
+    make = functools.partial(
+        init_state, model.config, rows, capacity=max(capacity, 1) if full else None
+    )
+    embedding = model.params["embedding"]
+    if not getattr(embedding, "committed", False):
+        return make
+    return lambda: jax.device_put(make(), embedding.sharding)

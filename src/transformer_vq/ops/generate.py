@@ -1,0 +1,396 @@
+"""Sampling as requests: prompts in, tokens out. The host's side of `ops/sample.py`."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from transformer_vq.nn import prob
+from transformer_vq.nn.decode import Decoder
+from transformer_vq.nn.full import FullAttentionState
+from transformer_vq.nn.model import Model, State, init_state
+from transformer_vq.ops.sample import (
+    Controls,
+    Generated,
+    Rows,
+    generate_tokens,
+    prefill,
+    prepare_decoder,
+)
+
+PREFILL_SIZES = (16, 128, 1024)  # tokens a prefill program takes: prompts of any length use these
+STEPS_PER_DISPATCH = 32  # tokens per call of the decoding program
+MAX_STOP_TOKENS = 8  # single tokens that end a request
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a request is sampled. Defaults draw from the model's own distribution.
+
+    Raises `ValueError`, naming the field, the value and the limit, if a value makes no sense.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0  # nucleus; 1: all
+    min_p: float = 0.0  # fraction of the best token's probability; 0: all
+    typical_p: float = 1.0  # locally typical; 1: all
+    repetition_penalty: float = 1.0  # over prompt and output; 1: none
+    presence_penalty: float = 0.0  # over output
+    frequency_penalty: float = 0.0  # over output
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    allowed_tokens: Sequence[int] | None = None  # None: all
+    banned_tokens: Sequence[int] = ()
+    min_tokens: int = 0  # stop tokens cannot be drawn, nor stop sequences end it, before
+    stop: Sequence[int | str | bytes | Sequence[int]] | str | bytes = ()
+    seed: int = 0
+    logprobs: bool = False  # of the tokens drawn, and of the best ones, under the model itself
+
+    def __post_init__(self) -> None:
+        def check(name: str, ok: bool, limit: str) -> None:
+            if not ok:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be {limit}")
+
+        for name, low in (("max_tokens", 1), ("top_k", 0), ("min_tokens", 0)):
+            value = getattr(self, name)
+            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+            check(name, whole and low <= value < 2**31, f"a whole number, {low} or more")
+        check("temperature", 0 <= self.temperature < math.inf, "a finite number, 0 or more")
+        check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
+        check("typical_p", 0 < self.typical_p <= 1, "above 0 and at most 1")
+        check("min_p", 0 <= self.min_p <= 1, "from 0 to 1")
+        check("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number above 0")
+        for name in ("presence_penalty", "frequency_penalty"):
+            check(name, math.isfinite(getattr(self, name)), "a finite number")
+        check("seed", isinstance(self.seed, int | np.integer) and 0 <= self.seed < 2**63,
+              "a whole number from 0 to 2^63 - 1")  # fmt: skip
+        if any(not sequence for sequence in self.stop_sequences()):
+            raise ValueError("a stop sequence is empty: give at least one token")
+        if len(self.stop_tokens()) > MAX_STOP_TOKENS:
+            raise ValueError(
+                f"there are {len(self.stop_tokens())} stop tokens: at most {MAX_STOP_TOKENS} fit"
+            )
+
+    def stop_sequences(self) -> list[tuple[int, ...]]:
+        """Every entry of `stop` as tokens; text as its UTF-8 bytes."""
+        entries = [self.stop] if isinstance(self.stop, str | bytes) else self.stop
+        return [_as_tokens(entry) for entry in entries]
+
+    def stop_tokens(self) -> list[int]:
+        """Stop sequences of one token: these stop on the device."""
+        return [entry[0] for entry in self.stop_sequences() if len(entry) == 1]
+
+
+def _as_tokens(entry: int | str | bytes | Sequence[int]) -> tuple[int, ...]:
+    if isinstance(entry, int | np.integer):
+        return (int(entry),)
+    return tuple(entry.encode() if isinstance(entry, str) else entry)
+
+
+class Token(int):
+    """A token as `stream` yields it: a whole number that knows its request."""
+
+    row: int  # index of the prompt
+    logprob: float | None  # natural logarithm, if `logprobs` was asked for
+    top_logprobs: dict[int, float] | None  # of the most probable tokens, best first
+
+    def __new__(cls, token: int, row: int, logprob=None, top_logprobs=None) -> "Token":
+        self = super().__new__(cls, token)
+        self.row, self.logprob, self.top_logprobs = row, logprob, top_logprobs
+        return self
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams] | None = None,
+    state: State | None = None,
+) -> list[list[int]]:
+    """Continue every prompt: a list of tokens each, without the prompt and without the stop.
+
+    Args:
+      model: from `init_model` or a checkpoint.
+      prompts: tokens of each request; bytes are tokens of a byte model.
+      params: of all requests, or one each. Requests with equal prompt, parameters and seed get
+        equal tokens, whatever else is in the batch.
+      state: what came before the prompts, one row each, or one row that all continue (a fork).
+        With a state, a prompt may be empty. The state itself is left as it is.
+
+    Raises:
+      ValueError: for an empty prompt without a state, a token outside of the vocabulary, numbers
+        of prompts, parameters and states that differ, or tokens beyond a state's capacity.
+    """
+    session = Session(model, prompts, params, state)
+    outputs: list[list[int]] = [[] for _ in prompts]
+    for token in session:
+        outputs[token.row].append(int(token))
+    return outputs
+
+
+def stream(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams] | None = None,
+    state: State | None = None,
+) -> Iterator[Token]:
+    """`generate`, yielding tokens as they come; each is an int that knows its `row`.
+
+    A token that may be the start of a stop sequence comes once it is known not to be.
+    """
+    yield from Session(model, prompts, params, state)
+
+
+class Session:
+    """A batch of requests being decoded. Iterate it for tokens; then `state` is what they left.
+
+    `steps` is how many tokens are decoded between looks at what came; a row that ends at a stop
+    sequence may have consumed up to so many tokens more.
+    """
+
+    def __init__(self, model, prompts, params=None, state=None, *, steps=STEPS_PER_DISPATCH):
+        self.prompts = [list(prompt) for prompt in prompts]
+        self.params = _one_each(params, len(self.prompts))
+        self.model, self.steps = model, steps
+        config = model.config
+        _check_prompts(self.prompts, self.params, config.vocab_size, state)
+        need = max(
+            len(prompt) + p.max_tokens for prompt, p in zip(self.prompts, self.params, strict=True)
+        )
+        batch = _next_power_of_two(len(self.prompts))  # few compiled shapes serve all batches
+        if state is None:
+            capacity = max(256, _next_power_of_two(need)) if config.attention == "full" else None
+            self._state = init_state(config, batch, capacity=capacity)
+        else:
+            self._state = _fork(state, len(self.prompts), batch, need)
+        self._decoder = _decoder(model, self._state)
+
+    @property
+    def state(self) -> State:
+        """State of the requests, one row each, after all that was yielded."""
+        rows = len(self.prompts)
+        return jax.tree.map(lambda x: x[:rows], self._state)
+
+    def read_prompts(self) -> None:
+        """Consume the prompts, in pieces of a few fixed sizes."""
+        batch = self._state.position.shape[0]
+        done = 0
+        longest = max(map(len, self.prompts))
+        while done < longest:
+            left = longest - done
+            size = next((n for n in PREFILL_SIZES if n >= left), PREFILL_SIZES[-1])
+            tokens, lengths = np.zeros((batch, size), np.int32), np.zeros(batch, np.int32)
+            for row, prompt in enumerate(self.prompts):
+                piece = prompt[done : done + size]
+                tokens[row, : len(piece)], lengths[row] = piece, len(piece)
+            self._state = prefill(self.model, self._state, tokens, lengths)
+            done += size
+
+    def __iter__(self) -> Iterator[Token]:
+        self.read_prompts()
+        rows = self._rows()
+        controls = _controls(self.params, rows.active.shape[0], self.model.config.vocab_size)
+        outputs = [_Output(row, p) for row, p in enumerate(self.params)]
+        with_logprobs = any(p.logprobs for p in self.params)
+        active = np.array(rows.active)
+        while active.any():
+            rows, new = generate_tokens(
+                self._decoder, controls, rows, steps=self.steps, with_logprobs=with_logprobs
+            )
+            self._state = rows.state
+            new = jax.device_get(new)
+            active = np.array(rows.active)
+            for step in range(new.tokens.shape[1]):
+                for output in outputs:
+                    if step < new.lengths[output.row]:
+                        yield from output.push(new, step)
+            for output in outputs:
+                if output.ended:
+                    active[output.row] = False
+                elif not active[output.row]:
+                    yield from output.flush()
+            rows = dataclasses.replace(rows, active=jnp.asarray(active))
+
+    def _rows(self) -> Rows:
+        batch, vocab = self._state.position.shape[0], self.model.config.vocab_size
+        seen = np.zeros((batch, vocab), bool)
+        remaining = np.zeros(batch, np.int32)
+        for row, (prompt, p) in enumerate(zip(self.prompts, self.params, strict=True)):
+            seen[row, prompt] = True
+            remaining[row] = p.max_tokens
+        return Rows(
+            state=self._state,
+            prompt=jnp.asarray(seen),
+            counts=jnp.zeros((batch, vocab), jnp.int32),
+            generated=jnp.zeros(batch, jnp.int32),
+            remaining=jnp.asarray(remaining),
+            active=jnp.asarray(remaining > 0),
+        )
+
+
+class _Output:
+    """The tokens of one request on their way out: ends at stop sequences, holds back beginnings."""
+
+    def __init__(self, row: int, params: SamplingParams):
+        self.row, self.params = row, params
+        self.stops = [stop for stop in params.stop_sequences() if len(stop) > 1]
+        self.held: list[Token] = []
+        self.seen = 0
+        self.ended = False
+
+    def push(self, new: Generated, step: int) -> Iterator[Token]:
+        """Take the row's token of this step; yield what is certain to be output."""
+        if self.ended:
+            return
+        self.held.append(self._token(new, step))
+        self.seen += 1
+        for stop in self.stops:
+            if self.seen > self.params.min_tokens and self._tail(len(stop)) == stop:
+                del self.held[-len(stop) :]
+                self.ended = True
+                yield from self.flush()
+                return
+        keep = max(map(self._overlap, self.stops), default=0)
+        ready = len(self.held) - keep
+        yield from self.held[:ready]
+        del self.held[:ready]
+
+    def flush(self) -> Iterator[Token]:
+        """Yield what was held back."""
+        yield from self.held
+        self.held = []
+
+    def _tail(self, length: int) -> tuple[int, ...]:
+        return tuple(self.held[-length:])
+
+    def _overlap(self, stop: tuple[int, ...]) -> int:
+        """Length of the longest end of what is held that begins this stop sequence."""
+        lengths = range(min(len(stop) - 1, len(self.held)), 0, -1)
+        return next((n for n in lengths if self._tail(n) == stop[:n]), 0)
+
+    def _token(self, new: Generated, step: int) -> Token:
+        token, row = new.tokens[self.row, step], self.row
+        if not self.params.logprobs:
+            return Token(token, row)
+        best = zip(new.top_tokens[row, step], new.top_logprobs[row, step], strict=True)
+        return Token(
+            token, row, float(new.logprobs[row, step]), {int(t): float(p) for t, p in best}
+        )
+
+
+def _one_each(params, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    params = list(params)
+    if len(params) != count:
+        raise ValueError(
+            f"there are {len(params)} params for {count} prompts: give one, or {count}"
+        )
+    return params
+
+
+def _check_prompts(
+    prompts: list[list[int]],
+    params: list[SamplingParams],
+    vocab_size: int,
+    state: State | None,
+) -> None:
+    if not prompts:
+        raise ValueError("there are no prompts: give at least one")
+    for row, prompt in enumerate(prompts):
+        if not prompt and (state is None or int(state.position.min()) == 0):
+            raise ValueError(
+                f"prompt {row} is empty and there is no state to continue: give at least one token"
+            )
+    named = [(f"prompt {row}", prompt) for row, prompt in enumerate(prompts)]
+    for p in {id(p): p for p in params}.values():
+        named += [("stop", s) for s in p.stop_sequences()]
+        named += [("logit_bias", list(p.logit_bias)), ("banned_tokens", p.banned_tokens)]
+        if p.allowed_tokens is not None:
+            named.append(("allowed_tokens", p.allowed_tokens))
+            if not set(p.allowed_tokens) - set(p.banned_tokens):
+                raise ValueError("no token is allowed: allow at least one that is not banned")
+        elif len(set(p.banned_tokens)) >= vocab_size:
+            raise ValueError("every token is banned: leave at least one")
+    for name, tokens in named:
+        bad = next((t for t in tokens if not 0 <= t < vocab_size), None)
+        if bad is not None:
+            raise ValueError(
+                f"{name} has the token {bad}, outside of the vocabulary: tokens go from 0 to "
+                f"{vocab_size - 1}"
+            )
+
+
+def _fork(state: State, rows: int, batch: int, need: int) -> State:
+    """A copy of the state, one row per request (a single row serves all), padded to the batch."""
+    given = state.position.shape[0]
+    if given not in (1, rows):
+        raise ValueError(f"the state has {given} rows for {rows} prompts: 1 or {rows} are needed")
+    cache = state.units[0]
+    if isinstance(cache, FullAttentionState):
+        end = int(state.position.max()) + need
+        if end > cache.capacity:
+            raise ValueError(
+                f"prompt and output would reach {end} tokens, and this state of full attention "
+                f"holds {cache.capacity}: make one with a larger capacity"
+            )
+    index = np.zeros(batch, np.int32)
+    if given > 1:
+        index[:rows] = np.arange(rows)
+    return jax.tree.map(lambda x: jnp.take(x, index, axis=0), state)
+
+
+def _controls(params: list[SamplingParams], batch: int, vocab_size: int) -> Controls:
+    """The parameters as arrays; rows that pad the batch get those of the first request."""
+    params = params + params[:1] * (batch - len(params))
+
+    def column(name: str, dtype=np.float32) -> jax.Array:
+        return jnp.asarray([min(getattr(p, name), 2**31 - 1) for p in params], dtype)
+
+    stops = np.full((batch, MAX_STOP_TOKENS), -1, np.int32)
+    bias = np.zeros((batch, vocab_size), np.float32)
+    for row, p in enumerate(params):
+        single = p.stop_tokens()
+        stops[row, : len(single)] = single
+        for token, value in p.logit_bias.items():
+            bias[row, token] = value
+        if p.allowed_tokens is not None:
+            banned = np.setdiff1d(np.arange(vocab_size), np.asarray(p.allowed_tokens, np.int64))
+            bias[row, banned] = prob.REMOVED
+        bias[row, list(p.banned_tokens)] = prob.REMOVED
+    return Controls(
+        key=jnp.asarray([(p.seed >> 32, p.seed & 0xFFFFFFFF) for p in params], jnp.uint32),
+        temperature=column("temperature"),
+        top_k=column("top_k", np.int32),
+        top_p=column("top_p"),
+        min_p=column("min_p"),
+        typical_p=column("typical_p"),
+        repetition_penalty=column("repetition_penalty"),
+        presence_penalty=column("presence_penalty"),
+        frequency_penalty=column("frequency_penalty"),
+        bias=jnp.asarray(bias),
+        stop_tokens=jnp.asarray(stops),
+        min_tokens=column("min_tokens", np.int32),
+    )
+
+
+def _next_power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+_decoders: WeakKeyDictionary[Model, dict[int, Decoder]] = WeakKeyDictionary()
+
+
+def _decoder(model: Model, state: State) -> Decoder:
+    """The prepared model, made once for each model and kept while the model lives."""
+    cache = state.units[0]
+    capacity = cache.capacity if isinstance(cache, FullAttentionState) else 0
+    prepared = _decoders.setdefault(model, {})
+    if capacity not in prepared:
+        prepared[capacity] = prepare_decoder(model, state)
+    return prepared[capacity]

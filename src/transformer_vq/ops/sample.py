@@ -1,0 +1,234 @@
+"""The compiled programs of sampling: many decoding steps in one, for a batch of requests.
+
+A step is the same everywhere: take the logits in the state, apply each row's controls, draw a token
+with the row's own key, consume it. Rows never meet, so a request's tokens depend on its prompt, its
+parameters and its seed alone. Requests are handled on the host, in `ops/generate.py`.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from transformer_vq import sharding
+from transformer_vq.nn import prob
+from transformer_vq.nn.decode import Decoder, decode_step, prepare
+from transformer_vq.nn.layers import as_key
+from transformer_vq.nn.model import Model, State, forward, init_state
+
+TOP_LOGPROBS = 20  # alternatives reported with log-probabilities
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Controls:
+    """How each row is sampled: arrays, so that no value causes a compilation."""
+
+    key: jax.Array  # uint32 [B, 2]: raw key of the row's seed
+    temperature: jax.Array  # [B]; this and the next are float32 unless noted
+    top_k: jax.Array  # int32 [B]
+    top_p: jax.Array  # [B]
+    min_p: jax.Array  # [B]
+    typical_p: jax.Array  # [B]
+    repetition_penalty: jax.Array  # [B]
+    presence_penalty: jax.Array  # [B]
+    frequency_penalty: jax.Array  # [B]
+    bias: jax.Array  # [B, vocab]: added to the logits; prob.REMOVED for banned tokens
+    stop_tokens: jax.Array  # int32 [B, stops]; -1 where there is none
+    min_tokens: jax.Array  # int32 [B]: no stop token before so many
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rows:
+    """Requests in flight."""
+
+    state: State
+    prompt: jax.Array  # bool [B, vocab]: tokens seen in the prompt
+    counts: jax.Array  # int32 [B, vocab]: how often each token was generated
+    generated: jax.Array  # int32 [B]
+    remaining: jax.Array  # int32 [B]: tokens left to generate
+    active: jax.Array  # bool [B]
+
+
+class Generated(NamedTuple):
+    """What one dispatch generated: row b has `lengths[b]` new tokens, at the start of its row."""
+
+    tokens: jax.Array  # int32 [B, steps]
+    lengths: jax.Array  # int32 [B]
+    logprobs: jax.Array  # float32 [B, steps]: of the tokens, under the model (no controls)
+    top_tokens: jax.Array  # int32 [B, steps, TOP_LOGPROBS or fewer]; [B, steps, 0] unless asked
+    top_logprobs: jax.Array  # float32, same shape
+
+
+def controlled_logits(logits: jax.Array, controls: Controls, rows: Rows) -> jax.Array:
+    """Logits `[B, vocab]` after every control, in the order that Hugging Face applies them.
+
+    A filter that no row uses is skipped at run time; one that some rows use leaves the others'
+    logits as they are, to the bit.
+    """
+
+    def when(used: jax.Array, method, logits: jax.Array, value: jax.Array) -> jax.Array:
+        return jax.lax.cond(jnp.any(used), method, lambda logits, _: logits, logits, value)
+
+    early = rows.generated < controls.min_tokens
+    vocab = jnp.arange(logits.shape[-1])
+    is_stop = jnp.any(controls.stop_tokens[:, :, None] == vocab, axis=1)
+    logits = jnp.where(early[:, None] & is_stop, prob.REMOVED, logits + controls.bias)
+    seen = rows.prompt | (rows.counts > 0)
+    logits = prob.repetition_penalty(logits, seen, controls.repetition_penalty)
+    logits = prob.presence_and_frequency(
+        logits, rows.counts, controls.presence_penalty, controls.frequency_penalty
+    )
+    logits = prob.temperature(logits, controls.temperature)
+    logits = when(controls.top_k > 0, prob.top_k, logits, controls.top_k)
+    logits = when(controls.typical_p < 1, prob.typical, logits, controls.typical_p)
+    logits = when(controls.top_p < 1, prob.nucleus, logits, controls.top_p)
+    return prob.min_p(logits, controls.min_p)
+
+
+def draw_at(keys: jax.Array, position: jax.Array, logits: jax.Array) -> jax.Array:
+    """A token per row, from the row's key and its position in the sequence.
+
+    So a run that continues from a saved state draws what an unbroken run draws.
+    """
+    fold = jax.vmap(lambda key, i: jax.random.fold_in(jax.random.wrap_key_data(key), i))
+    return prob.draw(fold(keys, position), logits)
+
+
+@functools.partial(jax.jit, static_argnames=("steps", "with_logprobs"), donate_argnames="rows")
+def generate_tokens(
+    decoder: Decoder, controls: Controls, rows: Rows, *, steps: int, with_logprobs: bool
+) -> tuple[Rows, Generated]:
+    """Up to `steps` tokens for every active row, in one program; ends early when none is left.
+
+    A row ends at `remaining` tokens, or at a stop token, which is neither returned nor consumed.
+    All other tokens are consumed, so `rows.state` is ready for what comes after them.
+    """
+    batch, vocab = rows.counts.shape
+    tops = min(TOP_LOGPROBS, vocab) if with_logprobs else 0
+    out = Generated(
+        tokens=jnp.zeros((batch, steps), jnp.int32),
+        lengths=jnp.zeros(batch, jnp.int32),
+        logprobs=jnp.zeros((batch, steps), jnp.float32),
+        top_tokens=jnp.zeros((batch, steps, tops), jnp.int32),
+        top_logprobs=jnp.zeros((batch, steps, tops), jnp.float32),
+    )
+
+    def step(carry: tuple[jax.Array, Rows, Generated]):
+        i, rows, out = carry
+        state = rows.state
+        logits = controlled_logits(state.logits, controls, rows)
+        token = draw_at(controls.key, state.position, logits)
+        stops = jnp.any(token[:, None] == controls.stop_tokens, axis=1)
+        taken = rows.active & ~stops
+        out = out._replace(tokens=out.tokens.at[:, i].set(token), lengths=out.lengths + taken)
+        if with_logprobs:
+            logprobs = jax.nn.log_softmax(state.logits).astype(jnp.float32)
+            chosen = jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
+            top_logprobs, top_tokens = jax.lax.top_k(logprobs, tops)
+            out = out._replace(
+                logprobs=out.logprobs.at[:, i].set(chosen),
+                top_tokens=out.top_tokens.at[:, i].set(top_tokens),
+                top_logprobs=out.top_logprobs.at[:, i].set(top_logprobs),
+            )
+        remaining = rows.remaining - taken
+        rows = Rows(
+            state=decode_step(decoder, state, token, taken),
+            prompt=rows.prompt,
+            counts=rows.counts.at[jnp.arange(batch), token].add(taken.astype(jnp.int32)),
+            generated=rows.generated + taken,
+            remaining=remaining,
+            active=taken & (remaining > 0),
+        )
+        return i + 1, rows, out
+
+    def unfinished(carry: tuple[jax.Array, Rows, Generated]) -> jax.Array:
+        i, rows, _ = carry
+        return (i < steps) & jnp.any(rows.active)
+
+    _, rows, out = jax.lax.while_loop(unfinished, step, (jnp.int32(0), rows, out))
+    return rows, out
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def prefill(model: Model, state: State, tokens: jax.Array, lengths: jax.Array) -> State:
+    """Consume a piece of every row's prompt, `[B, T]`, block-parallel."""
+    _, state, _ = forward(model, state, tokens, lengths=lengths)
+    return state
+
+
+prepare_decoder = jax.jit(prepare)
+
+
+# The classic operation.
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """What `sample_op` draws. Hashable: a static argument."""
+
+    global_batch_size: int  # sequences, over all devices
+    sequence_len: int  # tokens in each
+    p_nucleus: float = 1.0  # mass of the nucleus
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch_size", "sequence_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if not 0.0 < self.p_nucleus <= 1.0:
+            raise ValueError(f"p_nucleus is {self.p_nucleus}: it must be above 0 and at most 1")
+
+
+def sample_op(config: SampleConfig, eos_id: int, model: Model, key: Any) -> jax.Array:
+    """Sequences from nothing: int32 `[global_batch_size, sequence_len]`, spread over all devices.
+
+    Every row starts from `eos_id` (not returned) and draws `sequence_len` tokens from the nucleus;
+    its document id grows at each `eos_id` it draws. Rows do not depend on the number of devices,
+    up to float rounding. `key`: a JAX key, raw key data (JAX or numpy) or a whole number.
+
+    Raises `ValueError` if the batch is no multiple of the number of devices, or `eos_id` no token.
+    """
+    mesh = sharding.data_mesh()
+    sharding.require_divisible(config.global_batch_size, mesh, "global_batch_size")
+    if not 0 <= eos_id < model.config.vocab_size:
+        raise ValueError(f"eos_id is {eos_id}: tokens go from 0 to {model.config.vocab_size - 1}")
+    key_data = jax.random.key_data(as_key(key))
+    model, key_data = jax.device_put((model, key_data), sharding.replicated(mesh))
+    return _sample_sequences(config, int(eos_id), mesh, model, key_data)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _sample_sequences(config, eos_id, mesh, model, key_data):
+    def per_device(model: Model, key_data: jax.Array, row: jax.Array) -> jax.Array:
+        batch = row.shape[0]
+        key = jax.random.wrap_key_data(key_data)
+        keys = jax.vmap(lambda i: jax.random.key_data(jax.random.fold_in(key, i)))(row)
+        full = model.config.attention == "full"
+        state = init_state(model.config, batch, capacity=config.sequence_len if full else None)
+        decoder = prepare(model, state)
+
+        def step(carry, position):
+            state, token, document = carry
+            state = decode_step(decoder, state, token, None, document)
+            logits = prob.nucleus(state.logits, config.p_nucleus)
+            token = draw_at(keys, jnp.broadcast_to(position, batch), logits)
+            return (state, token, document + (token == eos_id)), token
+
+        start = (state, jnp.full(batch, eos_id, jnp.int32), jnp.zeros(batch, jnp.int32))
+        _, tokens = jax.lax.scan(step, start, jnp.arange(config.sequence_len))
+        return tokens.T
+
+    rows = jnp.arange(config.global_batch_size)
+    everywhere, by_row = PartitionSpec(), PartitionSpec("data")
+    program = jax.shard_map(
+        per_device,
+        mesh=mesh,
+        in_specs=(everywhere, everywhere, by_row),
+        out_specs=by_row,
+        check_vma=False,  # rows are independent: nothing to check between devices
+    )
+    return program(model, key_data, rows)

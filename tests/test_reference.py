@@ -1,0 +1,398 @@
+"""Linear equals quadratic: `extend` against the plain oracle, in values and in gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from transformer_vq import Model, ModelConfig, extend, init_model, init_state
+from transformer_vq.nn import vq
+from transformer_vq.nn.model import forward
+from transformer_vq.nn.reference import reference_logits
+
+BATCH, LENGTH = 3, 29
+TOLERANCE = 1e-10
+DOUBLE = dict.fromkeys(("compute_dtype", "param_dtype", "state_dtype"), "float64")
+SINGLE = dict.fromkeys(("compute_dtype", "param_dtype", "state_dtype"), "float32")
+
+
+def make_config(head_type="shga", **fields):
+    """Two units, tiny, float64. Most sizes are odd, and none is equal to another."""
+    sizes = dict(vocab_size=13, d_model=8, d_k=4, d_v=6, codebook_size=5)
+    layers = 1 if head_type == "shga" else 2
+    return ModelConfig(**{**sizes, "head_type": head_type, "num_layers": layers, **DOUBLE, **fields})
+
+
+CONFIGS = {
+    "gated": make_config(window_len=3, block_len=4),
+    "two_gated_heads": make_config(window_len=5, block_len=3, num_heads=2),
+    "no_window_single_blocks": make_config(window_len=0, block_len=1),
+    "no_window_one_code": make_config("mqa", window_len=0, block_len=6, codebook_size=1),
+    "block_beyond_the_text": make_config(window_len=2, block_len=64, final_norm=False),
+    "window_beyond_the_text": make_config("mha", window_len=40, block_len=7),
+    "no_cache": make_config("mqa", window_len=4, block_len=3, use_cache=False),
+    "documents": make_config(window_len=2, block_len=5, reset_at_document=True),
+    "documents_positions": make_config(
+        "mqa", window_len=3, block_len=4, reset_at_document=True, absolute_positions=True
+    ),
+    "documents_no_cache": make_config(
+        "mha", window_len=6, block_len=4, reset_at_document=True, use_cache=False
+    ),
+    "positions_tied": make_config(
+        "mha",
+        window_len=7,
+        block_len=5,
+        absolute_positions=True,
+        max_wavelength=50.0,
+        tie_embeddings=True,
+        logit_scale=0.3,
+    ),
+    "tied_no_final_norm": make_config(
+        window_len=1, block_len=2, num_heads=2, tie_embeddings=True, final_norm=False
+    ),
+    "full": make_config(attention="full", absolute_positions=True),
+    "full_documents": make_config("mqa", attention="full", reset_at_document=True),
+}
+
+
+def random_model(config, seed=0):
+    """No array of the model is at its initial value; some codes are used less than 0.01."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: init_model(config, 0))
+
+    def draw(path, leaf):
+        name = path[-1].key
+        x = rng.normal(size=leaf.shape)
+        if name == "gain":
+            x = 1 + 0.3 * x
+        elif name.startswith("w_"):
+            x = x * leaf.shape[-2] ** -0.5
+        elif name == "position_scale":
+            x = 0.7
+        elif name != "embedding":
+            x = 0.5 * x
+        return jnp.asarray(x, leaf.dtype)
+
+    params = jax.tree_util.tree_map_with_path(draw, shapes.params)
+    sums = shapes.codebook["sum"]
+    count = np.exp(rng.normal(size=sums.shape[:-1]))
+    count[..., 1::3] = 0.004  # its codeword is its sum over 0.01
+    words = config.d_k**-0.25 * rng.normal(size=sums.shape)
+    codebook = {"sum": words * np.maximum(count, 0.01)[..., None], "count": count}
+    codebook = jax.tree.map(lambda x: jnp.asarray(x, sums.dtype), codebook)
+    return Model(params=params, codebook=codebook, config=config)
+
+
+def random_inputs(config, seed=0, batch=BATCH, length=LENGTH):
+    """Tokens, document ids that grow (documents of 1 token too, and an id that is skipped), and
+    a cotangent of the logits."""
+    rng = np.random.default_rng([seed, 1])
+    tokens = rng.integers(0, config.vocab_size, (batch, length)).astype(np.int32)
+    steps = rng.choice([0, 1, 2], p=[0.8, 0.15, 0.05], size=(batch, length))
+    steps[0] *= np.arange(length) == length // 2  # one row with long documents
+    document_ids = np.cumsum(steps, axis=1).astype(np.int32)
+    cotangent = rng.normal(size=(batch, length, config.vocab_size))
+    return tokens, document_ids, cotangent
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_reference(config, params, codebook, tokens, document_ids, cotangent):
+    def logits(params):
+        return reference_logits(params, codebook, config, tokens, document_ids)[0]
+
+    value, pull_back = jax.vjp(logits, params)
+    return value, pull_back(cotangent)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_extend(config, params, codebook, tokens, document_ids, cotangent):
+    """The same of `extend`."""
+    batch, length = tokens.shape
+    capacity = length if config.attention == "full" else None
+
+    def logits(params):
+        model = Model(params=params, codebook=codebook, config=config)
+        state = init_state(config, batch, capacity=capacity)
+        return extend(model, state, tokens, document_ids=document_ids)[0]
+
+    value, pull_back = jax.vjp(logits, params)
+    return value, pull_back(cotangent)[0]
+
+
+def close(actual, expected, tolerance=TOLERANCE):
+    """Trees of arrays, array by array: relative to its largest entry, or absolute below 1."""
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    )
+    for (path, a), b in pairs:
+        a, b = np.asarray(a), np.asarray(b)
+        assert a.shape == b.shape, path
+        limit = tolerance * max(1.0, np.abs(b).max())
+        np.testing.assert_allclose(
+            a, b, rtol=0, atol=limit, err_msg=jax.tree_util.keystr(path)
+        )
+
+
+def far(actual, expected):
+    """Not a matter of rounding."""
+    with pytest.raises(AssertionError):
+        close(actual, expected, 1e-4)
+
+
+@pytest.fixture
+def double():
+    with jax.enable_x64(True):
+        yield
+
+
+def check(config, seed=0, batch=BATCH, length=LENGTH):
+    model = random_model(config, seed)
+    inputs = random_inputs(config, seed, batch, length)
+    logits, grads = run_extend(config, model.params, model.codebook, *inputs)
+    expected, expected_grads = run_reference(config, model.params, model.codebook, *inputs)
+    assert logits.dtype == jnp.float64
+    close(logits, expected)
+    close(grads, expected_grads)
+    return model, inputs, expected, expected_grads
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_values_and_gradients(name, double):
+    config = CONFIGS[name]
+    model, inputs, logits, grads = check(config)
+    # Every parameter takes part. (u counts alike for every key where there is one code.)
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        if not (config.codebook_size == 1 and path[-1].key in ("u", "w_k", "w_q")):
+            assert np.abs(grad).max() > 1e-4, path
+    # Controls: other codewords, or other position biases for full attention; other documents.
+    params, codebook = model.params, model.codebook
+    if config.attention == "full" or config.codebook_size == 1:
+        params = {**params, "units": {**params["units"], "w_r": params["units"]["w_r"] * 1.01}}
+    else:
+        codebook = {**codebook, "count": codebook["count"] * 1.01}
+    other = run_reference(config, params, codebook, *inputs)
+    if config.window_len or config.attention == "full":
+        far(other[0], logits)
+        far(other[1], grads)
+    if config.reset_at_document:
+        tokens, document_ids, cotangent = inputs
+        one = np.zeros_like(document_ids)
+        other = run_reference(config, model.params, model.codebook, tokens, one, cotangent)
+        far(other[0], logits)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(window_len=4),
+        dict(window_len=2),
+        dict(use_cache=False),
+        dict(reset_at_document=False),
+        dict(attention="full"),
+        dict(absolute_positions=False),
+        dict(max_wavelength=99_000.0),
+        dict(final_norm=False),
+        dict(tie_embeddings=True),
+        dict(logit_scale=1.001),
+    ],
+    ids=lambda change: "-".join(change),
+)
+def test_each_switch_matters(change, double):
+    """The oracle of a neighbouring configuration gives something else."""
+    config = CONFIGS["documents_positions"]
+    model, (tokens, document_ids, _) = random_model(config), random_inputs(config)
+    logits = values(config)
+    params = model.params
+    if "absolute_positions" in change:
+        params = {k: v for k, v in params.items() if k != "position_scale"}
+    other, _ = reference_logits(
+        params, model.codebook, config.replace(**change), tokens, document_ids
+    )
+    far(other, logits)
+
+
+@functools.cache
+def values(config):
+    model, (tokens, document_ids, _) = random_model(config), random_inputs(config)
+    return reference_logits(model.params, model.codebook, config, tokens, document_ids)[0]
+
+
+def test_block_len_moves_gradients_only(double):
+    """The reach of gradients depends on the blocks; the oracle of other blocks tells."""
+    config = CONFIGS["gated"]
+    model, inputs = random_model(config), random_inputs(config)
+    logits, grads = run_extend(config, model.params, model.codebook, *inputs)
+    other = run_reference(config.replace(block_len=7), model.params, model.codebook, *inputs)
+    close(logits, other[0])
+    far(grads["units"]["w_k"], other[1]["units"]["w_k"])
+
+
+@st.composite
+def any_case(draw):
+    head_type = draw(st.sampled_from(["shga", "mqa", "mha"]))
+    fields = dict(
+        num_heads=draw(st.integers(1, 3)),
+        d_k=draw(st.integers(1, 5)),
+        d_v=draw(st.integers(1, 5)),
+        codebook_size=draw(st.integers(1, 7)),
+        window_len=draw(st.integers(0, 20)),
+        block_len=draw(st.integers(1, 20)),
+        attention=draw(st.sampled_from(["vq", "vq", "vq", "full"])),
+        max_wavelength=draw(st.sampled_from([10.0, 1e5])),
+        logit_scale=draw(st.sampled_from([0.01, 1.0])),
+    )
+    for name in (
+        "use_cache",
+        "reset_at_document",
+        "absolute_positions",
+        "tie_embeddings",
+        "final_norm",
+    ):
+        fields[name] = draw(st.booleans())
+    config = make_config(head_type, **fields)
+    return config, draw(st.integers(0, 99)), draw(st.integers(1, 3)), draw(st.integers(2, 40))
+
+
+@pytest.mark.slow
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
+@given(any_case())
+def test_any_configuration(case):
+    with jax.enable_x64(True):
+        check(*case)
+
+
+# The reach of gradients, seen from outside.
+
+
+def test_straight_through_reach(double):
+    """A key's gradient comes from queries whose block's window holds it, and from no other.
+
+    Keys are read from features of their own, and move without moving the norm of the features: so
+    the logits of query t change with the key of token j only through its score.
+    """
+    length, window, block = 13, 3, 4
+    config = make_config(
+        "mha", num_layers=1, num_heads=1, window_len=window, block_len=block, final_norm=False
+    )
+    model = random_model(config, seed=3)
+    units = dict(model.params["units"])
+    half = np.arange(config.d_model) < config.d_model // 2
+    units["w_k"] = units["w_k"] * half[:, None]
+    units["w_q"], units["w_v"] = (units[name] * ~half[:, None] for name in ("w_q", "w_v"))
+    units["norm"] = jax.tree.map(jnp.zeros_like, units["norm"])
+    units["norm"]["gain"] += 1.0
+    embedding = np.array(model.params["embedding"])
+    rng = np.random.default_rng(0)
+    moves = rng.normal(size=embedding.shape) * half
+    keys = embedding * half  # a token's move is orthogonal to it: its norm stays, to first order
+    moves -= keys * (moves * keys).sum(1, keepdims=True) / (keys * keys).sum(1, keepdims=True)
+    mix = rng.normal(size=config.vocab_size)
+    tokens = np.arange(length, dtype=np.int32)[None]
+
+    def outputs(size):
+        params = {**model.params, "units": units, "embedding": embedding + size[:, None] * moves}
+        moved = Model(params=params, codebook=model.codebook, config=config)
+        return extend(moved, init_state(config, 1), tokens)[0][0] @ mix
+
+    gradient = np.abs(jax.jit(jax.jacfwd(outputs))(jnp.zeros(config.vocab_size)))[:, :length]
+    t, j = np.arange(length)[:, None], np.arange(length)
+    reached = (j < t) & (j >= t // block * block - window)
+    assert (gradient[reached] > 1e-8).all()
+    assert (gradient[~reached & (j != t)] < 1e-15).all()
+    assert ((j < t - window) & reached).any()  # further than the query's own window
+    assert ((j < t) & ~reached).any()
+
+
+@pytest.mark.parametrize("name", ["two_gated_heads", "documents_positions"])
+def test_grad_through_cache_off(name, double):
+    """Values stay; gradients are those of blocks whose past is a constant."""
+    config = CONFIGS[name]
+    off = config.replace(grad_through_cache=False)
+    model, inputs = random_model(config), random_inputs(config)
+    logits, grads = run_extend(config, model.params, model.codebook, *inputs)
+    off_logits, off_grads = run_extend(off, model.params, model.codebook, *inputs)
+    close(off_logits, logits)
+    far(off_grads["units"]["w_v"], grads["units"]["w_v"])
+
+    # LENGTH is no multiple of a block; a block of one token has a path of its own.
+    tokens, document_ids, cotangent = inputs
+    end = LENGTH // config.block_len * config.block_len
+    tokens, document_ids, cotangent = tokens[:, :end], document_ids[:, :end], cotangent[:, :end]
+
+    @jax.jit
+    def by_blocks(params):
+        def logits(params):
+            model_ = Model(params=params, codebook=model.codebook, config=config)
+            state, parts = init_state(config, BATCH), []
+            for start in range(0, end, config.block_len):
+                part = slice(start, start + config.block_len)
+                state = jax.lax.stop_gradient(state)
+                part, state = extend(
+                    model_, state, tokens[:, part], document_ids=document_ids[:, part]
+                )
+                parts.append(part)
+            return jnp.concatenate(parts, axis=1)
+
+        return jax.vjp(logits, params)[1](cotangent)[0]
+
+    _, off_grads = run_extend(
+        off, model.params, model.codebook, tokens, document_ids, cotangent
+    )
+    close(off_grads, by_blocks(model.params))
+
+
+@pytest.mark.parametrize("name", ["two_gated_heads", "no_cache", "positions_tied"])
+def test_commitment(name, double):
+    """The sum of |k - C_z|^2 and its gradient, for tokens of weight 1."""
+    config = CONFIGS[name]
+    model, (tokens, _, _) = random_model(config), random_inputs(config)
+
+    def ours(params, codebook, weight=1.0):
+        model = Model(params=params, codebook=codebook, config=config)
+        weights = jnp.full(tokens.shape, weight)
+        return forward(model, init_state(config, BATCH), tokens, weights=weights)[2].commitment
+
+    def oracle(params, codebook):
+        return reference_logits(params, codebook, config, tokens)[1]
+
+    value, grads = jax.jit(jax.value_and_grad(ours))(model.params, model.codebook)
+    expected, expected_grads = jax.jit(jax.value_and_grad(oracle))(model.params, model.codebook)
+    close(value, expected)
+    close(grads, expected_grads)
+    assert value > 1.0 and np.abs(grads["units"]["w_k"]).max() > 0.1
+
+
+def test_codeword_of_a_rare_code(double):
+    codebook = {"sum": jnp.array([[2.0], [0.002]]), "count": jnp.array([4.0, 0.001])}
+    close(vq.codewords(codebook), np.array([[0.5], [0.2]]))
+
+
+# Other precisions.
+
+
+@pytest.mark.parametrize("name", ["two_gated_heads", "documents_positions", "full"])
+def test_single_precision(name):
+    """The same model in float32: rounding apart, the same logits and gradients."""
+    config = CONFIGS[name]
+    with jax.enable_x64(True):
+        model, inputs = random_model(config), random_inputs(config)
+        expected = run_reference(config, model.params, model.codebook, *inputs)
+    with jax.enable_x64(False):
+        to_single = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float32))
+        params, codebook, expected = map(to_single, (model.params, model.codebook, expected))
+        tokens, document_ids, cotangent = inputs
+        logits, grads = run_extend(
+            config.replace(**SINGLE),
+            params,
+            codebook,
+            tokens,
+            document_ids,
+            np.float32(cotangent),
+        )
+        assert logits.dtype == jnp.float32
+        close(logits, expected[0], 2e-5)
+        close(grads, expected[1], 2e-4)
