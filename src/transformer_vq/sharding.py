@@ -7,8 +7,8 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
-def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of one axis, `data`, over `devices`: all of them by default."""
+def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of one axis, `data`, over these JAX devices: all of them by default."""
     devices = jax.devices() if devices is None else devices
     return jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=tuple(devices))
 

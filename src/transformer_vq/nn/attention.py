@@ -268,8 +268,9 @@ def attend_step(
     old_code = codes[rows, heads_of, slot]
     mean_row = ring + old_code
     both = jnp.stack([jnp.broadcast_to(slot, old_code.shape), mean_row], axis=-1)  # [B, G, 2]
-    old = values[rows[..., None], heads_of[..., None], both]
-    old_value, old_mean = wide(old[:, :, 0]), wide(old[:, :, 1])
+    # One read of two rows, one write of two rows: anything else makes XLA copy the table.
+    old = wide(values[rows[..., None], heads_of[..., None], both])
+    old_value, old_mean = old[:, :, 0], old[:, :, 1]
     count = counts[rows, heads_of, old_code] + leaves.astype(jnp.int32)
     step = leaves / jnp.maximum(count, 1).astype(old_mean.dtype)
     new_mean = old_mean + (old_value - old_mean) * step[..., None]

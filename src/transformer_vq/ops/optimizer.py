@@ -56,8 +56,8 @@ def decayed(config: ModelConfig) -> Params:
 
 
 def _in_wide_precision(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return inner.update(jax.tree.map(wide, grads), state, jax.tree.map(wide, params))
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return inner.update(jax.tree.map(wide, updates), state, jax.tree.map(wide, params))
 
     return optax.GradientTransformation(
         lambda params: inner.init(jax.tree.map(wide, params)), update

@@ -25,7 +25,7 @@ Metrics = dict[str, jax.Array]  # float32 scalars
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainState:
     """All that changes in training. Random keys and the place in the data follow from `step`."""
 
@@ -48,8 +48,8 @@ def init_train_state(config: ModelConfig, train: TrainConfig) -> TrainState:
 
 def make_train_step(
     config: ModelConfig, train: TrainConfig, mesh: Mesh | None = None
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The compiled function from a train state, which is donated, and a batch to the next state.
+) -> jax.stages.Wrapped:
+    """The jitted `(train_state, batch) -> (train_state, metrics)`; it donates the train state.
 
     A batch holds B whole sequences, `[B, sequence_len]`. It is cut into `updates_per_sequence`
     pieces along time and each piece is one update; the attention state is carried from piece to
@@ -107,15 +107,20 @@ def make_update(config: ModelConfig, train: TrainConfig) -> Callable:
         )
         changes, opt_state = optimizer.update(grads, train_state.opt_state, params)
         metrics = _loss_metrics(terms, piece.loss_mask.size) | {
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": learning_rate_at(train, step),
         }
         if config.attention == "vq":
             statistics = terms.statistics.codebook
             codebook = vq.update_codebook(codebook, statistics, config.codebook_decay)
             metrics |= codebook_metrics(statistics["count"])
-        params = optax.apply_updates(params, changes)
-        return TrainState(step + 1, params, codebook, opt_state), terms.state, metrics
+        new = TrainState(
+            step=step + 1,
+            params=jax.tree.map(lambda p, change: (p + change).astype(p.dtype), params, changes),
+            codebook=codebook,
+            opt_state=opt_state,
+        )
+        return new, terms.state, metrics
 
     return update
 

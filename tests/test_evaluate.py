@@ -1,0 +1,121 @@
+"""Evaluation: stateful over the whole text, and the same number however it is cut."""
+
+import jax
+import numpy as np
+import pytest
+
+from transformer_vq import Model, ModelConfig, extend, init_model, init_state
+from transformer_vq.data import DataError
+from transformer_vq.ops.evaluate import evaluate
+from transformer_vq.sharding import data_mesh, replicated
+
+CONFIG = ModelConfig(
+    vocab_size=32, d_model=16, d_k=8, num_layers=1, codebook_size=8, block_len=8, window_len=5
+)
+TOKENS = np.random.default_rng(0).integers(0, 32, 301).astype(np.uint8)
+
+
+def init(config: ModelConfig) -> Model:
+    """A model with position biases and queries strong enough for every key to matter."""
+    model = init_model(config, 0)
+    units = model.params["units"]
+    louder = {name: 3.0 * units[name] for name in ("w_q", "w_v", "w_o", "w_r")}
+    return Model({**model.params, "units": {**units, **louder}}, model.codebook, config)
+
+
+MODEL = init(CONFIG)
+
+
+@jax.jit
+def log_probabilities(model: Model, tokens: jax.Array) -> jax.Array:
+    """`[rows, T, vocab]`, by one call of `extend`."""
+    full = model.config.attention == "full"
+    state = init_state(model.config, len(tokens), capacity=tokens.shape[1] if full else None)
+    return jax.nn.log_softmax(extend(model, state, tokens)[0])
+
+
+def losses(model: Model, *streams: np.ndarray) -> np.ndarray:
+    """Of each predicted token of streams of one length, `[rows * (T - 1)]`."""
+    tokens = np.stack(streams).astype(np.int32)
+    predicted = np.asarray(log_probabilities(model, tokens[:, :-1]), np.float64)
+    return -np.take_along_axis(predicted, tokens[:, 1:, None], axis=2).ravel()
+
+
+def test_equals_one_call_of_extend():
+    expected = losses(MODEL, TOKENS)
+    result = evaluate(MODEL, TOKENS, chunk_len=64)
+    assert result.tokens == 300
+    assert result.loss == pytest.approx(expected.mean(), abs=1e-5)
+    assert result.bpb == pytest.approx(expected.mean() / np.log(2), abs=2e-5)
+    assert [bin[:2] for bin in result.by_position] == [(0, 64), (64, 128), (128, 256), (256, 300)]
+    for start, end, loss in result.by_position:
+        assert loss == pytest.approx(expected[start:end].mean(), abs=1e-5)
+
+
+@pytest.mark.parametrize(("chunk_len", "block_len"), [(1, 8), (7, 8), (100, 64), (1000, 3)])
+def test_does_not_depend_on_chunks_or_blocks(chunk_len, block_len):
+    expected = evaluate(MODEL, TOKENS, chunk_len=64)
+    model = Model(MODEL.params, MODEL.codebook, CONFIG.replace(block_len=block_len))
+    result = evaluate(model, TOKENS, chunk_len=chunk_len)
+    assert result.tokens == expected.tokens
+    np.testing.assert_allclose(result.by_position, expected.by_position, atol=1e-5)
+
+
+def test_history_counts():
+    """Control: a state that is dropped now and then gives other numbers."""
+    whole = evaluate(MODEL, TOKENS, chunk_len=20).loss
+    forgetful = evaluate(MODEL, TOKENS, chunk_len=20, context_len=20)
+    assert abs(forgetful.loss - whole) > 1e-3
+    pieces = losses(MODEL, *(TOKENS[i : i + 21] for i in range(0, 300, 20)))
+    assert forgetful.loss == pytest.approx(pieces.mean(), abs=1e-5)
+    assert [bin[:2] for bin in forgetful.by_position] == [(0, 20)]
+
+
+def test_rows_are_streams_of_their_own():
+    result = evaluate(MODEL, TOKENS[:300], chunk_len=64, rows=2)
+    assert result.tokens == 298
+    expected = losses(MODEL, TOKENS[:150], TOKENS[150:300])
+    assert result.loss == pytest.approx(expected.mean(), abs=1e-5)
+    assert result.by_position[-1][:2] == (128, 149)
+    uneven = evaluate(MODEL, TOKENS[:299], chunk_len=64, rows=2)
+    assert uneven.tokens == 297
+    assert uneven.loss == pytest.approx(expected[:-1].mean(), abs=1e-5)
+
+
+def test_takes_no_more_than_asked():
+    seen = []
+    result = evaluate(
+        MODEL, TOKENS, chunk_len=64, max_tokens=100, on_progress=lambda *n: seen.append(n)
+    )
+    assert (result.tokens, seen) == (100, [(64, 100), (100, 100)])
+    assert result.loss == pytest.approx(losses(MODEL, TOKENS[:101]).mean(), abs=1e-5)
+
+
+def test_full_attention_says_how_much_it_holds():
+    model = init(CONFIG.replace(attention="full"))
+    result = evaluate(model, TOKENS, chunk_len=50)
+    assert result.loss == pytest.approx(losses(model, TOKENS).mean(), abs=1e-5)
+    with pytest.raises(ValueError, match="4,999 tokens, too many for full attention: give a cont"):
+        evaluate(model, np.zeros(5000, np.uint8))
+
+
+def test_on_many_devices_and_without_touching_the_model():
+    spread = jax.device_put(MODEL, replicated(data_mesh()))
+    for _ in range(2):  # a donated model would fail the second time
+        result = evaluate(spread, TOKENS, chunk_len=64)
+    assert result.loss == pytest.approx(evaluate(MODEL, TOKENS, chunk_len=64).loss, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "error", "message"),
+    [
+        (TOKENS[:1], {}, DataError, "2 tokens that evaluation needs"),
+        (np.array([1, 40, 2]), {}, ValueError, "token 40 at position 1"),
+        (TOKENS, {"max_tokens": 0}, ValueError, "max_tokens is 0"),
+        (TOKENS, {"chunk_len": 0}, ValueError, "chunk_len is 0"),
+        (TOKENS, {"chunk_len": 8, "context_len": 12}, ValueError, "multiple of chunk_len, 8"),
+    ],
+)
+def test_senseless_requests_are_refused(tokens, options, error, message):
+    with pytest.raises(error, match=message):
+        evaluate(MODEL, tokens, **options)
