@@ -37,7 +37,7 @@ def save_state(path: str | os.PathLike, state: State, model: Model) -> None:
     """
     path = Path(path)
     arrays = {
-        jax.tree_util.keystr(key): np.asarray(array)
+        jax.tree_util.keystr(key): _as_bits(np.asarray(array))
         for key, array in jax.tree.leaves_with_path(jax.device_get(state))
     }
     header = {
@@ -45,8 +45,8 @@ def save_state(path: str | os.PathLike, state: State, model: Model) -> None:
         "version": str(VERSION),
         "model": model_hash(model),
         "state_dtype": _dtype(state),
-        "arrays": _arrays_hash(arrays),
     }
+    header["hash"] = _hash(header, arrays)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
@@ -76,7 +76,7 @@ def load_state(path: str | os.PathLike, model: Model) -> State:
         arrays = load(data)
     except (SafetensorError, ValueError, KeyError, TypeError):
         raise damaged from None
-    if header.get("format") != FORMAT or header.get("arrays") != _arrays_hash(arrays):
+    if header.get("format") != FORMAT or header.pop("hash", "") != _hash(header, arrays):
         raise damaged
     if header.get("version") != str(VERSION):
         raise StateError(
@@ -94,16 +94,24 @@ def load_state(path: str | os.PathLike, model: Model) -> State:
     names = [jax.tree_util.keystr(key) for key, _ in leaves]
     if sorted(names) != sorted(arrays):
         raise damaged
-    return jax.tree.unflatten(tree, [jnp.asarray(arrays[name]) for name in names])
+    restored = [
+        jnp.asarray(arrays[name].view(leaf.dtype))
+        for name, (_, leaf) in zip(names, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, restored)
 
 
 def _dtype(state: State) -> str:
-    unit = state.units[0]
-    return str(unit.values.dtype)
+    return str(state.units[0].values.dtype)
 
 
-def _arrays_hash(arrays: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
+def _as_bits(array: np.ndarray) -> np.ndarray:
+    """bfloat16, which numpy's safetensors cannot read, as whole numbers of the same bits."""
+    return array.view(np.uint16) if array.dtype == jnp.bfloat16 else array
+
+
+def _hash(header: dict[str, str], arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
         digest.update(np.ascontiguousarray(arrays[name]).tobytes())

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from transformer_vq.config import ModelConfig
-from transformer_vq.nn import vq
+from transformer_vq.nn import blockwise, vq
+from transformer_vq.nn.blockwise import MASKED, Columns, Visibility
 from transformer_vq.nn.layers import wide
 
-MASKED = -1e30  # finite, so that a row with nothing to see gives numbers and not NaN
+SCORES_PER_GROUP = 2**23  # scores held at once, per unit
 
 
 @jax.tree_util.register_dataclass
@@ -61,17 +63,6 @@ def init_attention_state(config: ModelConfig, batch_size: int, dtype) -> Attenti
     )
 
 
-def skew(scores: jax.Array, width: int) -> jax.Array:
-    """Shift row a right by a: `out[..., a, a + e] = scores[..., a, e]`, zero elsewhere.
-
-    `[..., C, E]` to `[..., C, width]`, with width >= C + E - 1 (Dai et al., 2019, appendix B).
-    """
-    *lead, rows, entries = scores.shape
-    padded = jnp.pad(scores, [(0, 0)] * (len(lead) + 1) + [(0, width + 1 - entries)])
-    flat = padded.reshape(*lead, rows * (width + 1))
-    return flat[..., : rows * width].reshape(*lead, rows, width)
-
-
 def _log_counts(counts: jax.Array, dtype) -> jax.Array:
     """The score that a code gains from the number of its keys: log n, and nothing for none."""
     return jnp.where(counts > 0, jnp.log(jnp.maximum(counts, 1).astype(dtype)), MASKED)
@@ -94,141 +85,212 @@ def attend_blocks(
     q `[B, T, H, K]`, k `[B, T, G, K]`, v `[B, T, G, V]`, codewords `[G, S, K]`, u, w `[H, K]`,
     r `[M + 1, H, K]` (one row per distance). Returns outputs `[B, T, H, V]`, codes `[B, T, G]` and
     the state after each row's `length` tokens. Outputs at padding are finite and meaningless.
+
+    Blocks are taken in groups that fit memory: side by side within a group, one group after the
+    other, carrying the window and the cache.
     """
     batch, length, heads, d_k = q.shape
     groups, d_v = v.shape[2:]
-    window, ring = config.window_len, config.ring_len
-    block = min(config.block_len, length)
-    num_blocks = -(-length // block)
     dtype = v.dtype
+    window, ring, size = config.window_len, config.ring_len, config.codebook_size
+    block = min(config.block_len, length)
+    per_group, num_groups = _grouping(length, block, batch * heads * (window + block + size))
+    if not config.grad_through_cache:  # blocks that exchange no gradient go one by one
+        per_group, num_groups = 1, -(-length // block)
+    padded = per_group * num_groups * block
 
-    codes = vq.assign(k, words)
-    near_keys = vq.straight_through(k, vq.look_up(words, codes))
-    words = words.astype(k.dtype)
+    codes = checkpoint_name(vq.assign(k, words), "codes")
+    near_keys = vq.straight_through(k, vq.look_up(words, codes)).astype(q.dtype)
+    words = words.astype(q.dtype)
 
     # The ring in time order: what stands before the call's own keys.
-    oldest = timeline.start[:, None] + jnp.arange(ring)  # [B, W] ring positions, modulo W
-    slots = (oldest % ring)[:, None, :]
+    slots = ((timeline.start[:, None] + jnp.arange(ring)) % ring)[:, None, :]
     ring_codes = jnp.take_along_axis(state.codes, slots, axis=2)
     ring_values = jnp.take_along_axis(state.values, slots[..., None], axis=2).astype(dtype)
-    heads_of = jnp.arange(groups)[:, None]
-    ring_keys = words[heads_of, ring_codes]
-
-    def blocks(x: jax.Array) -> jax.Array:
-        """`[B, T, G, ...]` to `[blocks, B, G, block, ...]`, padded at the end."""
-        pad = num_blocks * block - length
-        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-        x = x.reshape(batch, num_blocks, block, *x.shape[2:])
-        return jnp.moveaxis(x, (1, 3), (0, 2)) if x.ndim > 3 else jnp.moveaxis(x, 1, 0)
+    ring_keys = words[jnp.arange(groups)[:, None], ring_codes]
 
     def by_group(x: jax.Array) -> jax.Array:
-        """Query heads `[..., H, K]` as `[..., G, R, K]`."""
-        return x.reshape(*x.shape[:-2], groups, heads // groups, x.shape[-1])
+        """`[B, T, ...]` as `[num_groups, B, tokens of a group, ...]`, padded at the end."""
+        x = jnp.pad(x, [(0, 0), (0, padded - length)] + [(0, 0)] * (x.ndim - 2))
+        x = x.reshape(batch, num_groups, per_group * block, *x.shape[2:])
+        return jnp.moveaxis(x, 1, 0)
 
-    u, w, r = by_group(u), by_group(w), by_group(r)
-    firsts = jnp.concatenate(
-        [jnp.broadcast_to(timeline.first_before[:, None], (batch, ring)), timeline.first], axis=1
-    )
-    block_row, span_column = jnp.arange(block)[:, None], jnp.arange(window + block)
-    distance = block_row + window - span_column  # [block, M + block]
+    def by_head(x: jax.Array) -> jax.Array:
+        """Query heads `[..., H, K]` as `[..., G, R, K]`."""
+        return x.reshape(*x.shape[:-2], groups, heads // groups, d_k)
+
+    def by_block(x: jax.Array) -> jax.Array:
+        """Keys `[B, T', G, ...]` as `[B, G, T', ...]`."""
+        return jnp.moveaxis(x, 2, 1)
+
+    def spans(x: jax.Array, axis: int) -> jax.Array:
+        """The keys that each block sees one by one: `window` of those before it, and its own."""
+        return jnp.stack(
+            [
+                jax.lax.slice_in_dim(x, i * block, i * block + window + block, axis=axis)
+                for i in range(per_group)
+            ],
+            axis=axis,
+        )
+
+    u, w, biases = by_head(u), by_head(w), by_head(r)[::-1]
+    cache_of = _Eviction(config, timeline, ring, length)
+    row, column = jnp.arange(block)[:, None], jnp.arange(window + block)
+    distance = row + window - column  # [block, M + block]
     in_reach = distance >= 0 if config.use_cache else (distance >= 0) & (distance <= window)
 
-    def evict(cache, codes, values, index):
-        """The cache after the keys at these timeline indices (consecutive) left the window.
-
-        Key i leaves when token i arrives, so only the first `length` keys leave. Documents that
-        ended are dropped: the cache holds the newest evicted document only.
-        """
-        counts, means, cache_first = cache
-        leaves = index < timeline.length[:, None]
-        newest = jnp.clip(jnp.minimum(index[-1], timeline.length - 1), 0)
-        newest_first = jnp.take_along_axis(firsts, newest[:, None], axis=1)[:, 0]
-        first = jnp.where(leaves[:, 0], newest_first, cache_first)
-        same = (first == cache_first)[:, None, None]
-        counts, means = jnp.where(same, counts, 0), jnp.where(same[..., None], means, 0)
-        joins = leaves & (index >= first[:, None])
-        hits = jax.nn.one_hot(codes, config.codebook_size, dtype=dtype)
-        hits = hits * joins[:, None, :, None].astype(dtype)
-        added = hits.sum(2, dtype=means.dtype)
-        sums = jnp.einsum("bgjs,bgjv->bgsv", hits, values, preferred_element_type=means.dtype)
-        counts = counts + added.astype(jnp.int32)
-        total = jnp.maximum(counts, 1).astype(means.dtype)
-        means = means + (sums - added[..., None] * means) / total[..., None]
-        return counts, means, first
-
-    def body(carry, xs):
+    def attend_group(carry, xs):
         i, q, keys, values, codes, first = xs
         if not config.grad_through_cache:
             carry = jax.lax.stop_gradient(carry)
-        (window_codes, window_keys, window_values), cache = carry
-        span_keys = jnp.concatenate([window_keys, keys], axis=2)
-        span_values = jnp.concatenate([window_values, values], axis=2)
-        span_codes = jnp.concatenate([window_codes, codes], axis=2)
-        index = 1 + i * block + span_column  # timeline index of each key in the span
+        recent, cache = carry
+        new = (by_block(codes), by_block(keys), by_block(values))
+        codes, keys, values = (
+            jnp.concatenate(pair, axis=2) for pair in zip(recent, new, strict=True)
+        )
+        start = 1 + i * per_group * block  # timeline index of the first key here
+        first = first.reshape(batch, per_group, block)
+        index = start + jnp.arange(per_group)[:, None, None] * block + column
+        visible = in_reach & (index >= first[..., None])  # [B, n, c, j]
 
-        content_query, position_query = q + u[:, :, None], q + w[:, :, None]
-        scores = wide(jnp.einsum("bgrck,bgjk->bgrcj", content_query, span_keys))
-        bias = jnp.einsum("bgrck,dgrk->bgrcd", position_query, r[::-1])
-        scores += skew(wide(bias), window + block)
-        visible = in_reach & (index >= first[..., None])  # [B, block, M + block]
-        scores = jnp.where(visible[:, None, None], scores, MASKED)
-        table = span_values
+        means = sees_cache = None
+        log_counts = jnp.zeros((batch, groups, per_group, 1), jnp.float32)
         if config.use_cache:
-            counts, means, cache_first = cache
-            far = wide(jnp.einsum("bgrck,gsk->bgrcs", content_query, words))
-            far += _log_counts(counts, far.dtype)[:, :, None, None]
-            sees_cache = (first == cache_first[:, None])[:, None, None, :, None]
-            far = jnp.where(sees_cache, far, MASKED)
-            scores = jnp.concatenate([scores, far], axis=-1)
-            table = jnp.concatenate([span_values, means.astype(dtype)], axis=2)
-            cache = evict(cache, span_codes[:, :, :block], span_values[:, :, :block], index[:block])
-        weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
-        out = jnp.einsum("bgrcj,bgjv->bgrcv", weights, table)
-        recent = (span_codes[:, :, block:], span_keys[:, :, block:], span_values[:, :, block:])
-        return (recent, cache), out
+            caches, cache = cache_of.blocks(cache, codes, values, start, block, per_group)
+            counts, means, cache_first = caches
+            log_counts = _log_counts(counts, means.dtype)
+            means = means.astype(dtype)
+            sees_cache = first == cache_first[..., None]
+        q = jnp.moveaxis(by_head(q), 1, 3)  # [B, G, R, tokens, K]
+        q = jnp.moveaxis(q.reshape(*q.shape[:3], per_group, block, d_k), 3, 2)
+        out = blockwise.attend(
+            q + u[:, None, :, None],
+            q + w[:, None, :, None],
+            Columns(
+                spans(keys, 2), spans(values, 2), biases, words if config.use_cache else None, means
+            ),
+            Visibility(visible, sees_cache, log_counts),
+        )
+        out = jnp.moveaxis(out, (2, 4), (1, 2))  # [B, n, c, G, R, V]
+        recent = tuple(x[:, :, per_group * block :] for x in (codes, keys, values))
+        return (recent, cache), out.reshape(batch, per_group * block, heads, d_v)
 
-    cache = (
-        state.counts,
-        wide(state.values[:, :, ring:]),
-        timeline.first_before,
-    )
+    cache = (state.counts, wide(state.values[:, :, ring:]), timeline.first_before)
     if config.use_cache:  # the oldest slot is beyond the window of every query to come
-        cache = evict(cache, ring_codes[:, :, :1], ring_values[:, :, :1], jnp.arange(1))
-    recent = (ring_codes[:, :, 1:], ring_keys[:, :, 1:], ring_values[:, :, 1:])
-    queries = jnp.moveaxis(blocks(by_group(q)), 3, 4)  # [blocks, B, G, R, block, K]
+        cache = cache_of.after(cache, ring_codes[:, :, :1], ring_values[:, :, :1], 0)
+    recent = tuple(x[:, :, 1:] for x in (ring_codes, ring_keys, ring_values))
     xs = (
-        jnp.arange(num_blocks),
-        queries,
-        blocks(near_keys),
-        blocks(v),
-        blocks(codes),
-        blocks(timeline.first),
+        jnp.arange(num_groups),
+        *(by_group(x) for x in (q, near_keys, v, codes, timeline.first)),
     )
-    (_, (counts, means, cache_first)), out = jax.lax.scan(body, (recent, cache), xs)
-    out = jnp.moveaxis(out, (0, 4), (1, 2))  # [B, blocks, block, G, R, V]
-    out = out.reshape(batch, num_blocks * block, heads, d_v)[:, :length]
+    if num_groups == 1:
+        (_, cache), out = attend_group((recent, cache), jax.tree.map(lambda x: x[0], xs))
+        out = out[:, :length]
+    else:
+        keep = jax.checkpoint_policies.save_only_these_names(*blockwise.SAVED)
+        body = jax.checkpoint(attend_group, policy=keep)
+        (_, cache), out = jax.lax.scan(body, (recent, cache), xs)
+        out = jnp.moveaxis(out, 0, 1).reshape(batch, padded, heads, d_v)[:, :length]
 
     # The state after `length` tokens: the newest W keys, each in its slot, and the cache.
+    counts, means, cache_first = cache
     newest = timeline.length[:, None] + jnp.arange(ring)  # [B, W] timeline indices, oldest first
     at_slot = (jnp.arange(ring) - (timeline.start + timeline.length)[:, None]) % ring
     index = jnp.take_along_axis(newest, at_slot, axis=1)[:, None, :]
-    all_codes = jnp.concatenate([ring_codes, jnp.moveaxis(codes, 2, 1)], axis=2)
-    all_values = jnp.concatenate([ring_values, jnp.moveaxis(v, 2, 1)], axis=2)
-    last_first = jnp.take_along_axis(firsts, (ring + timeline.length - 1)[:, None], axis=1)[:, 0]
-    current = (last_first == cache_first)[:, None, None]  # else the cache is of an older document
-    values = jnp.concatenate(
-        [
-            jnp.take_along_axis(all_values, index[..., None], axis=2).astype(state.values.dtype),
-            jnp.where(current[..., None], means, 0).astype(state.values.dtype),
-        ],
-        axis=2,
-    )
+    all_codes = jnp.concatenate([ring_codes, by_block(codes)], axis=2)
+    all_values = jnp.concatenate([ring_values, by_block(v)], axis=2)
+    current = (cache_of.first_at(timeline.length - 1 + ring) == cache_first)[:, None, None]
+    new_values = jnp.take_along_axis(all_values, index[..., None], axis=2)
+    new_means = jnp.where(current[..., None], means, 0)  # else it is of an older document
     new_state = AttentionState(
         codes=jnp.take_along_axis(all_codes, index, axis=2),
         counts=jnp.where(current, counts, 0),
-        values=values,
+        values=jnp.concatenate(
+            [x.astype(state.values.dtype) for x in (new_values, new_means)], axis=2
+        ),
     )
     return out, codes, new_state
+
+
+def _grouping(length: int, block: int, scores_per_query: int) -> tuple[int, int]:
+    """Blocks in a group, and groups: as few groups as memory allows, of equal size."""
+    blocks = -(-length // block)
+    limit = max(1, SCORES_PER_GROUP // (block * scores_per_query))
+    groups = -(-blocks // limit)
+    per_group = -(-blocks // groups)
+    return per_group, -(-blocks // per_group)
+
+
+class _Eviction:
+    """How keys leave the window and join the cache, in time order.
+
+    A cache is `(counts [B, G, S], means [B, G, S, V], first [B])`: of one document, the newest that
+    had a key leave; `first` is the timeline index of that document's first key. Key i leaves when
+    token i arrives, so only the first `length` keys leave.
+    """
+
+    def __init__(self, config: ModelConfig, timeline: Timeline, ring: int, length: int):
+        self.size = config.codebook_size
+        self.length = timeline.length
+        before = jnp.broadcast_to(timeline.first_before[:, None], (len(timeline.length), ring))
+        self.firsts = jnp.concatenate([before, timeline.first], axis=1)  # [B, W + T]
+
+    def first_at(self, index: jax.Array) -> jax.Array:
+        """Where the document of key `index` `[B]` begins."""
+        index = jnp.clip(index, 0, self.firsts.shape[1] - 1)
+        return jnp.take_along_axis(self.firsts, index[:, None], axis=1)[:, 0]
+
+    def after(self, cache, codes, values, start):
+        """The cache after the keys from timeline index `start` on have left.
+
+        codes `[B, G, keys]`, values `[B, G, keys, V]`.
+        """
+        hits, first = self._hits(cache[2], codes, start, values.dtype)
+        sums = jnp.einsum("bgjs,bgjv->bgsv", hits, values, preferred_element_type=cache[1].dtype)
+        return self._join(cache, hits.sum(2, dtype=cache[1].dtype), sums, first)
+
+    def blocks(self, cache, codes, values, start, block, num_blocks):
+        """The caches that each block sees, stacked along a new axis, and the one after them.
+
+        Keys of block i leave before block i + 1: codes `[B, G, keys]` begin at index `start`.
+        """
+        keys = num_blocks * block
+        split = codes[:, :, :keys].reshape(*codes.shape[:2], num_blocks, block)
+        values = values[:, :, :keys].reshape(*split.shape, -1)
+        firsts, all_hits = [cache[2]], []
+        for i in range(num_blocks):
+            hits, first = self._hits(firsts[-1], split[:, :, i], start + i * block, values.dtype)
+            firsts.append(first)
+            all_hits.append(hits)
+        hits = jnp.stack(all_hits, axis=2)  # [B, G, n, j, S]
+        dtype = cache[1].dtype
+        sums = jnp.einsum("bgnjs,bgnjv->bgnsv", hits, values, preferred_element_type=dtype)
+        added = hits.sum(3, dtype=dtype)
+        caches = [cache]
+        for i in range(num_blocks):
+            cache = self._join(cache, added[:, :, i], sums[:, :, i], firsts[i + 1])
+            caches.append(cache)
+        counts, means, first = zip(*caches[:-1], strict=True)
+        return (jnp.stack(counts, 2), jnp.stack(means, 2), jnp.stack(first, 1)), cache
+
+    def _hits(self, cache_first, codes, start, dtype):
+        """Which key joins which mean, `[B, G, keys, S]` of 0 and 1; and whose the cache then is."""
+        index = start + jnp.arange(codes.shape[2])
+        leaves = index < self.length[:, None]
+        newest = jnp.minimum(index[-1], self.length - 1)
+        first = jnp.where(leaves[:, 0], self.first_at(newest), cache_first)
+        joins = leaves & (index >= first[:, None])
+        hits = jax.nn.one_hot(codes, self.size, dtype=dtype)
+        return hits * joins[:, None, :, None].astype(dtype), first
+
+    def _join(self, cache, added, sums, first):
+        """A cache and the keys of each code that join it: their number and the sum of values."""
+        counts, means, cache_first = cache
+        same = (first == cache_first)[:, None, None]
+        counts, means = jnp.where(same, counts, 0), jnp.where(same[..., None], means, 0)
+        counts = counts + added.astype(jnp.int32)
+        total = jnp.maximum(counts, 1).astype(means.dtype)
+        return counts, means + (sums - added[..., None] * means) / total[..., None], first
 
 
 def attend_step(
@@ -270,6 +332,7 @@ def attend_step(
     both = jnp.stack([jnp.broadcast_to(slot, old_code.shape), mean_row], axis=-1)  # [B, G, 2]
     # One read of two rows, one write of two rows: anything else makes XLA copy the table.
     old = wide(values[rows[..., None], heads_of[..., None], both])
+    old, v = jax.lax.optimization_barrier((old, v))  # fused into the write, both would be slow
     old_value, old_mean = old[:, :, 0], old[:, :, 1]
     count = counts[rows, heads_of, old_code] + leaves.astype(jnp.int32)
     step = leaves / jnp.maximum(count, 1).astype(old_mean.dtype)
@@ -304,13 +367,25 @@ def attend_step(
     return out, new_codes, AttentionState(codes=codes, counts=counts, values=values)
 
 
-def _clear_means(values: jax.Array, clear: jax.Array, ring: int) -> jax.Array:
-    """Zero the means of rows that start a document.
+@jax.custom_jvp
+def _clear_means(values: jax.Array, clear: jax.Array, first_mean: jax.Array) -> jax.Array:
+    """Zero the means, from row `first_mean` of the table on, of rows that start a document.
 
     A loop of zero or one turns: while no row starts a document, the table is not touched.
     """
 
     def turn(_, values):
-        return values.at[:, :, ring:].multiply(~clear[:, None, None, None])
+        return _without_means(values, clear, first_mean)
 
     return jax.lax.fori_loop(0, jnp.any(clear).astype(jnp.int32), turn, values)
+
+
+@_clear_means.defjvp
+def _clear_means_jvp(primals, tangents):
+    _, clear, first_mean = primals
+    return _clear_means(*primals), _without_means(tangents[0], clear, first_mean)
+
+
+def _without_means(values: jax.Array, clear: jax.Array, first_mean: jax.Array) -> jax.Array:
+    is_mean = jnp.arange(values.shape[2]) >= first_mean
+    return jnp.where(clear[:, None, None, None] & is_mean[:, None], 0, values)

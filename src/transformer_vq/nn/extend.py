@@ -44,13 +44,19 @@ def extend(
         outside of the vocabulary, a length outside of 0..T and, with `attention = "full"`, tokens
         beyond the capacity of the state.
     """
-    tokens = jnp.asarray(tokens)
+    tokens, lengths, document_ids = (
+        x if x is None or isinstance(x, jax.Array) else np.asarray(x)
+        for x in (tokens, lengths, document_ids)
+    )
     check_tokens(model.config, state, tokens, lengths, document_ids)
-    if lengths is not None:
-        lengths = jnp.asarray(lengths, jnp.int32)
-    if document_ids is not None:
-        document_ids = jnp.asarray(document_ids, jnp.int32)
-    tokens = tokens.astype(jnp.int32)
+    return _extend(model, state, tokens, lengths, document_ids)
+
+
+@jax.jit  # the one jit in nn: people call `extend` as it is, and its loops must not compile anew
+def _extend(model, state, tokens, lengths, document_ids):
+    tokens, lengths, document_ids = (
+        None if x is None else x.astype(jnp.int32) for x in (tokens, lengths, document_ids)
+    )
     if tokens.shape[1] == 1:
         active = None if lengths is None else lengths > 0
         documents = None if document_ids is None else document_ids[:, 0]
@@ -61,7 +67,7 @@ def extend(
 
 
 def check_tokens(
-    config: ModelConfig, state: State, tokens: jax.Array, lengths: Any, document_ids: Any
+    config: ModelConfig, state: State, tokens: Any, lengths: Any, document_ids: Any
 ) -> None:
     """Raise `ValueError` for arguments of `extend` that do not fit, as far as they are known."""
     batch = state.position.shape[0]

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from transformer_vq.config import ModelConfig
-from transformer_vq.nn.attention import MASKED, Timeline
+from transformer_vq.nn.attention import Timeline
+from transformer_vq.nn.blockwise import MASKED
 from transformer_vq.nn.layers import wide
 
 

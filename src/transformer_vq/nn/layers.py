@@ -60,11 +60,6 @@ def rms_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
 
 
-def linear(x: jax.Array, w: jax.Array) -> jax.Array:
-    """The product of x `[..., in]` with an output-major matrix `[out, in]`: `[..., out]`."""
-    return jax.lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())))
-
-
 def norm(params: Params, x: jax.Array) -> jax.Array:
     """RMS norm with gain and bias, in the dtype of x."""
     return (rms_norm(x) * params["gain"] + params["bias"]).astype(x.dtype)

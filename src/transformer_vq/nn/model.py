@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from transformer_vq.config import ModelConfig
-from transformer_vq.nn import attention, full, layers, vq
+from transformer_vq.nn import attention, blockwise, full, layers, vq
 from transformer_vq.nn.attention import AttentionState, Timeline
 from transformer_vq.nn.full import FullAttentionState
 from transformer_vq.nn.layers import ArraySpec
@@ -258,7 +258,10 @@ def forward(
 
     stacked = jax.tree.map(lambda *rows: jnp.stack(rows), *state.units)
     xs = (params["units"], model.codebook, stacked, unit_keys)
-    x, (stacked, statistics) = jax.lax.scan(jax.checkpoint(body) if remat else body, x, xs)
+    keep = jax.checkpoint_policies.save_only_these_names(*blockwise.SAVED, "codes")
+    if remat:  # what is dear to make again is kept: the outputs of attention
+        body = jax.checkpoint(body, policy=keep)
+    x, (stacked, statistics) = jax.lax.scan(body, x, xs)
     units = [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(config.num_units)]
     if statistics is not None:
         statistics = Statistics(statistics.commitment.sum(), statistics.codebook)

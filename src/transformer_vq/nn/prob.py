@@ -18,7 +18,8 @@ def temperature(logits: jax.Array, value: ArrayLike) -> jax.Array:
     value = _column(value, logits)
     best = jnp.argmax(logits, axis=-1, keepdims=True)
     greedy = jnp.where(jnp.arange(logits.shape[-1]) == best, logits, REMOVED)
-    return jnp.where(value > 0, logits / jnp.where(value > 0, value, 1.0), greedy)
+    scaled = jnp.where(_removed(logits), logits, logits / jnp.where(value > 0, value, 1.0))
+    return jnp.where(value > 0, scaled, greedy)
 
 
 def top_k(logits: jax.Array, k: ArrayLike) -> jax.Array:
@@ -65,6 +66,7 @@ def repetition_penalty(logits: jax.Array, seen: jax.Array, penalty: ArrayLike) -
     `seen` is bool `[..., vocab]`: tokens of the prompt or generated so far.
     """
     penalty = _column(penalty, logits)
+    seen = seen & ~_removed(logits)
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
@@ -102,25 +104,35 @@ def smallest_set(score: jax.Array, mass: jax.Array, target: ArrayLike) -> jax.Ar
     return above | equal & ((before < missing) | (before == 0.0))
 
 
+@jax.jit  # a loop: without it, every call outside of a jit would compile
 def _threshold(score: jax.Array, mass: jax.Array, target: jax.Array) -> jax.Array:
     """The largest score t for which the tokens of score >= t have at least the target mass.
 
-    Found bit by bit: floats order like their bits (once those of negative ones are flipped), so
-    32 sums over the vocabulary give the exact answer. The best score, if the target is 0.
+    Found bit by bit: floats order like their bits (once those of negative ones are flipped), so as
+    many sums over the vocabulary as a score has bits give the exact answer. The best score, if the
+    target is 0; the worst, if all mass together falls short of it (by rounding).
     """
-    bits = jax.lax.bitcast_convert_type(score.astype(jnp.float32), jnp.uint32)
-    sign = jnp.uint32(1 << 31)
+    score = score.astype(jnp.promote_types(score.dtype, jnp.float32))
+    width = score.dtype.itemsize * 8
+    whole = jnp.uint64 if width == 64 else jnp.uint32
+    bits = jax.lax.bitcast_convert_type(score, whole)
+    sign = jnp.array(1 << (width - 1), whole)
     order = jnp.where(bits & sign, ~bits, bits | sign)
 
     def turn(i, found):
-        candidate = found | (sign >> i.astype(jnp.uint32))
+        candidate = found | (sign >> i.astype(whole))
         reached = jnp.sum(jnp.where(order >= candidate, mass, 0.0), axis=-1, keepdims=True)
         return jnp.where(reached >= target, candidate, found)
 
-    found = jax.lax.fori_loop(0, 32, turn, jnp.zeros_like(order[..., :1]))
-    found = jnp.minimum(found, order.max(-1, keepdims=True))
+    found = jax.lax.fori_loop(0, width, turn, jnp.zeros_like(order[..., :1]))
+    found = jnp.clip(found, order.min(-1, keepdims=True), order.max(-1, keepdims=True))
     bits = jnp.where(found & sign, found ^ sign, ~found)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(score.dtype)
+    return jax.lax.bitcast_convert_type(bits, score.dtype)
+
+
+def _removed(logits: jax.Array) -> jax.Array:
+    """Tokens that may not be drawn, whatever else is done to the logits."""
+    return logits <= REMOVED / 2
 
 
 def _column(value: ArrayLike, logits: jax.Array) -> jax.Array:

@@ -26,9 +26,6 @@ def prepare_unit(params: Params, codebook: Params, wave: jax.Array, config: Mode
     """The constants of one unit, in the compute dtype: projections side by side, one product for
     all of q, k, v (and g); the position table r; the codewords.
 
-    Projections are stored output-major, `[out, in]`: a product with one or a few rows then reads
-    them in order, which is what the speed of decoding depends on.
-
     `wave` `[distances, D]`: the sinusoid of each distance.
     """
     dtype = jnp.dtype(config.compute_dtype)
@@ -38,8 +35,8 @@ def prepare_unit(params: Params, codebook: Params, wave: jax.Array, config: Mode
     r = (wave.astype(dtype) @ params["w_r"].astype(dtype)).reshape(-1, *heads_k)
     prepared = {
         "norm": params["norm"],
-        "w_in": jnp.concatenate([params[name].astype(dtype).T for name in names]),
-        "w_o": params["w_o"].astype(dtype).T,
+        "w_in": jnp.concatenate([params[name].astype(dtype) for name in names], axis=1),
+        "w_o": params["w_o"].astype(dtype),
         "u": params["u"].astype(dtype).reshape(heads_k) * scale,
         "w": params["w"].astype(dtype).reshape(heads_k) * scale,
         "r": r * scale,
@@ -70,7 +67,9 @@ def apply_unit(
     dtype = x.dtype
     sizes = [heads * d_k, groups * d_k, groups * d_v]
     parts = jnp.split(
-        layers.linear(layers.norm(unit["norm"], x), unit["w_in"]), [sum(sizes[:i]) for i in (1, 2, 3)], axis=-1
+        layers.norm(unit["norm"], x) @ unit["w_in"],
+        [sum(sizes[:i]) for i in (1, 2, 3)],
+        axis=-1,
     )
     q, k, v = (
         part.reshape(batch, length, n, -1)
@@ -99,7 +98,7 @@ def apply_unit(
     out = out.reshape(batch, length, -1)
     if config.head_type == "shga":
         out = out * jax.nn.silu(parts[3])
-    x = x + drop(layers.linear(out, unit["w_o"]), 0)
+    x = x + drop(out @ unit["w_o"], 0)
     if config.head_type != "shga":
         x = x + drop(layers.mlp(unit["mlp"], x), 1)
     return x, state, statistics

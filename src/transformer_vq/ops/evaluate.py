@@ -66,8 +66,8 @@ def evaluate(
             raise ValueError(f"max_tokens is {max_tokens}: it must be at least 1")
         tokens = tokens[: max_tokens + rows]
     check_tokens(tokens, model.config.vocab_size)
-    chunks = eval_chunks(tokens, chunk_len, rows)
-    longest, total = -(-len(tokens) // rows) - 1, len(tokens) - rows
+    longest, total = max(-(-len(tokens) // max(rows, 1)) - 1, 1), len(tokens) - rows
+    chunks = eval_chunks(tokens, min(chunk_len, longest), rows)  # padding costs as tokens do
     context_len = _check_context(model.config, context_len, chunk_len, longest)
     new_state = _state_maker(model, rows, min(context_len, longest))
     sums, counts = np.zeros(len(BIN_STARTS)), np.zeros(len(BIN_STARTS), np.int64)
@@ -135,9 +135,7 @@ def _check_context(
 def _state_maker(model: Model, rows: int, capacity: int) -> Callable[[], State]:
     """A function that makes fresh states, on the devices of the model."""
     full = model.config.attention == "full"
-    make = functools.partial(
-        init_state, model.config, rows, capacity=max(capacity, 1) if full else None
-    )
+    make = functools.partial(init_state, model.config, rows, capacity=capacity if full else None)
     embedding = model.params["embedding"]
     if not getattr(embedding, "committed", False):
         return make

@@ -310,13 +310,15 @@ def _check_prompts(
     named = [(f"prompt {row}", prompt) for row, prompt in enumerate(prompts)]
     for p in {id(p): p for p in params}.values():
         named += [("stop", s) for s in p.stop_sequences()]
+        allowed = set(range(vocab_size) if p.allowed_tokens is None else p.allowed_tokens)
+        allowed -= set(p.banned_tokens)
+        if not allowed or (p.min_tokens and not allowed - set(p.stop_tokens())):
+            raise ValueError(
+                "no token can be drawn: allow one that is not banned, nor a stop before min_tokens"
+            )
         named += [("logit_bias", list(p.logit_bias)), ("banned_tokens", p.banned_tokens)]
         if p.allowed_tokens is not None:
             named.append(("allowed_tokens", p.allowed_tokens))
-            if not set(p.allowed_tokens) - set(p.banned_tokens):
-                raise ValueError("no token is allowed: allow at least one that is not banned")
-        elif len(set(p.banned_tokens)) >= vocab_size:
-            raise ValueError("every token is banned: leave at least one")
     for name, tokens in named:
         bad = next((t for t in tokens if not 0 <= t < vocab_size), None)
         if bad is not None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import math
 import os
 import time
@@ -157,11 +156,13 @@ class _Sitting:
     def initial_state(self) -> TrainState:
         """The state to go on from: that of the checkpoint at `info.step`, or a new one."""
         whole = replicated(self.mesh)
-        init = functools.partial(init_train_state, self.config, self.train)
+        # The function itself, and not one made here, so that JAX finds what it compiled before.
+        init = jax.jit(init_train_state, static_argnums=(0, 1), out_shardings=whole)
         if not self.info.step:
-            return jax.jit(init, out_shardings=whole)()
+            return init(self.config, self.train)
         like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), jax.eval_shape(init)
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
+            init.eval_shape(self.config, self.train),
         )
         return self.checkpoints.restore(self.info.step, like)[0]
 

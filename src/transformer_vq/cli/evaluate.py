@@ -1,0 +1,136 @@
+"""`tvq eval`: how well a model predicts a text."""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from transformer_vq.cli.common import progress_bar, run_data
+from transformer_vq.cli.parse import UsageError, option
+from transformer_vq.data import split
+
+if TYPE_CHECKING:
+    from transformer_vq import Model
+    from transformer_vq.ops.evaluate import Evaluation
+    from transformer_vq.ops.run import RunInfo
+
+
+@dataclass
+class Evaluate:
+    """Score a text with a trained model, every byte given the entire history before it.
+
+    The state is carried through the whole split. The result is in bits per byte (bpb), the size
+    that the text could be compressed to: xz and bz2 are measured in the same unit. It depends
+    neither on --chunk-len nor on the block length of the model.
+    """
+
+    examples: ClassVar[str] = """
+  tvq eval --run runs/book
+  tvq eval --run runs/book --data other.txt --split all --json
+"""
+
+    run: Annotated[Path, option("folder of a trained run", "DIR")]
+    data: Annotated[str, option("text to score", "FILE", default="that of the run")] = ""
+    split: Annotated[
+        str, option("train, validation, test (90, 5 and 5 % of the file) or all", "NAME")
+    ] = "test"
+    rows: Annotated[int, option("streams to cut it into, scored side by side: faster")] = 1
+    chunk_len: Annotated[int, option("bytes of each stream at once: more need more memory")] = 2048
+    json: Annotated[bool, option("print JSON")] = False
+
+    def main(self) -> int:
+        for name, value in (("rows", self.rows), ("chunk-len", self.chunk_len)):
+            if value < 1:
+                raise UsageError(f"--{name} is {value}: it must be at least 1")
+
+        from transformer_vq.ops.run import load_run
+
+        model, info = load_run(self.run)
+        path, tokens = run_data(info.data, self.data)
+        tokens = split(tokens, self.split)
+        began = time.monotonic()
+        result = score(
+            model, info, tokens, rows=self.rows, chunk_len=self.chunk_len, quiet=self.json
+        )
+        record = {
+            "run": str(self.run),
+            "step": info.step,
+            "data": str(path),
+            "split": self.split,
+            **summary(result),
+            "seconds": round(time.monotonic() - began, 3),
+        }
+        if self.json:
+            print(json.dumps(record))
+        else:
+            _show(record)
+        return 0
+
+
+def score(
+    model: "Model",
+    info: "RunInfo",
+    tokens: Any,
+    *,
+    rows: int = 1,
+    chunk_len: int = 2048,
+    quiet: bool = False,
+) -> "Evaluation":
+    """`ops.evaluate.evaluate` with progress on the terminal."""
+    from transformer_vq.ops.evaluate import evaluate
+
+    context_len = None
+    if model.config.attention == "full":  # which knows the distances that it was trained on
+        chunk_len = context_len = info.train.sequence_len
+    with progress_bar("scoring", quiet=quiet) as show:
+        return evaluate(
+            model,
+            tokens,
+            rows=rows,
+            chunk_len=chunk_len,
+            context_len=context_len,
+            on_progress=show,
+        )
+
+
+def summary(result: "Evaluation") -> dict[str, Any]:
+    """An evaluation as JSON has it."""
+    return {
+        "loss": result.loss,
+        "bpb": result.bpb,
+        "tokens": result.tokens,
+        "by_position": [
+            {"start": start, "end": end, "loss": loss, "bpb": loss / math.log(2)}
+            for start, end, loss in result.by_position
+        ],
+    }
+
+
+def _show(record: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(
+        f"{record['run']} at step {record['step']:,}, on the {record['split']} split of "
+        f"{record['data']}",
+        markup=False,
+    )
+    console.print(
+        f"\n  [bold]{record['bpb']:.4f} bpb[/bold]   {record['loss']:.4f} nats per token   "
+        f"{record['tokens']:,} tokens in {record['seconds']:.1f} s\n"
+    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    table.add_column("bytes of history", justify="right")
+    table.add_column("bpb", justify="right")
+    table.add_column("nats", justify="right")
+    worst = max(row["bpb"] for row in record["by_position"])
+    table.add_column("")
+    for row in record["by_position"]:
+        bar = "█" * round(24 * row["bpb"] / worst)
+        history = f"{row['start']:,} to {row['end'] - 1:,}"
+        table.add_row(history, f"{row['bpb']:.4f}", f"{row['loss']:.4f}", f"[dim]{bar}[/dim]")
+    console.print(table)

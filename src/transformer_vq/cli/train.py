@@ -1,0 +1,122 @@
+"""`tvq train`: a model from a file, in a run folder."""
+
+import json
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import tyro
+
+from transformer_vq.cli.parse import UsageError, as_usage, option, overrides
+from transformer_vq.config import PRESETS, ModelConfig, TrainConfig
+
+DEFAULT_PRESET = "tiny"  # minutes on a laptop
+
+_tiny = ModelConfig.preset(DEFAULT_PRESET)
+ConfigOptions = overrides(
+    ModelConfig, "ConfigOptions", lambda f: f"({DEFAULT_PRESET}: {getattr(_tiny, f.name)})"
+)
+TrainOptions = overrides(TrainConfig, "TrainOptions", lambda f: f"(default: {f.default})")
+
+
+@dataclass
+class Train:
+    """Train a model on the bytes of a file, and leave it in a run folder.
+
+    The first 90 % of the file are trained on, the next 5 % are scored now and then (validation),
+    the last 5 % are kept for `tvq eval` (test). The run folder gets config.json, metrics.jsonl
+    and checkpoints. The same command gives the same losses, digit for digit. Ctrl-C saves and
+    stops; --resume goes on.
+    """
+
+    examples: ClassVar[str] = """
+  tvq train --data book.txt --out runs/book
+  tvq train --data book.txt --out runs/book --resume --steps 4000
+  tvq train --data enwik8.gz --out runs/e8 --preset small --config.d-model 384 \\
+      --train.batch-size 16 --train.sequence-len 4096 --train.update-len 1024
+"""
+
+    out: Annotated[Path, option("folder of the run; made if need be", "DIR")]
+    data: Annotated[str, option("any file, .gz too", "FILE", default="that of the run")] = ""
+    preset: Annotated[
+        str,
+        option(
+            f"model to start from: {', '.join(PRESETS)}; --config.* change it",
+            "NAME",
+            default=f"{DEFAULT_PRESET}, or the run's own with --resume",
+        ),
+    ] = ""
+    steps: Annotated[
+        int | None, option("updates in all: short for --train.steps", "INT", default="1000")
+    ] = None
+    resume: Annotated[
+        bool, option("go on with the run in --out, with its model, data and settings")
+    ] = False
+    config: tyro.conf.FlagConversionOff[ConfigOptions] = field(default_factory=dict)
+    train: tyro.conf.FlagConversionOff[TrainOptions] = field(default_factory=dict)
+
+    def main(self) -> int:
+        saved = _saved_run(self.out) if self.resume else None
+        config, train = self._configs(saved)
+        if not self.data and saved is None:
+            missing = f"there is no run in {self.out} to resume" if self.resume else "no --data"
+            raise UsageError(f"{missing}: give --data FILE, the file to train on")
+        path = Path(self.data or saved["data"]["path"]).resolve()
+
+        from transformer_vq.data import load_bytes, require_length, split
+
+        tokens = load_bytes(path)
+        part = split(tokens, "train")
+        require_length(part, train.sequence_len, f"the train split of {path}")
+
+        from transformer_vq.cli.common import describe_model, program, train_with_progress
+        from transformer_vq.ops.run import DataSource
+
+        print(f"model: {describe_model(config)}")
+        print(f"data: {path}, {len(tokens):,} bytes, of which {len(part):,} to train on")
+        result = train_with_progress(
+            config, train, tokens, self.out, data=DataSource.of(path, tokens), resume=self.resume
+        )
+        out = shlex.quote(str(self.out))
+        again = f"{program()} train --resume --out {out}"
+        if result.status == "interrupted":
+            if result.step:
+                print(f"interrupted and saved at step {result.step}. To go on: {again}")
+            else:
+                print("interrupted before the first step: nothing to save")
+            return 130
+        print(f"done: {result.step} steps. The run is in {self.out}. What now:")
+        print(f"  {program()} eval --run {out}")
+        print(f"  {program()} sample --run {out}")
+        print(f"  {again} --steps {2 * result.step}")
+        return 0
+
+    def _configs(self, saved: dict[str, Any] | None) -> tuple[ModelConfig, TrainConfig]:
+        """Model and run: of the saved run or the preset, with what was given on top."""
+        changes = dict(self.train)
+        if self.steps is not None and changes.setdefault("steps", self.steps) != self.steps:
+            raise UsageError(
+                f"--steps is {self.steps} and --train.steps {changes['steps']}: give one"
+            )
+        try:
+            train = TrainConfig(**{**(saved["train"] if saved else {}), **changes})
+        except (ValueError, TypeError) as error:  # TypeError: a field of another version
+            raise as_usage(error, "--train.", TrainConfig) from None
+        try:
+            if saved and not self.preset:
+                return ModelConfig.from_dict({**saved["config"], **self.config}), train
+            return ModelConfig.preset(self.preset or DEFAULT_PRESET, **self.config), train
+        except ValueError as error:
+            raise as_usage(error, "--config.", ModelConfig) from None
+
+
+def _saved_run(folder: Path) -> dict[str, Any] | None:
+    """What config.json says of the run in a folder; None if there is none."""
+    try:
+        saved = json.loads((folder / "config.json").read_text())
+        return saved if {"config", "train", "data"} <= saved.keys() else None
+    except FileNotFoundError:
+        return None
+    except (ValueError, AttributeError):
+        raise UsageError(f"{folder / 'config.json'} is damaged: give --data and --preset") from None

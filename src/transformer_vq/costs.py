@@ -1,0 +1,150 @@
+"""What a model costs: numbers, bytes and floating-point operations, from its configuration alone.
+
+Standard library only. Symbols as in `docs/mathematics.md`: D d_model, H query heads, G key/value
+heads, K d_k, V d_v, S codebook_size, L block_len, M window_len, W = M + 1, N units. A product of
+`[a, b]` and `[b, c]` counts 2 a b c operations; everything else (norms, softmax, activations) is
+left out, as is customary. What the programs compute is counted, masked or not.
+"""
+
+from transformer_vq.config import ModelConfig
+
+_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+_INT_BYTES = 4
+_CAPACITY = 4096  # tokens that a state of full attention holds, unless told otherwise
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Numbers that are trained by gradient.
+
+    N units of D (H K + G K + G V) for q, k, v, D H K for the positions, 2 H K for u and w, H V D
+    for the output, 2 D for the norm, and D H V for the gate (shga) or an MLP of 2 D F + 2 D (mqa,
+    mha; F its width). Outside of them vocab D for the embedding, as much for the output unless it
+    is tied, vocab for its bias, and what the switches add.
+    """
+    d, vocab = config.d_model, config.vocab_size
+    hk, hv = config.num_heads * config.d_k, config.num_heads * config.d_v
+    unit = d * _qkv_width(config) + d * hk + 2 * hk + hv * d + 2 * d
+    if config.head_type == "shga":
+        unit += d * hv
+    else:
+        unit += 2 * d * config.d_mlp + 2 * d
+    outside = vocab * d + vocab
+    outside += 0 if config.tie_embeddings else d * vocab
+    outside += 2 * d if config.final_norm else 0
+    outside += 1 if config.absolute_positions else 0
+    return config.num_units * unit + outside
+
+
+def codebook_count(config: ModelConfig) -> int:
+    """Numbers that are moving averages: N G S (K + 1), a sum and a count for each codeword."""
+    return config.num_units * config.num_kv_heads * config.codebook_size * (config.d_k + 1)
+
+
+def state_bytes(config: ModelConfig, capacity: int = _CAPACITY) -> int:
+    """Bytes that a model remembers of one sequence.
+
+    Per unit and key/value head, (W + S) V values and W + S whole numbers; for full attention the
+    keys and values of `capacity` tokens, K + V each. Once, the logits and three whole numbers.
+    """
+    value = _BYTES[config.state_dtype]
+    if config.attention == "full":
+        head = capacity * (config.d_k + config.d_v) * value
+    else:
+        head = _table_rows(config) * (config.d_v * value + _INT_BYTES)
+    logits = config.vocab_size * max(_BYTES[config.compute_dtype], 4)
+    return config.num_units * config.num_kv_heads * head + logits + 3 * _INT_BYTES
+
+
+def decode_flops(config: ModelConfig, history: int = _CAPACITY) -> int:
+    """Operations to decode one token, whatever came before it.
+
+    The projections, and per unit 2 H K S for scores of the codes, 2 H K W for position biases,
+    2 H V (W + S) for values, 2 G K S to find the key's code. For full attention, over a state with
+    room for `history` tokens, 2 H (2 K + V) for each of them.
+    """
+    heads, k, v = config.num_heads, config.d_k, config.d_v
+    if config.attention == "full":
+        attention = 2 * heads * history * (2 * k + v)
+    else:
+        attention = 2 * heads * k * (config.codebook_size + config.ring_len)
+        attention += 2 * heads * v * _table_rows(config)
+        attention += _assign_flops(config)
+    return config.num_units * (_projection_flops(config) + attention) + _output_flops(config)
+
+
+def decode_bytes(config: ModelConfig, batch: int = 1) -> int:
+    """Bytes read to decode one token for each of `batch` sequences: all weights once, states once.
+
+    Every parameter but the embedding, of which each sequence reads a row (tied, it is the output
+    projection and read whole). A prepared decoder reads a table of W H K numbers per unit in the
+    place of the position matrix, D H K, and N G S K codewords. A step writes next to nothing.
+    """
+    number = _BYTES[config.compute_dtype]
+    hk = config.num_heads * config.d_k
+    weights = parameter_count(config)
+    if not config.tie_embeddings:
+        weights -= (config.vocab_size - batch) * config.d_model
+    distances = _CAPACITY if config.attention == "full" else config.ring_len
+    weights += config.num_units * (distances - config.d_model) * hk
+    if config.attention == "vq":
+        codewords = config.num_kv_heads * config.codebook_size * config.d_k
+        weights += config.num_units * codewords
+    return weights * number + batch * state_bytes(config)
+
+
+def train_flops(config: ModelConfig, length: int | None = None) -> int:
+    """Operations per token of training: three times the forward pass, for the gradients.
+
+    The forward pass goes by blocks of L tokens (or `length`, if pieces are shorter). Per unit and
+    token it takes the projections; scores and values over M + L keys and S codes, 2 H (K + V) each;
+    position biases, 2 H K W; codes, 2 G K S; and 2 G S V to add the keys that leave to the cache.
+    Recomputing units (`TrainConfig.remat`) comes on top, another forward pass.
+    """
+    if config.attention == "full":
+        return full_attention_train_flops(config, length or _CAPACITY)
+    heads, groups, k, v = config.num_heads, config.num_kv_heads, config.d_k, config.d_v
+    block = min(config.block_len, length or config.block_len)
+    columns = config.window_len + block
+    attention = 2 * heads * k * config.ring_len + _assign_flops(config)
+    if config.use_cache:
+        columns += config.codebook_size
+        attention += 2 * groups * config.codebook_size * v
+    attention += 2 * heads * columns * (k + v)
+    unit = _projection_flops(config) + attention
+    return 3 * (config.num_units * unit + _output_flops(config))
+
+
+def full_attention_train_flops(config: ModelConfig, length: int) -> int:
+    """`train_flops` of the quadratic baseline on sequences of `length` tokens.
+
+    Per unit and token, 2 H (2 K + V) for each of the `length` keys, half of them masked.
+    """
+    heads, k, v = config.num_heads, config.d_k, config.d_v
+    attention = 2 * heads * length * (2 * k + v)
+    unit = _projection_flops(config) + attention
+    return 3 * (config.num_units * unit + _output_flops(config))
+
+
+def _table_rows(config: ModelConfig) -> int:
+    """Keys that a token attends to when decoding: the window's, and one for each code."""
+    return config.ring_len + config.codebook_size
+
+
+def _qkv_width(config: ModelConfig) -> int:
+    heads, groups = config.num_heads, config.num_kv_heads
+    return heads * config.d_k + groups * (config.d_k + config.d_v)
+
+
+def _projection_flops(config: ModelConfig) -> int:
+    """Per unit and token: q, k, v, gate or MLP, and output; each weight multiplies and adds."""
+    d, hv = config.d_model, config.num_heads * config.d_v
+    extra = d * hv if config.head_type == "shga" else 2 * d * config.d_mlp
+    return 2 * (d * _qkv_width(config) + hv * d + extra)
+
+
+def _assign_flops(config: ModelConfig) -> int:
+    return 2 * config.num_kv_heads * config.codebook_size * config.d_k
+
+
+def _output_flops(config: ModelConfig) -> int:
+    return 2 * config.d_model * config.vocab_size
