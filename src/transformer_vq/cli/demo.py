@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformer_vq import Model
 
 # About three minutes on two idle cores. Half as many updates would still beat bz2 by far.
-CONFIG = ModelConfig.preset("tiny")
+CONFIG = ModelConfig.preset("tiny", block_len=128)
 TRAIN = TrainConfig(
     batch_size=8,
     sequence_len=512,

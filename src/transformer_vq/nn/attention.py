@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from transformer_vq.config import ModelConfig
 from transformer_vq.nn import blockwise, vq
-from transformer_vq.nn.blockwise import MASKED, Columns, Visibility
+from transformer_vq.nn.blockwise import MASKED, Far, Near
 from transformer_vq.nn.layers import wide
 
 SCORES_PER_GROUP = 2**23  # scores held at once, per unit
@@ -54,6 +54,7 @@ class Timeline:
 
 
 def init_attention_state(config: ModelConfig, batch_size: int, dtype) -> AttentionState:
+    """Nothing seen: all zeros."""
     lead = (batch_size, config.num_kv_heads)
     rows = config.ring_len + config.codebook_size
     return AttentionState(
@@ -153,24 +154,17 @@ def attend_blocks(
         index = start + jnp.arange(per_group)[:, None, None] * block + column
         visible = in_reach & (index >= first[..., None])  # [B, n, c, j]
 
-        means = sees_cache = None
-        log_counts = jnp.zeros((batch, groups, per_group, 1), jnp.float32)
+        near = Near(spans(keys, 2), spans(values, 2), biases, visible)
+        far = None
         if config.use_cache:
             caches, cache = cache_of.blocks(cache, codes, values, start, block, per_group)
             counts, means, cache_first = caches
-            log_counts = _log_counts(counts, means.dtype)
-            means = means.astype(dtype)
             sees_cache = first == cache_first[..., None]
+            log_counts = _log_counts(counts, means.dtype)
+            far = Far(words, means.astype(dtype), log_counts, sees_cache)
         q = jnp.moveaxis(by_head(q), 1, 3)  # [B, G, R, tokens, K]
         q = jnp.moveaxis(q.reshape(*q.shape[:3], per_group, block, d_k), 3, 2)
-        out = blockwise.attend(
-            q + u[:, None, :, None],
-            q + w[:, None, :, None],
-            Columns(
-                spans(keys, 2), spans(values, 2), biases, words if config.use_cache else None, means
-            ),
-            Visibility(visible, sees_cache, log_counts),
-        )
+        out = blockwise.attend(q + u[:, None, :, None], q + w[:, None, :, None], near, far)
         out = jnp.moveaxis(out, (2, 4), (1, 2))  # [B, n, c, G, R, V]
         recent = tuple(x[:, :, per_group * block :] for x in (codes, keys, values))
         return (recent, cache), out.reshape(batch, per_group * block, heads, d_v)

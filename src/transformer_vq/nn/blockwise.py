@@ -8,6 +8,7 @@ Axes beyond those of `types.py`: n blocks, c queries of a block, j keys of a spa
 codes, d distances (M + 1, farthest first), r query heads of a key/value head.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -20,22 +21,22 @@ MASKED = -1e30  # finite, so that a row with nothing to see gives numbers and no
 SAVED = ("attention_out", "attention_lse")  # names of what a rematerialised unit keeps
 
 
-class Columns(NamedTuple):
-    """What a group of query blocks attends to. Without a cache, `words` and `means` are None."""
+class Near(NamedTuple):
+    """The keys that a group of query blocks sees one by one."""
 
     keys: jax.Array  # [B, G, n, j, K]
     values: jax.Array  # [B, G, n, j, V]
     biases: jax.Array  # [d, G, r, K]: position vectors, farthest first
-    words: jax.Array | None  # [G, S, K]
-    means: jax.Array | None  # [B, G, n, S, V]
+    visible: jax.Array  # bool [B, n, c, j]; of the key by the query
 
 
-class Visibility(NamedTuple):
-    """Which columns a query sees: nothing here has a gradient."""
+class Far(NamedTuple):
+    """The cache of each block: a column for each code."""
 
-    keys: jax.Array  # bool [B, n, c, j]
-    cache: jax.Array  # bool [B, n, c]
+    words: jax.Array  # [G, S, K]
+    means: jax.Array  # [B, G, n, S, V]
     log_counts: jax.Array  # [B, G, n, S]; MASKED for a code without keys
+    visible: jax.Array  # bool [B, n, c]: of the cache by the query
 
 
 def skew(scores: jax.Array, width: int) -> jax.Array:
@@ -72,46 +73,46 @@ def _over_heads(queries: jax.Array, keys: jax.Array) -> jax.Array:
     return y.reshape(*lead, repeats, rows, -1)
 
 
-def _scores(content: jax.Array, position: jax.Array, columns: Columns, visibility: Visibility):
-    """Scores of near keys `[B, G, n, r, c, j]` and of codes `[..., s]` (or None), in wide."""
-    width = columns.keys.shape[3]
-    near = wide(_over_heads(content, _swap(columns.keys)))
-    bias = _over_blocks(position, jnp.moveaxis(columns.biases, 0, -1))
-    near += skew(wide(bias), width)
-    near = jnp.where(visibility.keys[:, None, :, None], near, MASKED)
-    if columns.words is None:
-        return near, None
-    far = wide(_over_blocks(content, _swap(columns.words)[:, None]))
-    far += visibility.log_counts[:, :, :, None, None]
-    return near, jnp.where(visibility.cache[:, None, :, None, :, None], far, MASKED)
+def _near_scores(content: jax.Array, position: jax.Array, near: Near) -> jax.Array:
+    """Scores of near keys, `[B, G, n, r, c, j]`, in wide."""
+    scores = wide(_over_heads(content, _swap(near.keys)))
+    bias = _over_blocks(position, jnp.moveaxis(near.biases, 0, -1))
+    scores += skew(wide(bias), near.keys.shape[3])
+    return jnp.where(near.visible[:, None, :, None], scores, MASKED)
 
 
-def _forward(content, position, columns, visibility):
-    near, far = _scores(content, position, columns, visibility)
-    top = near.max(-1, keepdims=True)
+def _far_scores(content: jax.Array, far: Far) -> jax.Array:
+    """Scores of codes, `[B, G, n, r, c, s]`, in wide."""
+    scores = wide(_over_blocks(content, _swap(far.words)[:, None]))
+    scores += far.log_counts[:, :, :, None, None]
+    return jnp.where(far.visible[:, None, :, None, :, None], scores, MASKED)
+
+
+def _forward(content, position, near, far):
+    """Outputs, and the logarithm of the sum of exponentials of each query's scores."""
+    dtype = near.values.dtype
+    columns = [(_near_scores(content, position, near), near.values)]
     if far is not None:
-        top = jnp.maximum(top, far.max(-1, keepdims=True))
-    near = jnp.exp(near - top)
-    total = near.sum(-1, keepdims=True)
-    dtype = columns.values.dtype
-    out = _over_heads(near.astype(dtype), columns.values)
-    if far is not None:
-        far = jnp.exp(far - top)
-        total += far.sum(-1, keepdims=True)
-        out += _over_heads(far.astype(dtype), columns.means)
-    out = (wide(out) / total).astype(dtype)
+        columns.append((_far_scores(content, far), far.means))
+    tops = [scores.max(-1, keepdims=True) for scores, _ in columns]
+    top = functools.reduce(jnp.maximum, tops)
+    weights = [jnp.exp(scores - top) for scores, _ in columns]
+    total = functools.reduce(jnp.add, [w.sum(-1, keepdims=True) for w in weights])
+    sums = [
+        _over_heads(w.astype(dtype), values)
+        for w, (_, values) in zip(weights, columns, strict=True)
+    ]
+    out = (wide(functools.reduce(jnp.add, sums)) / total).astype(dtype)
     return out, (top + jnp.log(total))[..., 0]
 
 
 @jax.custom_jvp
-def attend(
-    content: jax.Array, position: jax.Array, columns: Columns, visibility: Visibility
-) -> jax.Array:
+def attend(content: jax.Array, position: jax.Array, near: Near, far: Far | None) -> jax.Array:
     """Outputs `[B, G, n, r, c, V]` of queries for content, `q + u`, and position, `q + w`.
 
-    Queries are `[B, G, n, r, c, K]`. No gradient reaches `columns.words`.
+    Queries are `[B, G, n, r, c, K]`. No gradient reaches `far.words` and `far.log_counts`.
     """
-    return _forward(content, position, columns, visibility)[0]
+    return _forward(content, position, near, far)[0]
 
 
 @attend.defjvp
@@ -120,32 +121,32 @@ def _attend_jvp(primals, tangents):
 
     Linear in the tangents, so JAX makes the backward pass of it, that of flash attention.
     """
-    content, position, columns, visibility = primals
-    d_content, d_position, d_columns, _ = tangents
+    content, position, near, far = primals
+    d_content, d_position, d_near, d_far = tangents
     out, lse = _forward(*primals)
     out, lse = (checkpoint_name(x, name) for x, name in zip((out, lse), SAVED, strict=True))
     dtype = out.dtype
 
-    def scores_of(content, position, keys, biases):
-        return _scores(content, position, columns._replace(keys=keys, biases=biases), visibility)
+    def near_scores(content, position, keys, biases):
+        return _near_scores(content, position, near._replace(keys=keys, biases=biases))
 
-    (near, far), (d_near, d_far) = jax.jvp(
-        scores_of,
-        (content, position, columns.keys, columns.biases),
-        (d_content, d_position, d_columns.keys, d_columns.biases),
-    )
-
-    def parts(scores, d_scores, values, d_values):
+    def part(scores, d_scores, values, d_values):
         weights = jnp.exp(scores - lse[..., None])
-        d_weights = weights * d_scores
-        moved = _over_heads(d_weights.astype(dtype), values)
-        moved += _over_heads(weights.astype(dtype), d_values)
-        ones = jnp.ones((scores.shape[-1], 1), dtype)
-        return moved, d_weights.astype(dtype) @ ones
+        d_weights = (weights * d_scores).astype(dtype)
+        moved = _over_heads(d_weights, values) + _over_heads(weights.astype(dtype), d_values)
+        return moved, d_weights @ jnp.ones((scores.shape[-1], 1), dtype)
 
-    d_out, total = parts(near, d_near, columns.values, d_columns.values)
+    scores, d_scores = jax.jvp(
+        near_scores,
+        (content, position, near.keys, near.biases),
+        (d_content, d_position, d_near.keys, d_near.biases),
+    )
+    d_out, total = part(scores, d_scores, near.values, d_near.values)
     if far is not None:
-        more, more_total = parts(far, d_far, columns.means, d_columns.means)
+        scores, d_scores = jax.jvp(
+            lambda content: _far_scores(content, far), (content,), (d_content,)
+        )
+        more, more_total = part(scores, d_scores, far.means, d_far.means)
         d_out, total = d_out + more, total + more_total
     # Spread by a product, not by broadcasting: the backward pass then sums by a product, many times
     # faster on a CPU than XLA's reduction.

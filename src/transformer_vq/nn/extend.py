@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from transformer_vq.config import ModelConfig
@@ -44,19 +45,21 @@ def extend(
         outside of the vocabulary, a length outside of 0..T and, with `attention = "full"`, tokens
         beyond the capacity of the state.
     """
-    tokens, lengths, document_ids = (
-        x if x is None or isinstance(x, jax.Array) else np.asarray(x)
-        for x in (tokens, lengths, document_ids)
-    )
-    check_tokens(model.config, state, tokens, lengths, document_ids)
-    return _extend(model, state, tokens, lengths, document_ids)
+    given = [_as_array(x) for x in (tokens, lengths, document_ids)]
+    check_tokens(model.config, state, *given)
+    return _extend(model, state, *given)
+
+
+def _as_array(x: Any) -> Any:
+    """x as it is if it is a JAX array or None; numpy for the rest, of which no bit may get lost."""
+    return x if x is None or isinstance(x, jax.Array) else np.asarray(x)
 
 
 @jax.jit  # the one jit in nn: people call `extend` as it is, and its loops must not compile anew
 def _extend(model, state, tokens, lengths, document_ids):
-    tokens, lengths, document_ids = (
-        None if x is None else x.astype(jnp.int32) for x in (tokens, lengths, document_ids)
-    )
+    tokens = tokens.astype(jnp.int32)
+    lengths = None if lengths is None else lengths.astype(jnp.int32)
+    document_ids = None if document_ids is None else document_ids.astype(jnp.int32)
     if tokens.shape[1] == 1:
         active = None if lengths is None else lengths > 0
         documents = None if document_ids is None else document_ids[:, 0]
@@ -90,7 +93,7 @@ def check_tokens(
         )
 
     def known(array: Any) -> np.ndarray | None:
-        return None if isinstance(array, jax.core.Tracer) else np.asarray(array)
+        return None if isinstance(array, Tracer) else np.asarray(array)
 
     length = tokens.shape[1]
     values = known(tokens)

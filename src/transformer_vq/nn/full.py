@@ -30,6 +30,7 @@ class FullAttentionState:
 def init_full_state(
     config: ModelConfig, batch_size: int, capacity: int, dtype
 ) -> FullAttentionState:
+    """Nothing seen: all zeros."""
     lead = (batch_size, config.num_kv_heads, capacity)
     return FullAttentionState(
         keys=jnp.zeros((*lead, config.d_k), dtype),

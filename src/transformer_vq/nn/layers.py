@@ -24,6 +24,7 @@ class ArraySpec:
 
 
 def is_spec(x: Any) -> bool:
+    """A leaf of a tree of declarations."""
     return isinstance(x, ArraySpec)
 
 
@@ -31,7 +32,7 @@ def as_key(key: Any) -> Key:
     """A typed JAX key from a typed key, raw key data (JAX or numpy) or a whole number."""
     if isinstance(key, int | np.integer):
         return jax.random.key(int(key))
-    if jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
     return jax.random.wrap_key_data(jnp.asarray(key, jnp.uint32))
 
@@ -66,6 +67,7 @@ def norm(params: Params, x: jax.Array) -> jax.Array:
 
 
 def norm_specs(lead: tuple[int, ...], width: int) -> Params:
+    """Arrays of `norm`; `lead` is `(N,)` where they are stacked over units, or empty."""
     axes = ("unit",) * len(lead) + (None,)
     return {
         "gain": ArraySpec((*lead, width), axes, "ones"),
@@ -99,6 +101,7 @@ def mlp(params: Params, x: jax.Array) -> jax.Array:
 
 
 def mlp_specs(lead: tuple[int, ...], width: int, hidden: int) -> Params:
+    """Arrays of `mlp`, stacked as `lead` says."""
     return {
         "norm": norm_specs(lead, width),
         "w_in": ArraySpec((*lead, width, hidden), ("unit", "embed", "heads"), scale=width**-0.5),

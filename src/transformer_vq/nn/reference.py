@@ -11,10 +11,12 @@ sg = jax.lax.stop_gradient
 
 
 def rms(x):
+    """x over its root mean square along the last axis."""
     return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
 
 
 def sinusoid(positions, width, max_wavelength):
+    """Sines and cosines of positions `[...]`: `[..., width]`."""
     frequencies = max_wavelength ** (-jnp.arange(0, width, 2) / width)
     angles = positions[..., None] * frequencies
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)

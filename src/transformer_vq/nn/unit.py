@@ -81,7 +81,7 @@ def apply_unit(
         v = jax.nn.silu(v)
 
     statistics = None
-    if config.attention == "full":
+    if isinstance(state, FullAttentionState):
         out, state = full.attend_full(
             q, k.astype(dtype), v, unit["u"], unit["w"], unit["r"], state, timeline, config
         )

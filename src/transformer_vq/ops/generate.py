@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from transformer_vq.nn import prob
 from transformer_vq.nn.decode import Decoder
@@ -60,7 +61,7 @@ class SamplingParams:
         for name, low in (("max_tokens", 1), ("top_k", 0), ("min_tokens", 0)):
             value = getattr(self, name)
             whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-            check(name, whole and low <= value < 2**31, f"a whole number, {low} or more")
+            check(name, bool(whole and low <= value < 2**31), f"a whole number, {low} or more")
         check("temperature", 0 <= self.temperature < math.inf, "a finite number, 0 or more")
         check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
         check("typical_p", 0 < self.typical_p <= 1, "above 0 and at most 1")
@@ -274,7 +275,7 @@ class _Output:
         return next((n for n in lengths if self._tail(n) == stop[:n]), 0)
 
     def _token(self, new: Generated, step: int) -> Token:
-        token, row = new.tokens[self.row, step], self.row
+        token, row = int(new.tokens[self.row, step]), self.row
         if not self.params.logprobs:
             return Token(token, row)
         best = zip(new.top_tokens[row, step], new.top_logprobs[row, step], strict=True)
@@ -307,6 +308,7 @@ def _check_prompts(
             raise ValueError(
                 f"prompt {row} is empty and there is no state to continue: give at least one token"
             )
+    named: list[tuple[str, Sequence[int]]]
     named = [(f"prompt {row}", prompt) for row, prompt in enumerate(prompts)]
     for p in {id(p): p for p in params}.values():
         named += [("stop", s) for s in p.stop_sequences()]
@@ -351,7 +353,7 @@ def _controls(params: list[SamplingParams], batch: int, vocab_size: int) -> Cont
     """The parameters as arrays; rows that pad the batch get those of the first request."""
     params = params + params[:1] * (batch - len(params))
 
-    def column(name: str, dtype=np.float32) -> jax.Array:
+    def column(name: str, dtype: DTypeLike = np.float32) -> jax.Array:
         return jnp.asarray([min(getattr(p, name), 2**31 - 1) for p in params], dtype)
 
     stops = np.full((batch, MAX_STOP_TOKENS), -1, np.int32)

@@ -30,7 +30,7 @@ Status = Literal["done", "out of time", "interrupted"]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a sitting of `train` ended. Its last step is on disk, whatever the status."""
+    """How a sitting of `train` ended. What it did is on disk, whatever the status."""
 
     status: Status
     step: int
@@ -134,7 +134,8 @@ class _Sitting:
             validates = self.due(step, self.train.evaluate_every) or ended
             saves = self.due(step, self.train.checkpoint_every) or ended
             if unread and (validates or saves):
-                unread = self.read(*unread)  # a loss that is not finite must not be saved
+                self.read(*unread)  # a loss that is not finite must not be saved
+                unread = None
             if validates and ended != "interrupted" and not self.validate(step, train_state):
                 continue  # interrupted
             if saves and step > self.info.step:
