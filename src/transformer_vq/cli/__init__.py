@@ -133,6 +133,14 @@ def _use_compilation_cache() -> None:
         return
     if not os.access(folder, os.W_OK | os.X_OK):
         return
-    # JAX reads these when it is imported; where it is already, as in tests, they do nothing.
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.3,
+    }
+    if "jax" in sys.modules:
+        import jax
+
+        for name, value in settings.items():
+            jax.config.update(name, value)
+    else:  # JAX reads these when it is imported
+        os.environ.update({name.upper(): str(value) for name, value in settings.items()})

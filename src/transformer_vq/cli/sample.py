@@ -81,6 +81,7 @@ class Sample:
             raise UsageError(
                 f"--save-state keeps one state and --num-samples is {self.num_samples}: make it 1"
             )
+        _check_folder(self.save_state)
         prompt = prompt_tokens(self.prompt, self.prompt_file)
 
         from transformer_vq.io.state import save_state
@@ -179,6 +180,7 @@ class Prefill:
     state: Annotated[str, option("go on from a saved state", "FILE", default="none")] = ""
 
     def main(self) -> int:
+        _check_folder(self.save_state)
         prompt = prompt_tokens("", self.prompt_file)
         if not prompt:
             raise UsageError("--prompt-file is empty: give a prompt of one byte or more")
@@ -211,6 +213,12 @@ def open_model(folder: Path, state_file: str = "") -> "tuple[Model, Any, State |
     if len(state.position) != 1:
         raise StateError(f"{state_file} holds {len(state.position)} sequences: one is needed")
     return model, info, state
+
+
+def _check_folder(save_state: str) -> None:
+    """Raise `UsageError` now, and not after the work, if there is no place for the state."""
+    if save_state and not Path(save_state).parent.is_dir():
+        raise UsageError(f"--save-state is {save_state}: there is no such folder, make it first")
 
 
 def prompt_tokens(text: str, file: str) -> list[int]:
