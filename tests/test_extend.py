@@ -13,17 +13,17 @@ from hypothesis import strategies as st
 from test_reference import SINGLE, close, far, make_config, random_inputs, random_model
 from transformer_vq import Model, extend, init_model, init_state
 
-BATCH, LENGTH = 3, 27
+BATCH, LENGTH = 3, 21
 SIZES = (1, 2, 9)  # of the pieces that a text is cut into: few, each is compiled
-CAPACITY = 30
+CAPACITY = LENGTH + 3
 
 CASES = {
-    "gated": make_config(window_len=3, block_len=4, absolute_positions=True),
+    "gated": make_config(window_len=4, block_len=3, absolute_positions=True),
     "gated_heads_documents": make_config(
-        num_heads=2, window_len=5, block_len=3, reset_at_document=True, absolute_positions=True
+        num_heads=2, window_len=5, block_len=4, reset_at_document=True, absolute_positions=True
     ),
     "mqa_no_window": make_config(
-        "mqa", window_len=0, block_len=2, logit_scale=0.3, tie_embeddings=True
+        "mqa", window_len=0, block_len=5, logit_scale=0.3, tie_embeddings=True
     ),
     "mha_no_cache_documents": make_config(
         "mha", window_len=4, block_len=5, use_cache=False, reset_at_document=True
@@ -152,17 +152,15 @@ def test_any_split(name, double):
 
 @pytest.mark.parametrize(
     ("name", "block_len"),
-    [("gated_heads_documents", 1), ("gated_heads_documents", 64), ("mqa_no_window", 7)],
+    [("gated_heads_documents", 1), ("gated_heads_documents", 64), ("mqa_no_window", 4)],
 )
 def test_block_len_changes_nothing(name, block_len, double):
-    model, tokens, document_ids, logits, state = whole(name)
+    model, tokens, document_ids, _, _ = whole(name)
     config = model.config.replace(block_len=block_len)
     other = dataclasses.replace(model, config=config)
-    pieces = [(LENGTH, [LENGTH, 20, 0])]
-    actual, actual_state = consume(other, fresh(config), tokens, document_ids, pieces)
-    _, expected_state = consume(model, fresh(config), tokens, document_ids, pieces)
-    close((actual[0], actual[1, :20]), (logits[0], logits[1, :20]))
-    close(actual_state, expected_state)
+    pieces = [(9, [9, 8, 0]), (9, [7, 9, 9])]
+    expected = consume(model, fresh(config), tokens, document_ids, pieces)
+    close(consume(other, fresh(config), tokens, document_ids, pieces), expected)
 
 
 def test_a_row_is_alone(double):
@@ -222,7 +220,7 @@ def test_rows_of_length_0_keep_their_state(name, double):
         ids = np.full_like(tokens, document)
         if more:
             rest = tokens[:, used:]
-            _, state = consume(model, state, rest, ids, cut([more] * BATCH, [9, 9, 1, 1][:more]))
+            _, state = consume(model, state, rest, ids, cut([more] * BATCH, [9 if more > 2 else 1]))
             used += more
         for size, lengths in ((9, [0, 4, 0]), (1, [0, 1, 0]), (9, [0, 0, 0])):
             _, after = consume(model, state, tokens, ids, [(size, lengths)], noise=size)
@@ -251,9 +249,9 @@ def test_an_earlier_document_is_nothing(name, double):
     """Edits before a document change no bit in it, however the text is cut."""
     model, tokens, _, _, _ = whole(name)
     config = model.config
-    starts = np.array([[16], [9], [10]])
+    starts = np.array([[10], [6], [9]])
     t = np.arange(LENGTH)
-    document_ids = ((t >= 4).astype(int) + (t >= starts)).astype(np.int32)  # three documents
+    document_ids = ((t >= 3).astype(int) + (t >= starts)).astype(np.int32)  # three documents
     mine = t >= starts
     other = np.where(mine, tokens, (tokens + 1 + t % 5) % config.vocab_size).astype(np.int32)
     lengths = [LENGTH] * BATCH
@@ -282,7 +280,7 @@ def test_a_packed_document_is_the_document(name, double):
     """A document after others equals the document alone: logits, and what the state says of it."""
     model, tokens, _, _, _ = whole(name)
     config = model.config
-    starts, ends = np.array([4, 10, 7]), np.array([LENGTH, LENGTH - 3, LENGTH - 9])
+    starts, ends = np.array([4, 10, 7]), np.array([LENGTH, LENGTH - 1, LENGTH - 4])
     t = np.arange(LENGTH)
     document_ids = ((t >= 2).astype(int) + 2 * (t >= starts[:, None])).astype(np.int32)
     sizes = ends - starts
@@ -508,7 +506,7 @@ def call(config=GATED, batch=2, tokens=((1, 2, 3), (4, 5, 6)), state=None, **mor
         (dict(lengths=[1.5, 2.0]), "lengths are float.*whole numbers"),
         (dict(document_ids=[[0, 0, 0]]), r"document_ids have shape \(1, 3\).* \(2, 3\)"),
         (dict(document_ids=[[0.5] * 3] * 2), "document_ids are float.*whole numbers"),
-        (dict(config=FULL, tokens=np.zeros((2, 31), int)), "would reach 31 tokens.* holds 30"),
+        (dict(config=FULL, tokens=np.zeros((2, 25), int)), "would reach 25 tokens.* holds 24"),
     ],
 )
 def test_misfits_are_refused(arguments, message):
@@ -558,16 +556,16 @@ def test_init_state_refuses(arguments, message):
 def test_full_capacity(double):
     """A full state takes what it can hold and no more, counted row by row."""
     model, tokens, document_ids, _, _ = whole("full_documents")
-    state = whole("full_documents")[-1]  # 27 of 30
-    with pytest.raises(ValueError, match=r"would reach 32 tokens.* holds 30"):
+    state = whole("full_documents")[-1]  # 21 of 24
+    assert (LENGTH, CAPACITY) == (21, 24)
+    with pytest.raises(ValueError, match=r"would reach 26 tokens.* holds 24"):
         extend(model, state, tokens[:, :5])
-    with pytest.raises(ValueError, match=r"would reach 31 tokens.* holds 30"):
-        extend(model, state, tokens[:, :5], lengths=np.array([0, 4, 3]))
+    with pytest.raises(ValueError, match=r"would reach 25 tokens.* holds 24"):
+        extend(model, state, tokens[:, :9], lengths=np.array([0, 4, 3]))
     lengths = np.array([0, 2, 3], np.int32)
-    logits, after = step(
-        model, state, tokens[:, :5], lengths=lengths, document_ids=document_ids[:, :5] + 99
-    )
-    np.testing.assert_array_equal(after.position, [27, 29, 30])
+    ids = document_ids[:, :9] + 99
+    logits, after = step(model, state, tokens[:, :9], lengths=lengths, document_ids=ids)
+    np.testing.assert_array_equal(after.position, [21, 23, 24])
     assert np.isfinite(logits[2, :3]).all()
     # Where positions are not known, under jit, what cannot be held is not a number.
     lengths = np.array([1, 2, 1], np.int32)

@@ -39,7 +39,7 @@ SIZES = dict(
     num_layers=1,
     codebook_size=6,
     window_len=7,
-    block_len=5,
+    block_len=32,
 )
 
 

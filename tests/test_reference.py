@@ -14,7 +14,7 @@ from transformer_vq.nn import vq
 from transformer_vq.nn.model import forward
 from transformer_vq.nn.reference import reference_logits
 
-BATCH, LENGTH = 3, 29
+BATCH, LENGTH = 3, 19
 TOLERANCE = 1e-10
 DOUBLE = dict.fromkeys(("compute_dtype", "param_dtype", "state_dtype"), "float64")
 SINGLE = dict.fromkeys(("compute_dtype", "param_dtype", "state_dtype"), "float32")
@@ -157,12 +157,15 @@ def check(config, seed=0, batch=BATCH, length=LENGTH):
     return model, inputs, expected, expected_grads
 
 
+LENGTHS = {"no_window_single_blocks": 11}
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CONFIGS]
 )
 def test_values_and_gradients(name, double):
     config = CONFIGS[name]
-    model, inputs, logits, grads = check(config)
+    model, inputs, logits, grads = check(config, length=LENGTHS.get(name, LENGTH))
     # Every parameter takes part. (u counts alike for every key where there is one code.)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         if not (config.codebook_size == 1 and path[-1].key in ("u", "w_k", "w_q")):
@@ -212,6 +215,15 @@ def test_each_switch_matters(change, double):
         params, model.codebook, config.replace(**change), tokens, document_ids
     )
     far(other, logits)
+
+
+def test_groups_of_blocks(double, monkeypatch):
+    """Long inputs go in groups of blocks, as many as memory allows: here two at a time."""
+    config = CONFIGS["documents_positions"].replace(max_wavelength=1000.0)  # compiled anew
+    scores = BATCH * config.num_heads * (config.window_len + config.block_len + 5)
+    name = "transformer_vq.nn.attention.SCORES_PER_GROUP"
+    monkeypatch.setattr(name, 2 * scores * config.block_len)
+    check(config)
 
 
 def test_block_len_moves_gradients_only(double):
@@ -337,8 +349,8 @@ def test_grad_through_cache_off(double):
 
 def test_commitment(double):
     """The sum of |k - C_z|^2 and its gradient, for tokens of weight 1."""
-    config = CONFIGS["two_gated_heads"]
-    model, (tokens, _, _) = random_model(config), random_inputs(config)
+    config = make_config("mha", num_layers=1, window_len=3, block_len=4)
+    model, (tokens, _, _) = random_model(config), random_inputs(config, length=7)
 
     def ours(params, codebook):
         model = Model(params=params, codebook=codebook, config=config)
@@ -400,7 +412,7 @@ def test_bfloat16():
 
 def test_counts_are_exact_in_bfloat16():
     """bfloat16 cannot count past 256: 600 keys of one code, in one block and one by one."""
-    config = make_config(window_len=3, block_len=512)
+    config = make_config("mqa", window_len=3, block_len=512, num_layers=1)
     config = config.replace(
         param_dtype="bfloat16", compute_dtype="bfloat16", state_dtype="bfloat16"
     )

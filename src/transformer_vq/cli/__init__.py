@@ -30,7 +30,7 @@ COMMANDS = {
 HELP = """\
 usage: tvq COMMAND [OPTIONS]
 
-Transformer-VQ: train, evaluate and sample models of very long sequences, at constant memory.
+Transformer-VQ: models of very long sequences, at constant memory.
 
 commands:
 {commands}
@@ -42,7 +42,7 @@ examples:
   tvq demo
   tvq train --data book.txt --out runs/book --steps 2000
   tvq eval --run runs/book
-  tvq sample --run runs/book --prompt 'It was' --max-tokens 500 --temperature 0.8
+  tvq sample --run runs/book --prompt 'It was' --temperature 0.8
 
 environment:
   TVQ_CACHE        folder of compiled programs, so that a second start is fast; empty: none

@@ -45,8 +45,8 @@ def describe_model(config: ModelConfig) -> str:
     attention = f"{config.codebook_size} codes" if config.attention == "vq" else "full attention"
     return (
         f"{number(costs.parameter_count(config))} parameters, {config.num_layers} layers of width "
-        f"{config.d_model} ({config.head_type}), {attention}, window {config.window_len}, "
-        f"{size(costs.state_bytes(config))} of state per sequence"
+        f"{config.d_model}, {attention}, window {config.window_len}, "
+        f"{size(costs.state_bytes(config))} of state"
     )
 
 

@@ -2,8 +2,11 @@
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import re
+import shutil
+import textwrap
 from collections.abc import Callable
 from typing import Annotated, Any, TypedDict, get_type_hints
 
@@ -53,6 +56,7 @@ def options(command: type, name: str, arguments: list[str]) -> Any:
             return tyro.cli(
                 command,
                 prog=f"tvq {name}",
+                description=_wrapped(command.__doc__ or ""),
                 args=arguments,
                 config=(tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff),
             )
@@ -61,6 +65,15 @@ def options(command: type, name: str, arguments: list[str]) -> Any:
             raise UsageError(_sentence(heard.getvalue(), name)) from None
         print(f"examples:\n{command.examples.strip(chr(10))}")
         return None
+
+
+def _wrapped(text: str) -> str:
+    """A docstring with its paragraphs broken to the width of the terminal."""
+    width = min(shutil.get_terminal_size().columns, 100)
+    paragraphs = inspect.cleandoc(text).split("\n\n")
+    # Indented, because tyro joins lines that begin with a letter.
+    fill = textwrap.TextWrapper(width, initial_indent=" ", subsequent_indent=" ").fill
+    return "\n\n".join(map(fill, paragraphs))
 
 
 # tyro draws boxes: a title, what is wrong, then a line and advice.

@@ -32,8 +32,8 @@ class Sample:
     """
 
     examples: ClassVar[str] = """
-  tvq sample --run runs/book --prompt 'It was' --temperature 0.8 --max-tokens 500
-  tvq sample --run runs/book --prompt-file chapter.txt --stop '\\n\\n' --num-samples 3
+  tvq sample --run runs/book --prompt 'It was' --temperature 0.8
+  tvq sample --run runs/book --prompt-file page.txt --stop '\\n\\n'
   tvq sample --run runs/book --prompt 'It was' --save-state s.tvq
   tvq sample --run runs/book --state s.tvq --prompt ' and so' --json
 """
@@ -237,19 +237,19 @@ def read(
     from transformer_vq.nn.model import init_state
     from transformer_vq.ops.generate import SamplingParams
 
-    if state is None:
-        full = model.config.attention == "full"
-        capacity = max(256, 1 << (len(prompt) + room - 1).bit_length()) if full else None
-        state = init_state(model.config, 1, capacity=capacity)
+    capacity = None
+    if model.config.attention == "full":
+        capacity = max(256, 1 << (len(prompt) + room - 1).bit_length())
+    now = init_state(model.config, 1, capacity=capacity) if state is None else state
     with progress_bar("reading", quiet=quiet or len(prompt) <= PIECE) as show:
         for start in range(0, len(prompt), PIECE):
             piece = prompt[start : start + PIECE]
-            session = _session(model, piece, SamplingParams(max_tokens=1), state)
+            session = _session(model, piece, SamplingParams(max_tokens=1), now)
             session.read_prompts()
-            state = session.state
-            np.asarray(state.position)  # wait, so that the speed shown is true
+            now = session.state
+            np.asarray(now.position)  # wait, so that the speed shown is true
             show(start + len(piece), len(prompt))
-    return state
+    return now
 
 
 def _session(

@@ -4,7 +4,7 @@ import json
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
@@ -13,11 +13,15 @@ from transformer_vq.config import PRESETS, ModelConfig, TrainConfig
 
 DEFAULT_PRESET = "tiny"  # minutes on a laptop
 
-_tiny = ModelConfig.preset(DEFAULT_PRESET)
-ConfigOptions = overrides(
-    ModelConfig, "ConfigOptions", lambda f: f"({DEFAULT_PRESET}: {getattr(_tiny, f.name)})"
-)
-TrainOptions = overrides(TrainConfig, "TrainOptions", lambda f: f"(default: {f.default})")
+if TYPE_CHECKING:
+    ConfigOptions = dict[str, Any]  # the fields that are given
+    TrainOptions = dict[str, Any]
+else:
+    _tiny = ModelConfig.preset(DEFAULT_PRESET)
+    ConfigOptions = overrides(
+        ModelConfig, "ConfigOptions", lambda f: f"({DEFAULT_PRESET}: {getattr(_tiny, f.name)})"
+    )
+    TrainOptions = overrides(TrainConfig, "TrainOptions", lambda f: f"(default: {f.default})")
 
 
 @dataclass
@@ -62,7 +66,7 @@ class Train:
         if not self.data and saved is None:
             missing = f"there is no run in {self.out} to resume" if self.resume else "no --data"
             raise UsageError(f"{missing}: give --data FILE, the file to train on")
-        path = Path(self.data or saved["data"]["path"]).resolve()
+        path = Path(self.data or (saved or {})["data"]["path"]).resolve()
 
         from transformer_vq.data import load_bytes, require_length, split
 

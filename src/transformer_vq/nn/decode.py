@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from transformer_vq.config import ModelConfig
 from transformer_vq.nn.model import Model, State, distance_wave, embed, make_timeline, to_logits
-from transformer_vq.nn.unit import apply_unit, prepare_unit
+from transformer_vq.nn.unit import apply_unit, output_major, prepare_unit
 from transformer_vq.types import Params, PerRow, PerRowFlag
 
 
@@ -25,7 +25,7 @@ class Decoder:
     """A model prepared for decoding."""
 
     params: Params  # the arrays outside of units
-    units: tuple[Params, ...]  # `prepare_unit` of each, with projections transposed
+    units: tuple[Params, ...]  # `prepare_unit` of each, output-major
     config: ModelConfig
 
 
@@ -35,7 +35,7 @@ def prepare(model: Model, state: State) -> Decoder:
 
     def unit(i: int) -> Params:
         params, codebook = jax.tree.map(lambda a: a[i], (model.params["units"], model.codebook))
-        return _transpose(prepare_unit(params, codebook, wave, model.config))
+        return output_major(prepare_unit(params, codebook, wave, model.config))
 
     return Decoder(
         params={name: array for name, array in model.params.items() if name != "units"},
@@ -65,7 +65,7 @@ def decode_step(
     x = embed(decoder.params, tokens[:, None], timeline, config)
     units = []
     for unit, unit_state in zip(decoder.units, state.units, strict=True):
-        x, unit_state, _ = apply_unit(_transpose(unit), x, unit_state, timeline, config)
+        x, unit_state, _ = apply_unit(unit, x, unit_state, timeline, config)
         units.append(unit_state)
     logits = to_logits(decoder.params, x[:, 0], config)
     return replace(
@@ -76,12 +76,3 @@ def decode_step(
         logits=jnp.where(active[:, None], logits, state.logits),
         units=tuple(units),
     )
-
-
-def _transpose(unit: Params) -> Params:
-    """A prepared unit with its projections transposed.
-
-    A decoder stores them output-major: a product with one or a few rows then reads them in order,
-    nearly twice as fast on a CPU. Within a step, transposing back is but a flag of the product.
-    """
-    return {**unit, "w_in": unit["w_in"].T, "w_o": unit["w_o"].T}

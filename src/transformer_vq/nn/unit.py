@@ -47,6 +47,23 @@ def prepare_unit(params: Params, codebook: Params, wave: jax.Array, config: Mode
     return prepared
 
 
+def output_major(unit: Params) -> Params:
+    """A prepared unit with its projections transposed, under names that end in `_t`.
+
+    A product with one or a few rows then reads them in order, which decoding depends on; a product
+    with many rows, and its gradient, wants them as they were.
+    """
+    rest = {name: array for name, array in unit.items() if name not in ("w_in", "w_o")}
+    return {**rest, "w_in_t": unit["w_in"].T, "w_o_t": unit["w_o"].T}
+
+
+def project(unit: Params, name: str, x: jax.Array) -> jax.Array:
+    """x `[..., in]` times a projection of the unit, whichever way it is stored: `[..., out]`."""
+    if name in unit:
+        return x @ unit[name]
+    return jax.lax.dot_general(x, unit[f"{name}_t"], (((x.ndim - 1,), (1,)), ((), ())))
+
+
 def no_drop(added: jax.Array, branch: int) -> jax.Array:
     """No dropout: what evaluation and sampling use."""
     return added
@@ -65,20 +82,17 @@ def apply_unit(
     batch, length, _ = x.shape
     heads, groups, d_k, d_v = config.num_heads, config.num_kv_heads, config.d_k, config.d_v
     dtype = x.dtype
-    sizes = [heads * d_k, groups * d_k, groups * d_v]
-    parts = jnp.split(
-        layers.norm(unit["norm"], x) @ unit["w_in"],
-        [sum(sizes[:i]) for i in (1, 2, 3)],
-        axis=-1,
-    )
-    q, k, v = (
-        part.reshape(batch, length, n, -1)
-        for part, n in zip(parts, (heads, groups, groups), strict=False)
-    )
+    gated = config.head_type == "shga"
+    ends = (heads * d_k, (heads + groups) * d_k)
+    q, k, v = jnp.split(project(unit, "w_in", layers.norm(unit["norm"], x)), ends, axis=-1)
+    q = q.reshape(batch, length, heads, d_k)
     q = (layers.rms_norm(q) * d_k**-0.25).astype(dtype)
+    k = k.reshape(batch, length, groups, d_k)
     k = layers.rms_norm(k) * d_k**-0.25  # stays wide until its code is known
-    if config.head_type == "shga":
-        v = jax.nn.silu(v)
+    gate = None
+    if gated:  # one silu for values and gates: used twice, XLA computes it once and by itself
+        v, gate = jnp.split(jax.nn.silu(v), [groups * d_v], axis=-1)
+    v = v.reshape(batch, length, groups, d_v)
 
     statistics = None
     if isinstance(state, FullAttentionState):
@@ -96,9 +110,9 @@ def apply_unit(
                 codebook=vq.code_statistics(k, codes, weights, config.codebook_size),
             )
     out = out.reshape(batch, length, -1)
-    if config.head_type == "shga":
-        out = out * jax.nn.silu(parts[3])
-    x = x + drop(out @ unit["w_o"], 0)
-    if config.head_type != "shga":
+    if gate is not None:
+        out = out * gate
+    x = x + drop(project(unit, "w_o", out), 0)
+    if not gated:
         x = x + drop(layers.mlp(unit["mlp"], x), 1)
     return x, state, statistics
