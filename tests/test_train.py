@@ -150,7 +150,6 @@ def parity(parity_dir):
     return json.loads(str(arrays["optimizer_json"])), tree, model
 
 
-@pytest.mark.xfail(strict=True, reason="nn: keys in the window must survive codebook updates")
 def test_two_training_calls_of_the_reference_implementation(parity):
     """Two batches of two updates each: losses, parameters and codebooks after both."""
     recipe, tree, model = parity

@@ -10,7 +10,7 @@ key with score `(q + u) . C_s + log n_s` and value the mean of theirs. The state
 `attend_blocks` takes many tokens at once, `attend_step` one per row; both mean the same.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from transformer_vq.nn.blockwise import MASKED, Far, Near
 from transformer_vq.nn.layers import wide
 
 SCORES_PER_GROUP = 2**23  # scores held at once, per unit
+BLOCKS_PER_GROUP = 16  # they are unrolled: XLA's time and memory grow with their square
 
 
 @jax.tree_util.register_dataclass
@@ -36,6 +37,7 @@ class AttentionState:
     codes: jax.Array  # int32 [B, G, W]: code of the key in each ring slot
     counts: jax.Array  # int32 [B, G, S]: keys of each code that have left the ring
     values: jax.Array  # state_dtype [B, G, W + S, V]
+    keys: jax.Array | None = None  # [B, G, W, K]: quantized keys of the ring, in training only
 
 
 @jax.tree_util.register_dataclass
@@ -62,6 +64,16 @@ def init_attention_state(config: ModelConfig, batch_size: int, dtype) -> Attenti
         counts=jnp.zeros((*lead, config.codebook_size), jnp.int32),
         values=jnp.zeros((*lead, rows, config.d_v), dtype),
     )
+
+
+def keep_keys(state: AttentionState, config: ModelConfig) -> AttentionState:
+    """An empty state whose window will hold on to its keys as they were when they came.
+
+    For training, where the codebook moves between the pieces of a sequence: so does the reference
+    implementation. Without, a code means its codeword of today, which is equal if nothing moves.
+    """
+    shape = (*state.codes.shape, config.d_k)
+    return replace(state, keys=jnp.zeros(shape, config.compute_dtype))
 
 
 def _log_counts(counts: jax.Array, dtype) -> jax.Array:
@@ -108,7 +120,10 @@ def attend_blocks(
     slots = ((timeline.start[:, None] + jnp.arange(ring)) % ring)[:, None, :]
     ring_codes = jnp.take_along_axis(state.codes, slots, axis=2)
     ring_values = jnp.take_along_axis(state.values, slots[..., None], axis=2).astype(dtype)
-    ring_keys = words[jnp.arange(groups)[:, None], ring_codes]
+    if state.keys is None:
+        ring_keys = words[jnp.arange(groups)[:, None], ring_codes]
+    else:
+        ring_keys = jnp.take_along_axis(state.keys, slots[..., None], axis=2)
 
     def by_group(x: jax.Array) -> jax.Array:
         """`[B, T, ...]` as `[num_groups, B, tokens of a group, ...]`, padded at the end."""
@@ -193,6 +208,10 @@ def attend_blocks(
     index = jnp.take_along_axis(newest, at_slot, axis=1)[:, None, :]
     all_codes = jnp.concatenate([ring_codes, by_block(codes)], axis=2)
     all_values = jnp.concatenate([ring_values, by_block(v)], axis=2)
+    keys = None
+    if state.keys is not None:
+        all_keys = jnp.concatenate([ring_keys, by_block(near_keys)], axis=2)
+        keys = jnp.take_along_axis(all_keys, index[..., None], axis=2)
     current = (cache_of.first_at(timeline.length - 1 + ring) == cache_first)[:, None, None]
     new_values = jnp.take_along_axis(all_values, index[..., None], axis=2)
     new_means = jnp.where(current[..., None], means, 0)  # else it is of an older document
@@ -202,6 +221,7 @@ def attend_blocks(
         values=jnp.concatenate(
             [x.astype(state.values.dtype) for x in (new_values, new_means)], axis=2
         ),
+        keys=keys,
     )
     return out, codes, new_state
 
@@ -209,7 +229,8 @@ def attend_blocks(
 def _grouping(length: int, block: int, scores_per_query: int) -> tuple[int, int]:
     """Blocks in a group, and groups: as few groups as memory allows, of equal size."""
     blocks = -(-length // block)
-    limit = max(1, SCORES_PER_GROUP // (block * scores_per_query))
+    limit = SCORES_PER_GROUP // (block * scores_per_query)
+    limit = max(1, min(limit, BLOCKS_PER_GROUP))
     groups = -(-blocks // limit)
     per_group = -(-blocks // groups)
     return per_group, -(-blocks // per_group)

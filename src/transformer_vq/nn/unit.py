@@ -100,7 +100,8 @@ def apply_unit(
             q, k.astype(dtype), v, unit["u"], unit["w"], unit["r"], state, timeline, config
         )
     else:
-        attend = attention.attend_step if length == 1 else attention.attend_blocks
+        one = length == 1 and weights is None  # training takes tokens in blocks, always
+        attend = attention.attend_step if one else attention.attend_blocks
         out, codes, state = attend(
             q, k, v, unit["words"], unit["u"], unit["w"], unit["r"], state, timeline, config
         )

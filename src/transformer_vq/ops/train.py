@@ -1,7 +1,7 @@
 """The train step: gradient of each piece of a sequence, AdamW, codebooks by moving average."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.data import Batch
 from transformer_vq.nn import vq
+from transformer_vq.nn.attention import keep_keys
 from transformer_vq.nn.model import DropoutKeys, Model, State, init_model, init_state
 from transformer_vq.ops.loss import LossTerms, loss_fn
 from transformer_vq.ops.optimizer import learning_rate_at, make_optimizer
@@ -69,9 +70,7 @@ def make_train_step(
     update = make_update(config, train)
 
     def train_step(train_state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        rows, length = batch.inputs.shape
-        capacity = length if config.attention == "full" else None
-        state = init_state(config, rows, capacity=capacity)
+        state = _empty_state(config, *batch.inputs.shape)
         pieces = jax.tree.map(lambda x: _pieces(x, train.update_len), batch)
 
         def body(carry: tuple[TrainState, State], piece: Batch) -> tuple[Any, Metrics]:
@@ -160,6 +159,14 @@ def _mean(metrics: Metrics) -> Metrics:
     per_token = {name: metrics.pop(name).sum() / tokens for name in ("loss", "commitment")}
     per_piece = {name: values.mean() for name, values in metrics.items()}
     return {name: jnp.float32(value) for name, value in (per_token | per_piece).items()}
+
+
+def _empty_state(config: ModelConfig, rows: int, length: int) -> State:
+    """The state before a batch of sequences of this length."""
+    if config.attention == "full":
+        return init_state(config, rows, capacity=length)
+    state = init_state(config, rows)
+    return replace(state, units=tuple(keep_keys(unit, config) for unit in state.units))
 
 
 def _pieces(x: jax.Array, size: int) -> jax.Array:
