@@ -10,6 +10,8 @@ assert "jax" not in sys.modules, "jax was imported before tests/conftest.py coul
 
 _XLA_FLAGS = {
     "--xla_force_host_platform_device_count": "8",
+    # Compiling takes more time than running: less of it.
+    "--xla_backend_optimization_level": "0",
     # On a busy machine eight devices on two cores may wait long for each other.
     "--xla_cpu_collective_call_terminate_timeout_seconds": "600",
 }

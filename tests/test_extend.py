@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from test_reference import SINGLE, close, far, make_config, random_inputs, random_model
+from test_reference import SINGLE, close, far, make_config, quick_jit, random_inputs, random_model
 from transformer_vq import Model, extend, init_model, init_state
 
 BATCH, LENGTH = 3, 21
@@ -371,7 +371,7 @@ def test_causality(name, double):
             start += size
         return jnp.concatenate(parts)
 
-    gradient = jax.jit(jax.jacfwd(outputs))(model.params["embedding"])[:, tokens[0]]
+    gradient = quick_jit(jax.jacfwd(outputs))(model.params["embedding"])[:, tokens[0]]
     size = np.abs(gradient).max(-1)  # [query, key]
     t, j = np.arange(length)[:, None], np.arange(length)
     sees = j <= t
@@ -438,9 +438,9 @@ def test_any_key_makes_a_model():
     config = make_config("mqa", codebook_size=30, absolute_positions=True).replace(**SINGLE)
     key = jax.random.key(7)
     raw = jax.random.key_data(key)
-    model = jax.jit(lambda: init_model(config, key))()
+    model = quick_jit(lambda: init_model(config, key))()
 
-    @jax.jit
+    @quick_jit
     def embeddings():
         return [init_model(config, k).params["embedding"] for k in (raw, np.asarray(raw), 7, 8)]
 

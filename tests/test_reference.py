@@ -20,6 +20,10 @@ DOUBLE = dict.fromkeys(("compute_dtype", "param_dtype", "state_dtype"), "float64
 SINGLE = dict.fromkeys(("compute_dtype", "param_dtype", "state_dtype"), "float32")
 
 
+# Compiled in half the time; numbers do not need fast code.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def make_config(head_type="shga", **fields):
     """Two units, tiny, float64. Most sizes are odd, and none is equal to another."""
     sizes = dict(vocab_size=13, d_model=8, d_k=4, d_v=6, codebook_size=5)
@@ -100,7 +104,7 @@ def random_inputs(config, seed=0, batch=BATCH, length=LENGTH):
     return tokens, document_ids, cotangent
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(quick_jit, static_argnums=0)
 def run_reference(config, params, codebook, tokens, document_ids, cotangent):
     def logits(params):
         return reference_logits(params, codebook, config, tokens, document_ids)[0]
@@ -109,7 +113,7 @@ def run_reference(config, params, codebook, tokens, document_ids, cotangent):
     return value, pull_back(cotangent)[0]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(quick_jit, static_argnums=0)
 def run_extend(config, params, codebook, tokens, document_ids, cotangent):
     """The same of `extend`."""
     batch, length = tokens.shape
@@ -303,7 +307,7 @@ def test_straight_through_reach(double):
         moved = Model(params=params, codebook=model.codebook, config=config)
         return extend(moved, init_state(config, 1), tokens)[0][0] @ mix
 
-    gradient = np.abs(jax.jit(jax.jacfwd(outputs))(jnp.zeros(config.vocab_size)))[:, :length]
+    gradient = np.abs(quick_jit(jax.jacfwd(outputs))(jnp.zeros(config.vocab_size)))[:, :length]
     t, j = np.arange(length)[:, None], np.arange(length)
     reached = (j < t) & (j >= t // block * block - window)
     assert (gradient[reached] > 1e-8).all()
@@ -329,7 +333,7 @@ def test_grad_through_cache_off(double):
     def blocks(x):
         return np.moveaxis(x[:, :end].reshape(BATCH, end // block, block, *x.shape[2:]), 1, 0)
 
-    @jax.jit
+    @quick_jit
     def by_blocks(params):
         def logits(params):
             model_ = Model(params=params, codebook=model.codebook, config=config)
@@ -360,8 +364,8 @@ def test_commitment(double):
     def oracle(params, codebook):
         return reference_logits(params, codebook, config, tokens)[1]
 
-    value, grads = jax.jit(jax.value_and_grad(ours))(model.params, model.codebook)
-    expected, expected_grads = jax.jit(jax.value_and_grad(oracle))(model.params, model.codebook)
+    value, grads = quick_jit(jax.value_and_grad(ours))(model.params, model.codebook)
+    expected, expected_grads = quick_jit(jax.value_and_grad(oracle))(model.params, model.codebook)
     close(value, expected)
     close(grads, expected_grads)
     assert value > 1.0 and np.abs(grads["units"]["w_k"]).max() > 0.1

@@ -235,7 +235,7 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-SMALLER = dict(head_type="mqa", num_layers=1)  # one unit: quicker to compile
+SMALLER = dict(head_type="mqa", num_layers=1, d_v=128)  # one unit: quicker to compile
 
 
 def decoding_loop(function, **fields):

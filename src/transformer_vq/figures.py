@@ -70,5 +70,6 @@ def learning_curve(
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.legend(frameon=False, loc="upper right")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, loc="upper right")
     figure.savefig(path)

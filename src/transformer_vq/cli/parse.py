@@ -83,12 +83,14 @@ def _sentence(box: str, name: str) -> str:
     """What is wrong, from the text that tyro prints."""
     parts = [""]
     for line in box.splitlines():
-        line = line.strip(" │╭╮╰╯")
-        if line.strip("─") == "":
+        line = line.strip(" │╭╮╰╯|+")
+        if line.strip("─-") == "":
             parts.append("")
-        elif line.count("─") < 3:  # no title
+        elif "───" not in line and "---" not in line:  # no title
             parts[-1] = f"{parts[-1]} {line}".strip()
     parts = [part for part in parts if part]
+    if "╭" not in box:  # without Unicode the title stands like a part
+        del parts[:1]
     problem = parts[0] if parts else "the options cannot be used"
     see = f"(see tvq {name} --help)"
     if match := re.match(r"Unrecognized options: (.*)", problem):
@@ -106,8 +108,10 @@ def _sentence(box: str, name: str) -> str:
         return f"{match[1]} needs a value {see}"
     for pattern, limit in (
         (r"Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)", "a whole number"),
+        (r"Error parsing (\S+): no type matching INT .* from \['(.*)'\]", "a whole number"),
         (r"Error parsing (\S+): could not convert string to float: (.*)", "a number"),
     ):
         if match := re.match(pattern, problem):
-            return f"{match[1]} is {match[2]}: it must be {limit}"
+            value = match[2].strip("'")
+            return f"{match[1]} is {value!r}: it must be {limit}"
     return f"{problem[0].lower()}{problem[1:].rstrip('.')} {see}"

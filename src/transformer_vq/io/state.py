@@ -1,5 +1,6 @@
 """A `State` on disk: one safetensors file, tied to its model by a hash and checked when read."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from transformer_vq.nn.full import FullAttentionState
 from transformer_vq.nn.model import Model, State, init_state
 
 VERSION = 1
@@ -33,12 +35,14 @@ def model_hash(model: Model) -> str:
 def save_state(path: str | os.PathLike, state: State, model: Model) -> None:
     """Write a state of this model to a file, whole or not at all.
 
-    Raises `StateError` if the folder is missing or the disk full; an older file then stays.
+    Raises `StateError` if the state is of another model, the folder missing or the disk full; an
+    older file then stays.
     """
     path = Path(path)
+    _require_fit(state, model)
     arrays = {
-        jax.tree_util.keystr(key): _as_bits(np.asarray(array))
-        for key, array in jax.tree.leaves_with_path(jax.device_get(state))
+        jax.tree_util.keystr(key): _as_bits(np.asarray(jax.device_get(array)))
+        for key, array in jax.tree.leaves_with_path(state)
     }
     header = {
         "format": FORMAT,
@@ -47,7 +51,7 @@ def save_state(path: str | os.PathLike, state: State, model: Model) -> None:
         "state_dtype": _dtype(state),
     }
     header["hash"] = _hash(header, arrays)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
             file.write(save(arrays, metadata=header))
@@ -55,8 +59,10 @@ def save_state(path: str | os.PathLike, state: State, model: Model) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise StateError(f"cannot write the state to {path}: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):  # gone already, if all went well
+            partial.unlink()
 
 
 def load_state(path: str | os.PathLike, model: Model) -> State:
@@ -74,15 +80,18 @@ def load_state(path: str | os.PathLike, model: Model) -> State:
         header_size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + header_size])["__metadata__"]
         arrays = load(data)
-    except (SafetensorError, ValueError, KeyError, TypeError):
+        is_state = header.get("format") == FORMAT
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise damaged from None
-    if header.get("format") != FORMAT or header.pop("hash", "") != _hash(header, arrays):
+    if not is_state:
         raise damaged
     if header.get("version") != str(VERSION):
         raise StateError(
             f"{path} has version {header.get('version')} of the format, and this program reads "
             f"version {VERSION}: make it again"
         )
+    if header.pop("hash", "") != _hash(header, arrays):
+        raise damaged
     if header.get("model") != model_hash(model):
         raise StateError(f"{path} is the state of another model: use the model it was made with")
     positions = arrays.get(".position", np.zeros(1))
@@ -99,6 +108,23 @@ def load_state(path: str | os.PathLike, model: Model) -> State:
         for name, (_, leaf) in zip(names, leaves, strict=True)
     ]
     return jax.tree.unflatten(tree, restored)
+
+
+def _require_fit(state: State, model: Model) -> None:
+    """Raise `StateError` unless the state has the structure and shapes of the model's states."""
+    other = StateError("the state is of another model: save it with the one that made it")
+    unit = state.units[0]
+    capacity = unit.capacity if isinstance(unit, FullAttentionState) else None
+    if (model.config.attention == "full") != (capacity is not None):
+        raise other
+    like = init_state(model.config, state.position.shape[0], _dtype(state), capacity=capacity)
+
+    def described(tree: State) -> list:
+        leaves = jax.tree.leaves_with_path(tree)
+        return [(jax.tree_util.keystr(key), x.shape, x.dtype) for key, x in leaves]
+
+    if described(state) != described(like):
+        raise other
 
 
 def _dtype(state: State) -> str:

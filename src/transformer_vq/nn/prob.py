@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+COLDEST = 1e-5  # lower temperatures count as this one: logits over it are still finite
 REMOVED = -1e10  # finite: differences and products of logits stay numbers
 
 
@@ -18,7 +19,7 @@ def temperature(logits: jax.Array, value: ArrayLike) -> jax.Array:
     value = _column(value, logits)
     best = jnp.argmax(logits, axis=-1, keepdims=True)
     greedy = jnp.where(jnp.arange(logits.shape[-1]) == best, logits, REMOVED)
-    scaled = jnp.where(_removed(logits), logits, logits / jnp.where(value > 0, value, 1.0))
+    scaled = _drawable(logits / jnp.maximum(value, COLDEST), logits)
     return jnp.where(value > 0, scaled, greedy)
 
 
@@ -66,8 +67,8 @@ def repetition_penalty(logits: jax.Array, seen: jax.Array, penalty: ArrayLike) -
     `seen` is bool `[..., vocab]`: tokens of the prompt or generated so far.
     """
     penalty = _column(penalty, logits)
-    seen = seen & ~_removed(logits)
-    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    return jnp.where(seen, _drawable(penalized, logits), logits)
 
 
 def presence_and_frequency(
@@ -78,7 +79,7 @@ def presence_and_frequency(
     The penalties of OpenAI's completion API. `counts` is int32 `[..., vocab]`, generated only.
     """
     presence, frequency = _column(presence, logits), _column(frequency, logits)
-    return logits - presence * (counts > 0) - frequency * counts
+    return _drawable(logits - presence * (counts > 0) - frequency * counts, logits)
 
 
 def draw(keys: jax.Array, logits: jax.Array) -> jax.Array:
@@ -130,9 +131,9 @@ def _threshold(score: jax.Array, mass: jax.Array, target: jax.Array) -> jax.Arra
     return jax.lax.bitcast_convert_type(bits, score.dtype)
 
 
-def _removed(logits: jax.Array) -> jax.Array:
-    """Tokens that may not be drawn, whatever else is done to the logits."""
-    return logits <= REMOVED / 2
+def _drawable(changed: jax.Array, logits: jax.Array) -> jax.Array:
+    """Changed logits: what was removed stays so, and all else finite and far above it."""
+    return jnp.where(logits <= REMOVED / 2, REMOVED, jnp.clip(changed, REMOVED / 10, -REMOVED / 10))
 
 
 def _column(value: ArrayLike, logits: jax.Array) -> jax.Array:
