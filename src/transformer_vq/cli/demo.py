@@ -111,7 +111,9 @@ class Demo:
         }
         self._show(results)
         print()
-        samples = [_sample(model, prompt, show=i == 0) for i, prompt in enumerate(PROMPTS)]
+        samples = [
+            _sample(model, prompt, seed, show=seed == 0) for seed, prompt in enumerate(PROMPTS)
+        ]
         (self.out / "samples.txt").write_text(RULE.join(samples))
         learning_curve(
             read_metrics(self.out / "metrics.jsonl"),
@@ -171,12 +173,12 @@ def _bpb(results: dict[str, Any], name: str) -> float:
     return 8 * results[f"{name}_bytes"] / results["bytes"]
 
 
-def _sample(model: "Model", prompt: str, *, show: bool) -> str:
+def _sample(model: "Model", prompt: str, seed: int, *, show: bool) -> str:
     """The prompt and what the model writes after it, also on the terminal as it comes."""
     from transformer_vq import SamplingParams, stream
     from transformer_vq.cli.sample import printable
 
-    params = SamplingParams(max_tokens=SAMPLE_TOKENS, temperature=TEMPERATURE)
+    params = SamplingParams(max_tokens=SAMPLE_TOKENS, temperature=TEMPERATURE, seed=seed)
     decoder, text = StreamDecoder(), prompt
     if show:
         print(prompt, end="", flush=True)

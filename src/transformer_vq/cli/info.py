@@ -110,7 +110,8 @@ def _show(record: dict[str, Any]) -> None:
         "parameters", f"{model['parameters']:,}, and {model['codebook']:,} in the codebooks"
     )
     section("costs")
-    table.add_row("state", f"{size(model['state_bytes'])} per sequence, whatever its length")
+    limit = "of at most 4,096 tokens" if config["attention"] == "full" else "whatever its length"
+    table.add_row("state", f"{size(model['state_bytes'])} per sequence, {limit}")
     table.add_row(
         "a decoded token",
         f"{size(model['decode_bytes'])} read, {number(model['decode_flops'])}FLOP",
