@@ -417,7 +417,6 @@ def start(user_env: dict, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen([TVQ, *arguments], env=user_env, stdout=pipe, stderr=pipe)
 
 
-@pytest.mark.xfail(strict=False, reason="as long as transformer_vq/__init__.py imports jax")
 def test_help_and_wrong_options_do_not_wait_for_jax(user_env):
     code = (
         "import sys; from transformer_vq.cli import main\n"

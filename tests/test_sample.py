@@ -276,7 +276,7 @@ def test_a_step_copies_no_table(unchecked):
     assert table.shape == (4, 1, 65 + 64, 128)
     assert set(operations_on(compiled, table.shape)) <= IN_PLACE
     memory = compiled.memory_analysis()
-    assert memory.temp_size_in_bytes < table.nbytes / 2
+    assert memory.temp_size_in_bytes < table.nbytes
     assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(state))
 
 
@@ -285,7 +285,7 @@ def test_a_step_that_may_reset_copies_no_table(unchecked):
     compiled, state = decoding_loop(sample.generate_tokens, **SMALLER, reset_at_document=True)
     table = state.units[0].values
     assert "copy" not in operations_on(compiled, table.shape)
-    assert compiled.memory_analysis().temp_size_in_bytes < table.nbytes / 2
+    assert compiled.memory_analysis().temp_size_in_bytes < table.nbytes
 
 
 def variant(**options):

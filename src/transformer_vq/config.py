@@ -71,6 +71,9 @@ class ModelConfig:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(allowed)}"
                 )
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be true or false")
         for name, low in _AT_LEAST.items():
             value = getattr(self, name)
             if not value and name in ("d_v", "num_heads"):
@@ -154,8 +157,8 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
         """The inverse of `to_dict`. Raises `ValueError` for a field it does not know."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(known))
         if unknown:
             raise ValueError(
                 f"unknown configuration field {unknown[0]!r}: the fields are {', '.join(known)}"
@@ -190,6 +193,14 @@ _PROBABILITIES = (
     "dropout_sinusoid",
     "dropout_residual",
     "dropout_layer",
+)
+_SWITCHES = (
+    "use_cache",
+    "grad_through_cache",
+    "reset_at_document",
+    "absolute_positions",
+    "tie_embeddings",
+    "final_norm",
 )
 _FINITE = ("max_wavelength", "logit_scale", "commit_coefficient")
 _CHOICES = {
@@ -231,6 +242,10 @@ class TrainConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ValueError(f"{name} is {value!r}: it must be a whole number, {low} or more")
+        for name in _TRAIN_NUMBERS:
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}: it must be a number")
         for name in ("learning_rate", "epsilon"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -256,6 +271,15 @@ class TrainConfig:
         return self.sequence_len // self.update_len
 
 
+_TRAIN_NUMBERS = (
+    "learning_rate",
+    "final_learning_rate",
+    "weight_decay",
+    "grad_clip",
+    "beta1",
+    "beta2",
+    "epsilon",
+)
 _TRAIN_AT_LEAST = {
     "batch_size": 1,
     "sequence_len": 1,

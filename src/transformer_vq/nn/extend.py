@@ -1,5 +1,6 @@
 """`extend`: continue sequences by some tokens. The one function that everything is built on."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jax.typing import ArrayLike
 from transformer_vq.config import ModelConfig
 from transformer_vq.nn.decode import decode_step, prepare
 from transformer_vq.nn.full import FullAttentionState
-from transformer_vq.nn.model import Model, State, forward, to_logits
+from transformer_vq.nn.model import Model, State, forward, init_state, to_logits
 from transformer_vq.types import Logits
 
 
@@ -69,6 +70,23 @@ def _extend(model, state, tokens, lengths, document_ids):
     return to_logits(model.params, x, model.config), state
 
 
+def _fits(config: ModelConfig, state: State) -> bool:
+    """Whether the state has the structure and shapes of this configuration's states."""
+    unit = state.units[0]
+    full = isinstance(unit, FullAttentionState)
+    if full != (config.attention == "full"):
+        return False
+    capacity = unit.capacity if isinstance(unit, FullAttentionState) else None
+    like = jax.eval_shape(lambda: init_state(config, state.position.shape[0], capacity=capacity))
+    if not full:  # training adds keys to it
+        state = replace(state, units=tuple(replace(unit, keys=None) for unit in state.units))
+    shapes = [
+        [(jax.tree_util.keystr(key), x.shape) for key, x in jax.tree.leaves_with_path(tree)]
+        for tree in (state, like)
+    ]
+    return shapes[0] == shapes[1]
+
+
 def check_tokens(
     config: ModelConfig, state: State, tokens: Any, lengths: Any, document_ids: Any
 ) -> None:
@@ -87,7 +105,9 @@ def check_tokens(
     ):
         if array is not None and jnp.shape(array) != shape:
             raise ValueError(f"{name} have shape {jnp.shape(array)}: it must be {shape}")
-    if state.logits.shape[1] != config.vocab_size or len(state.units) != config.num_units:
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(f"{name} are {array.dtype}: they must be whole numbers")
+    if not _fits(config, state):
         raise ValueError(
             "the state is of another model: make one with init_state(model.config, batch_size)"
         )

@@ -186,7 +186,7 @@ def make_timeline(
     document_start, document_id = state.document_start, state.document_id
     if config.reset_at_document and document_ids is not None:
         before = jnp.concatenate([document_id[:, None], document_ids[:, :-1]], axis=1)
-        index = ring + jnp.arange(length)
+        index = ring + jnp.arange(length, dtype=jnp.int32)
         first = jax.lax.cummax(jnp.where(document_ids != before, index, first), axis=1)
         last = jnp.clip(lengths - 1, 0)[:, None]
         last_first, last_id = (

@@ -71,6 +71,8 @@ class SamplingParams:
             check(name, math.isfinite(getattr(self, name)), "a finite number")
         check("seed", isinstance(self.seed, int | np.integer) and 0 <= self.seed < 2**63,
               "a whole number from 0 to 2^63 - 1")  # fmt: skip
+        if any(math.isnan(value) or value >= 1e9 for value in self.logit_bias.values()):
+            raise ValueError(f"logit_bias is {self.logit_bias}: it must be numbers below 1e9")
         if any(not sequence for sequence in self.stop_sequences()):
             raise ValueError("a stop sequence is empty: give at least one token")
         if len(self.stop_tokens()) > MAX_STOP_TOKENS:
@@ -144,7 +146,7 @@ def stream(
 
     A token that may be the start of a stop sequence comes once it is known not to be.
     """
-    yield from Session(model, prompts, params, state)
+    return iter(Session(model, prompts, params, state))
 
 
 class Session:
@@ -157,15 +159,18 @@ class Session:
     def __init__(self, model, prompts, params=None, state=None, *, steps=STEPS_PER_DISPATCH):
         self.prompts = [list(prompt) for prompt in prompts]
         self.params = _one_each(params, len(self.prompts))
+        self._unread = list(self.prompts)
         self.model, self.steps = model, steps
         config = model.config
         _check_prompts(self.prompts, self.params, config.vocab_size, state)
-        need = max(
+        need = [
             len(prompt) + p.max_tokens for prompt, p in zip(self.prompts, self.params, strict=True)
-        )
+        ]
         batch = _next_power_of_two(len(self.prompts))  # few compiled shapes serve all batches
         if state is None:
-            capacity = max(256, _next_power_of_two(need)) if config.attention == "full" else None
+            capacity = (
+                max(256, _next_power_of_two(max(need))) if config.attention == "full" else None
+            )
             self._state = init_state(config, batch, capacity=capacity)
         else:
             self._state = _fork(state, len(self.prompts), batch, need)
@@ -175,22 +180,25 @@ class Session:
     def state(self) -> State:
         """State of the requests, one row each, after all that was yielded."""
         rows = len(self.prompts)
-        return jax.tree.map(lambda x: x[:rows], self._state)
+        return jax.tree.map(lambda x: jnp.array(x[:rows], copy=True), self._state)
 
     def read_prompts(self) -> None:
-        """Consume the prompts, in pieces of a few fixed sizes."""
+        """Consume the prompts, in pieces of a few fixed sizes.
+
+        The pieces of a prompt depend on its length only, so that the same programs make the same
+        state of it, to the bit, whatever else is in the batch.
+        """
         batch = self._state.position.shape[0]
-        done = 0
-        longest = max(map(len, self.prompts))
-        while done < longest:
-            left = longest - done
-            size = next((n for n in PREFILL_SIZES if n >= left), PREFILL_SIZES[-1])
+        left = self._unread
+        while any(left):
+            sizes = [_piece(len(prompt)) for prompt in left]
+            size = max(sizes)
             tokens, lengths = np.zeros((batch, size), np.int32), np.zeros(batch, np.int32)
-            for row, prompt in enumerate(self.prompts):
-                piece = prompt[done : done + size]
-                tokens[row, : len(piece)], lengths[row] = piece, len(piece)
+            for row, prompt in enumerate(left):
+                if sizes[row] == size:
+                    piece, left[row] = prompt[:size], prompt[size:]
+                    tokens[row, : len(piece)], lengths[row] = piece, len(piece)
             self._state = prefill(self.model, self._state, tokens, lengths)
-            done += size
 
     def __iter__(self) -> Iterator[Token]:
         self.read_prompts()
@@ -303,8 +311,9 @@ def _check_prompts(
 ) -> None:
     if not prompts:
         raise ValueError("there are no prompts: give at least one")
+    used = None if state is None else np.asarray(state.position)
     for row, prompt in enumerate(prompts):
-        if not prompt and (state is None or int(state.position.min()) == 0):
+        if not prompt and (used is None or not used[row % len(used)]):
             raise ValueError(
                 f"prompt {row} is empty and there is no state to continue: give at least one token"
             )
@@ -330,14 +339,14 @@ def _check_prompts(
             )
 
 
-def _fork(state: State, rows: int, batch: int, need: int) -> State:
+def _fork(state: State, rows: int, batch: int, need: list[int]) -> State:
     """A copy of the state, one row per request (a single row serves all), padded to the batch."""
     given = state.position.shape[0]
     if given not in (1, rows):
         raise ValueError(f"the state has {given} rows for {rows} prompts: 1 or {rows} are needed")
     cache = state.units[0]
     if isinstance(cache, FullAttentionState):
-        end = int(state.position.max()) + need
+        end = int(np.max(np.asarray(state.position) + np.array(need)))
         if end > cache.capacity:
             raise ValueError(
                 f"prompt and output would reach {end} tokens, and this state of full attention "
@@ -362,13 +371,13 @@ def _controls(params: list[SamplingParams], batch: int, vocab_size: int) -> Cont
         single = p.stop_tokens()
         stops[row, : len(single)] = single
         for token, value in p.logit_bias.items():
-            bias[row, token] = value
+            bias[row, token] = max(value, prob.REMOVED)
         if p.allowed_tokens is not None:
             banned = np.setdiff1d(np.arange(vocab_size), np.asarray(p.allowed_tokens, np.int64))
             bias[row, banned] = prob.REMOVED
         bias[row, list(p.banned_tokens)] = prob.REMOVED
     return Controls(
-        key=jnp.asarray([(p.seed >> 32, p.seed & 0xFFFFFFFF) for p in params], jnp.uint32),
+        key=jnp.asarray(np.array([(p.seed >> 32, p.seed & 0xFFFFFFFF) for p in params], np.uint32)),
         temperature=column("temperature"),
         top_k=column("top_k", np.int32),
         top_p=column("top_p"),
@@ -381,6 +390,13 @@ def _controls(params: list[SamplingParams], batch: int, vocab_size: int) -> Cont
         stop_tokens=jnp.asarray(stops),
         min_tokens=column("min_tokens", np.int32),
     )
+
+
+def _piece(length: int) -> int:
+    """Size of the next piece of a prompt of which so many tokens are left; 0 for none."""
+    if not length:
+        return 0
+    return next((size for size in PREFILL_SIZES if size >= length), PREFILL_SIZES[-1])
 
 
 def _next_power_of_two(n: int) -> int:

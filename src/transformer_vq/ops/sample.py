@@ -77,7 +77,8 @@ def controlled_logits(logits: jax.Array, controls: Controls, rows: Rows) -> jax.
     early = rows.generated < controls.min_tokens
     vocab = jnp.arange(logits.shape[-1])
     is_stop = jnp.any(controls.stop_tokens[:, :, None] == vocab, axis=1)
-    logits = jnp.where(early[:, None] & is_stop, prob.REMOVED, logits + controls.bias)
+    removed = early[:, None] & is_stop | (controls.bias <= prob.REMOVED / 2)
+    logits = jnp.where(removed, prob.REMOVED, logits + controls.bias)
     seen = rows.prompt | (rows.counts > 0)
     logits = prob.repetition_penalty(logits, seen, controls.repetition_penalty)
     logits = prob.presence_and_frequency(

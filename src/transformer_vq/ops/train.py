@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.data import Batch
 from transformer_vq.nn import vq
-from transformer_vq.nn.attention import keep_keys
+from transformer_vq.nn.attention import AttentionState, keep_keys
 from transformer_vq.nn.model import DropoutKeys, Model, State, init_model, init_state
 from transformer_vq.ops.loss import LossTerms, loss_fn
 from transformer_vq.ops.optimizer import learning_rate_at, make_optimizer
@@ -166,7 +166,12 @@ def _empty_state(config: ModelConfig, rows: int, length: int) -> State:
     if config.attention == "full":
         return init_state(config, rows, capacity=length)
     state = init_state(config, rows)
-    return replace(state, units=tuple(keep_keys(unit, config) for unit in state.units))
+    return replace(
+        state,
+        units=tuple(
+            keep_keys(unit, config) for unit in state.units if isinstance(unit, AttentionState)
+        ),
+    )
 
 
 def _pieces(x: jax.Array, size: int) -> jax.Array:
