@@ -1,6 +1,5 @@
 """`extend`: continue sequences by some tokens. The one function that everything is built on."""
 
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,9 +9,10 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from transformer_vq.config import ModelConfig
+from transformer_vq.nn.attention import AttentionState
 from transformer_vq.nn.decode import decode_step, prepare
 from transformer_vq.nn.full import FullAttentionState
-from transformer_vq.nn.model import Model, State, forward, init_state, to_logits
+from transformer_vq.nn.model import Model, State, forward, to_logits
 from transformer_vq.types import Logits
 
 
@@ -72,19 +72,23 @@ def _extend(model, state, tokens, lengths, document_ids):
 
 def _fits(config: ModelConfig, state: State) -> bool:
     """Whether the state has the structure and shapes of this configuration's states."""
-    unit = state.units[0]
-    full = isinstance(unit, FullAttentionState)
-    if full != (config.attention == "full"):
-        return False
-    capacity = unit.capacity if isinstance(unit, FullAttentionState) else None
-    like = jax.eval_shape(lambda: init_state(config, state.position.shape[0], capacity=capacity))
-    if not full:  # training adds keys to it
-        state = replace(state, units=tuple(replace(unit, keys=None) for unit in state.units))
-    shapes = [
-        [(jax.tree_util.keystr(key), x.shape) for key, x in jax.tree.leaves_with_path(tree)]
-        for tree in (state, like)
-    ]
-    return shapes[0] == shapes[1]
+    lead = (state.position.shape[0], config.num_kv_heads)
+    ring, size = config.ring_len, config.codebook_size
+
+    def unit_fits(unit: AttentionState | FullAttentionState) -> bool:
+        if isinstance(unit, FullAttentionState):
+            shapes = ((*lead, unit.capacity, config.d_k), (*lead, unit.capacity, config.d_v))
+            full = config.attention == "full"
+            return full and (unit.keys.shape, unit.values.shape) == shapes
+        shapes = ((*lead, ring), (*lead, size), (*lead, ring + size, config.d_v))
+        found = (unit.codes.shape, unit.counts.shape, unit.values.shape)
+        return config.attention == "vq" and found == shapes
+
+    return (
+        state.logits.shape[1] == config.vocab_size
+        and len(state.units) == config.num_units
+        and all(map(unit_fits, state.units))
+    )
 
 
 def check_tokens(
