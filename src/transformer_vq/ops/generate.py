@@ -377,7 +377,7 @@ def _controls(params: list[SamplingParams], batch: int, vocab_size: int) -> Cont
             bias[row, banned] = prob.REMOVED
         bias[row, list(p.banned_tokens)] = prob.REMOVED
     return Controls(
-        key=jnp.asarray(np.array([(p.seed >> 32, p.seed & 0xFFFFFFFF) for p in params], np.uint32)),
+        key=jnp.asarray(np.array([divmod(int(p.seed), 1 << 32) for p in params], np.uint32)),
         temperature=column("temperature"),
         top_k=column("top_k", np.int32),
         top_p=column("top_p"),
