@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transformer_vq import (
@@ -226,7 +227,9 @@ ORDERS = [  # two filters that would keep other tokens the other way round
 ]
 
 
-@pytest.mark.parametrize("fields", [FILTERS, HISTORIES], ids=["filters", "histories"])
+@pytest.mark.parametrize(
+    "fields", [FILTERS, HISTORIES, ORDERS], ids=["filters", "histories", "orders"]
+)
 def test_every_control(fields):
     """Each row its own controls, in one batch: the tokens of the slow loop with the same keys."""
     prompts, _ = prompts_and_seeds(seed=1)
@@ -238,6 +241,14 @@ def test_every_control(fields):
     # Control: every row has controls that matter, but the first of the filters.
     free = generate(MODEL, prompts, [SamplingParams(max_tokens=40, seed=p.seed) for p in params])
     assert [a == b for a, b in zip(outputs, free, strict=True)] == [not f for f in fields]
+
+
+def test_seeds():
+    """Every bit of a seed counts; equal requests are equal wherever they stand."""
+    seeds = [0, 1, 2**31, 2**32, 2**32 + 1, 2**63 - 1, np.int32(1), np.uint64(2**32)]
+    outputs = generate(MODEL, [[5]] * 8, [SamplingParams(max_tokens=12, seed=s) for s in seeds])
+    assert len({tuple(x) for x in outputs[:6]}) == 6
+    assert outputs[6] == outputs[1] and outputs[7] == outputs[3]
 
 
 @pytest.mark.parametrize(
@@ -447,6 +458,24 @@ def cut_short(tokens, p):
 
 
 STOPS = st.lists(st.lists(st.sampled_from(COIN), min_size=2, max_size=7), min_size=1, max_size=3)
+
+
+@settings(max_examples=40)
+@given(st.lists(st.tuples(STOPS, st.integers(0, 40)), min_size=BATCH, max_size=BATCH))
+def test_stop_sequences(rows):
+    """Any sequences, that overlap themselves and each other and span dispatches."""
+    params = [
+        SamplingParams(seed=i, max_tokens=80, allowed_tokens=COIN, stop=stop, min_tokens=low)
+        for i, (stop, low) in enumerate(rows)
+    ]
+    outputs = [[] for _ in rows]
+    for token in stream(MODEL, [[1]] * BATCH, params):
+        outputs[token.row].append(int(token))
+        # Never more than the final output, at no moment.
+        whole = cut_short(coin_flips()[token.row], params[token.row])
+        assert len(outputs[token.row]) <= len(whole)
+    expected = [cut_short(run, p) for run, p in zip(coin_flips(), params, strict=True)]
+    assert outputs == expected
 
 
 def test_stop_strings():
@@ -664,3 +693,13 @@ def test_requests_that_make_no_sense(function, sentence):
     """Refused when the function is called, not when the first token is asked for."""
     with pytest.raises(ValueError, match=sentence):
         function(MODEL, *REFUSED[sentence]())
+
+
+def test_an_empty_prompt_needs_its_own_row_of_the_state():
+    tokens, lengths = padded([[1, 2], []], LENGTH)
+    _, state = EXTEND(MODEL, empty_state(MODEL), tokens, lengths=lengths)
+    params = SamplingParams(max_tokens=3)
+    output = generate(MODEL, [[], *[[3]] * 7], params, state)
+    assert output[0] == generate(MODEL, [[1, 2]] * 8, params)[0]
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        generate(MODEL, [[], [], *[[3]] * 6], params, state)

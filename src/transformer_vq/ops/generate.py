@@ -48,7 +48,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     allowed_tokens: Sequence[int] | None = None  # None: all
     banned_tokens: Sequence[int] = ()
-    min_tokens: int = 0  # stop tokens cannot be drawn, nor stop sequences end it, before
+    min_tokens: int = 0  # the output has at least so many, whatever stops it
     stop: Sequence[int | str | bytes | Sequence[int]] | str | bytes = ()
     seed: int = 0
     logprobs: bool = False  # of the tokens drawn, and of the best ones, under the model itself
@@ -259,7 +259,7 @@ class _Output:
         self.held.append(self._token(new, step))
         self.seen += 1
         for stop in self.stops:
-            if self.seen > self.params.min_tokens and self._tail(len(stop)) == stop:
+            if self._may_end(len(stop)) and self._tail(len(stop)) == stop:
                 del self.held[-len(stop) :]
                 self.ended = True
                 yield from self.flush()
@@ -277,10 +277,14 @@ class _Output:
     def _tail(self, length: int) -> tuple[int, ...]:
         return tuple(self.held[-length:])
 
+    def _may_end(self, length: int) -> bool:
+        """Whether enough tokens are left if the last so many are the stop sequence."""
+        return self.seen - length >= self.params.min_tokens
+
     def _overlap(self, stop: tuple[int, ...]) -> int:
         """Length of the longest end of what is held that begins this stop sequence."""
         lengths = range(min(len(stop) - 1, len(self.held)), 0, -1)
-        return next((n for n in lengths if self._tail(n) == stop[:n]), 0)
+        return next((n for n in lengths if self._may_end(n) and self._tail(n) == stop[:n]), 0)
 
     def _token(self, new: Generated, step: int) -> Token:
         token, row = int(new.tokens[self.row, step]), self.row

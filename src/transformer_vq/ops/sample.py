@@ -86,9 +86,9 @@ def controlled_logits(logits: jax.Array, controls: Controls, rows: Rows) -> jax.
     )
     logits = prob.temperature(logits, controls.temperature)
     logits = when(controls.top_k > 0, prob.top_k, logits, controls.top_k)
-    logits = when(controls.typical_p < 1, prob.typical, logits, controls.typical_p)
     logits = when(controls.top_p < 1, prob.nucleus, logits, controls.top_p)
-    return prob.min_p(logits, controls.min_p)
+    logits = prob.min_p(logits, controls.min_p)
+    return when(controls.typical_p < 1, prob.typical, logits, controls.typical_p)
 
 
 def draw_at(keys: jax.Array, position: jax.Array, logits: jax.Array) -> jax.Array:
