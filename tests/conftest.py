@@ -1,8 +1,12 @@
 """What every test stands on: eight virtual CPU devices, checked shapes, and the shared folder."""
 
 import os
+import signal
 import sys
 from pathlib import Path
+
+# A background job of a shell ignores Ctrl-C, and so would all that is started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # ---------------------------------------------------------------- before anything imports jax
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "eval": ("evaluate", "Evaluate", "how well a model predicts a text: bits per byte"),
     "sample": ("sample", "Sample", "write text"),
     "prefill": ("sample", "Prefill", "read a long prompt once and keep the state it leaves"),
+    "bench": ("bench", "Bench", "how fast this machine runs a model, beside what it can do"),
     "info": ("info", "Info", "what a run is: sizes, costs, data, losses, checkpoints"),
 }
 
