@@ -1,0 +1,169 @@
+"""`tvq bench`: how fast this machine runs a model, beside what the machine can do."""
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import tyro
+
+from transformer_vq.cli.common import number, size
+from transformer_vq.cli.parse import UsageError, as_usage, option, overrides
+from transformer_vq.config import PRESETS, ModelConfig, TrainConfig
+
+if TYPE_CHECKING:
+    ConfigOptions = dict[str, Any]
+else:
+    ConfigOptions = overrides(ModelConfig, "ConfigOptions", lambda f: "(default: the preset's)")
+
+
+@dataclass
+class Bench:
+    """Measure decoding, prompt reading (prefill), sample_op, training or evaluation.
+
+    Warm medians with their spread; compilation apart; the machine's own speed (bytes read or
+    operations of a product per second) measured in the same process, in turns. Leave the machine
+    alone while it runs.
+    """
+
+    examples: ClassVar[str] = """
+  tvq bench decode --preset small --batch 1 8 32
+  tvq bench decode --preset enwik8 --config.compute-dtype float32 --batch 1 --json
+  tvq bench prefill --preset small --length 8192 100000
+  tvq bench train --preset small --batch 4 --length 1024 8192
+  tvq bench train --preset small --batch 1 --length 2048 8192 --attention vq full
+"""
+
+    what: tyro.conf.Positional[Literal["decode", "prefill", "sample", "train", "evaluate"]]
+    preset: Annotated[str, option(f"model: {', '.join(PRESETS)}; --config.* change it", "NAME")] = (
+        "small"
+    )
+    batch: Annotated[tuple[int, ...], option("rows", "INT...", default="1 8 32; to train 4")] = ()
+    length: Annotated[
+        tuple[int, ...],
+        option("tokens in a prompt or sequence", "INT...", default="by what is measured"),
+    ] = ()
+    position: Annotated[
+        tuple[int, ...], option("decode: tokens read before the first measured", "INT...")
+    ] = (1,)
+    attention: Annotated[
+        tuple[Literal["vq", "full"], ...],
+        option("train: kinds of attention, one by one", "KIND..."),
+    ] = ()
+    repeats: Annotated[int, option("measurements of each", "INT")] = 5
+    json: Annotated[bool, option("print JSON: one object, with all measurements")] = False
+    config: tyro.conf.FlagConversionOff[ConfigOptions] = field(default_factory=dict)
+
+    def main(self) -> int:
+        for name in ("batch", "length", "position"):
+            for value in getattr(self, name):
+                if value < 1:
+                    raise UsageError(f"--{name} is {value}: it must be at least 1")
+        if self.repeats < 1:
+            raise UsageError(f"--repeats is {self.repeats}: it must be at least 1")
+        try:
+            config = ModelConfig.preset(self.preset, **self.config)
+        except ValueError as error:
+            raise as_usage(error, "--config.", ModelConfig) from None
+
+        from transformer_vq.ops import bench
+
+        about = bench.device_info()
+        if not self.json:
+            print(
+                f"{self.what}, {self.preset}: {number(_parameters(config))} parameters, "
+                f"{config.compute_dtype}; jax {about['jax']} on {about['devices']} x "
+                f"{about['device']}"
+            )
+        rows = []
+        for row in self._measure(config):
+            rows.append(row)
+            if not self.json:
+                print(_LINES[self.what](row), flush=True)
+        if self.json:
+            record = {"what": self.what, "preset": self.preset, **about}
+            print(json.dumps({**record, "config": config.to_dict(), "results": rows}))
+        return 0
+
+    def _measure(self, config: ModelConfig):
+        from transformer_vq.ops import bench
+
+        if self.what == "decode":
+            for batch in self.batch or (1, 8, 32):
+                for position in self.position:
+                    yield bench.bench_decode(config, batch, position=position, rounds=self.repeats)
+        elif self.what == "prefill":
+            for length in self.length or (1024, 16384):
+                yield bench.bench_prefill(config, length, repeats=self.repeats)
+        elif self.what == "sample":
+            for batch in self.batch or (1, 8, 32):
+                length = (self.length or (128,))[0]
+                yield bench.bench_sample(config, batch, length=length, repeats=self.repeats)
+        elif self.what == "evaluate":
+            for length in self.length or (8192,):
+                yield bench.bench_evaluate(config, length, repeats=self.repeats)
+        else:
+            for attention in self.attention or (config.attention,):
+                for batch in self.batch or (4,):
+                    for length in self.length or (1024, 8192):
+                        train = TrainConfig(batch_size=batch, sequence_len=length)
+                        kind = config.replace(attention=attention)
+                        yield bench.bench_train(kind, train, repeats=self.repeats)
+
+
+def _parameters(config: ModelConfig) -> int:
+    from transformer_vq.costs import parameter_count
+
+    return parameter_count(config)
+
+
+# A line for each measurement.
+
+
+def _spread(row: dict[str, Any]) -> str:
+    if "ms_per_step" in row:
+        return f"{row['ms_per_step']:8.2f} ms/step ({row['ms_low']:.2f} to {row['ms_high']:.2f})"
+    low, high = row["tokens_per_second_low"], row["tokens_per_second_high"]
+    return f"{row['tokens_per_second']:9,.0f} tokens/s ({low:,.0f} to {high:,.0f})"
+
+
+def _decode_line(row: dict[str, Any]) -> str:
+    return (
+        f"batch {row['batch']:3}, position {row['position']:9,}: {_spread(row)}, "
+        f"{row['tokens_per_second']:7,.0f} tokens/s; {size(row['bytes_per_step'])} a step at "
+        f"{row['bandwidth'] / 1e9:.1f} GB/s, fraction {row['bandwidth_fraction']:.2f}; "
+        f"compiled in {row['compile_seconds']:.1f} s ({row['compile_seconds_warm_cache']:.1f} s "
+        f"from the cache); peak {size(row['peak_bytes'])}, state {size(row['state_bytes'])}"
+    )
+
+
+def _prefill_line(row: dict[str, Any]) -> str:
+    return (
+        f"length {row['length']:9,}: {_spread(row)}; first call "
+        f"{row['compile_seconds']:.1f} s more; peak {size(row['peak_bytes'])}"
+    )
+
+
+def _sample_line(row: dict[str, Any]) -> str:
+    return (
+        f"batch {row['batch']:3}, {row['length']} tokens each: {_spread(row)}, "
+        f"{row['tokens_per_second']:7,.0f} tokens/s; first call {row['compile_seconds']:.1f} s "
+        f"more; peak {size(row['peak_bytes'])}"
+    )
+
+
+def _train_line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['attention']:4} batch {row['batch']:3} x {row['length']:7,}: {_spread(row)}; "
+        f"MFU {row['mfu']:.2f} of {row['product_rate'] / 1e9:,.0f} GFLOP/s; compiled in "
+        f"{row['compile_seconds']:.1f} s; temporaries {size(row['temporary_bytes'])}, peak "
+        f"{size(row['peak_bytes'])}"
+    )
+
+
+_LINES = {
+    "decode": _decode_line,
+    "prefill": _prefill_line,
+    "sample": _sample_line,
+    "train": _train_line,
+    "evaluate": _prefill_line,
+}
