@@ -345,16 +345,17 @@ def attend_step(
     old_code = codes[rows, heads_of, slot]
     mean_row = ring + old_code
     both = jnp.stack([jnp.broadcast_to(slot, old_code.shape), mean_row], axis=-1)  # [B, G, 2]
-    # One read of two rows, one write of two rows: anything else makes XLA copy the table.
-    old = wide(values[rows[..., None], heads_of[..., None], both])
-    old, v = jax.lax.optimization_barrier((old, v))  # fused into the write, both would be slow
-    old_value, old_mean = old[:, :, 0], old[:, :, 1]
+    # One read of two rows, one write of two rows: anything else makes XLA copy the table. Between
+    # them a product, which XLA does not fuse with the read (fused, each number is read by itself).
+    old = wide(values[rows[..., None], heads_of[..., None], both])  # [B, G, 2, V]
     count = counts[rows, heads_of, old_code] + leaves.astype(jnp.int32)
-    step = leaves / jnp.maximum(count, 1).astype(old_mean.dtype)
-    new_mean = old_mean + (old_value - old_mean) * step[..., None]
-    new_value = jnp.where(active[:, None, None], wide(v[:, 0]), old_value)
-    new = jnp.stack([new_value, new_mean], axis=2).astype(values.dtype)
-    values = values.at[rows[..., None], heads_of[..., None], both].set(new)
+    step = leaves / jnp.maximum(count, 1).astype(old.dtype)
+    keep = jnp.broadcast_to(~active[:, None], step.shape).astype(old.dtype)
+    zero = jnp.zeros_like(step)
+    mix = jnp.stack([jnp.stack([keep, zero], -1), jnp.stack([step, 1 - step], -1)], axis=-2)
+    new = jnp.matmul(mix, old, precision="highest")  # kept or cleared; the mean, moved
+    new = new.at[:, :, 0].add(((1 - keep)[..., None] * wide(v[:, 0])).astype(new.dtype))
+    values = values.at[rows[..., None], heads_of[..., None], both].set(new.astype(values.dtype))
     counts = counts.at[rows, heads_of, old_code].set(count)
     codes = codes.at[rows, heads_of, slot].set(
         jnp.where(active[:, None], new_codes[:, 0], old_code)
