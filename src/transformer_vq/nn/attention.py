@@ -22,7 +22,7 @@ from transformer_vq.nn.blockwise import MASKED, Far, Near
 from transformer_vq.nn.layers import wide
 
 SCORES_PER_GROUP = 2**23  # scores held at once, per unit
-BLOCKS_PER_GROUP = 16  # they are unrolled: XLA's time and memory grow with their square
+BLOCKS_PER_GROUP = 64  # where window and block differ, each is a slice of its own
 
 
 @jax.tree_util.register_dataclass
@@ -76,6 +76,17 @@ def keep_keys(state: AttentionState, config: ModelConfig) -> AttentionState:
     return replace(state, keys=jnp.zeros(shape, config.compute_dtype))
 
 
+def with_keys(state: AttentionState, words: jax.Array, dtype) -> AttentionState:
+    """The state with the keys of its window, for a gradient to reach them through the state.
+
+    They are the codewords `[G, S, K]` of its codes, unless the state keeps its keys anyway.
+    """
+    if state.keys is not None:
+        return state
+    groups = jnp.arange(words.shape[0])[:, None]
+    return replace(state, keys=words.astype(dtype)[groups, state.codes])
+
+
 def _log_counts(counts: jax.Array, dtype) -> jax.Array:
     """The score that a code gains from the number of its keys: log n, and nothing for none."""
     return jnp.where(counts > 0, jnp.log(jnp.maximum(counts, 1).astype(dtype)), MASKED)
@@ -120,10 +131,8 @@ def attend_blocks(
     slots = ((timeline.start[:, None] + jnp.arange(ring)) % ring)[:, None, :]
     ring_codes = jnp.take_along_axis(state.codes, slots, axis=2)
     ring_values = jnp.take_along_axis(state.values, slots[..., None], axis=2).astype(dtype)
-    if state.keys is None:
-        ring_keys = words[jnp.arange(groups)[:, None], ring_codes]
-    else:
-        ring_keys = jnp.take_along_axis(state.keys, slots[..., None], axis=2)
+    ring_keys = with_keys(state, words, words.dtype).keys
+    ring_keys = jnp.take_along_axis(ring_keys, slots[..., None], axis=2)
 
     def by_group(x: jax.Array) -> jax.Array:
         """`[B, T, ...]` as `[num_groups, B, tokens of a group, ...]`, padded at the end."""
@@ -139,15 +148,17 @@ def attend_blocks(
         """Keys `[B, T', G, ...]` as `[B, G, T', ...]`."""
         return jnp.moveaxis(x, 2, 1)
 
-    def spans(x: jax.Array, axis: int) -> jax.Array:
-        """The keys that each block sees one by one: `window` of those before it, and its own."""
-        return jnp.stack(
-            [
-                jax.lax.slice_in_dim(x, i * block, i * block + window + block, axis=axis)
-                for i in range(per_group)
-            ],
-            axis=axis,
-        )
+    def before(x: jax.Array) -> jax.Array:
+        """Of keys `[B, G, window + tokens, ...]`, the `window` before each block of the tokens."""
+        if window == block:
+            x = x[:, :, : per_group * block]
+            return x.reshape(*x.shape[:2], per_group, block, *x.shape[3:])
+        starts = [i * block for i in range(per_group)]
+        return jnp.stack([x[:, :, start : start + window] for start in starts], axis=2)
+
+    def own(x: jax.Array) -> jax.Array:
+        """Of keys `[B, G, tokens, ...]`, those of each block."""
+        return x.reshape(*x.shape[:2], per_group, block, *x.shape[3:])
 
     u, w, biases = by_head(u), by_head(w), by_head(r)[::-1]
     cache_of = _Eviction(config, timeline, ring, length)
@@ -161,18 +172,19 @@ def attend_blocks(
             carry = jax.lax.stop_gradient(carry)
         recent, cache = carry
         new = (by_block(codes), by_block(keys), by_block(values))
-        codes, keys, values = (
-            jnp.concatenate(pair, axis=2) for pair in zip(recent, new, strict=True)
-        )
+        together = [jnp.concatenate(pair, axis=2) for pair in zip(recent, new, strict=True)]
+        near_keys, near_values = ((before(x), own(y)) for x, y in zip(together[1:], new[1:]))
         start = 1 + i * per_group * block  # timeline index of the first key here
         first = first.reshape(batch, per_group, block)
         index = start + jnp.arange(per_group)[:, None, None] * block + column
         visible = in_reach & (index >= first[..., None])  # [B, n, c, j]
 
-        near = Near(spans(keys, 2), spans(values, 2), biases, visible)
+        near = Near(near_keys, near_values, biases, visible)
         far = None
         if config.use_cache:
-            caches, cache = cache_of.blocks(cache, codes, values, start, block, per_group)
+            caches, cache = cache_of.blocks(
+                cache, together[0], together[2], start, block, per_group
+            )
             counts, means, cache_first = caches
             sees_cache = first == cache_first[..., None]
             log_counts = _log_counts(counts, means.dtype)
@@ -181,7 +193,7 @@ def attend_blocks(
         q = jnp.moveaxis(q.reshape(*q.shape[:3], per_group, block, d_k), 3, 2)
         out = blockwise.attend(q + u[:, None, :, None], q + w[:, None, :, None], near, far)
         out = jnp.moveaxis(out, (2, 4), (1, 2))  # [B, n, c, G, R, V]
-        recent = tuple(x[:, :, per_group * block :] for x in (codes, keys, values))
+        recent = tuple(x[:, :, per_group * block :] for x in together)
         return (recent, cache), out.reshape(batch, per_group * block, heads, d_v)
 
     cache = (state.counts, wide(state.values[:, :, ring:]), timeline.first_before)
@@ -212,7 +224,8 @@ def attend_blocks(
     if state.keys is not None:
         all_keys = jnp.concatenate([ring_keys, by_block(near_keys)], axis=2)
         keys = jnp.take_along_axis(all_keys, index[..., None], axis=2)
-    current = (cache_of.first_at(timeline.length - 1 + ring) == cache_first)[:, None, None]
+    newest_first = cache_of.first_at(timeline.length[:, None] - 1 + ring)
+    current = (newest_first[:, 0] == cache_first)[:, None, None]
     new_values = jnp.take_along_axis(all_values, index[..., None], axis=2)
     new_means = jnp.where(current[..., None], means, 0)  # else it is of an older document
     new_state = AttentionState(
@@ -251,61 +264,53 @@ class _Eviction:
         self.firsts = jnp.concatenate([before, timeline.first], axis=1)  # [B, W + T]
 
     def first_at(self, index: jax.Array) -> jax.Array:
-        """Where the document of key `index` `[B]` begins."""
+        """Where the document of key `index` `[B, n]` begins."""
         index = jnp.clip(index, 0, self.firsts.shape[1] - 1)
-        return jnp.take_along_axis(self.firsts, index[:, None], axis=1)[:, 0]
+        return jnp.take_along_axis(self.firsts, index, axis=1)
 
     def after(self, cache, codes, values, start):
         """The cache after the keys from timeline index `start` on have left.
 
         codes `[B, G, keys]`, values `[B, G, keys, V]`.
         """
-        hits, first = self._hits(cache[2], codes, start, values.dtype)
-        sums = jnp.einsum("bgjs,bgjv->bgsv", hits, values, preferred_element_type=cache[1].dtype)
-        return self._join(cache, hits.sum(2, dtype=cache[1].dtype), sums, first)
+        return self.blocks(cache, codes, values, start, codes.shape[2], 1)[1]
 
     def blocks(self, cache, codes, values, start, block, num_blocks):
         """The caches that each block sees, stacked along a new axis, and the one after them.
 
         Keys of block i leave before block i + 1: codes `[B, G, keys]` begin at index `start`.
         """
-        keys = num_blocks * block
-        split = codes[:, :, :keys].reshape(*codes.shape[:2], num_blocks, block)
-        values = values[:, :, :keys].reshape(*split.shape, -1)
-        firsts, all_hits = [cache[2]], []
-        for i in range(num_blocks):
-            hits, first = self._hits(firsts[-1], split[:, :, i], start + i * block, values.dtype)
-            firsts.append(first)
-            all_hits.append(hits)
-        hits = jnp.stack(all_hits, axis=2)  # [B, G, n, j, S]
-        dtype = cache[1].dtype
-        sums = jnp.einsum("bgnjs,bgnjv->bgnsv", hits, values, preferred_element_type=dtype)
-        added = hits.sum(3, dtype=dtype)
-        caches = [cache]
-        for i in range(num_blocks):
-            cache = self._join(cache, added[:, :, i], sums[:, :, i], firsts[i + 1])
-            caches.append(cache)
-        counts, means, first = zip(*caches[:-1], strict=True)
-        return (jnp.stack(counts, 2), jnp.stack(means, 2), jnp.stack(first, 1)), cache
-
-    def _hits(self, cache_first, codes, start, dtype):
-        """Which key joins which mean, `[B, G, keys, S]` of 0 and 1; and whose the cache then is."""
-        index = start + jnp.arange(codes.shape[2])
-        leaves = index < self.length[:, None]
-        newest = jnp.minimum(index[-1], self.length - 1)
-        first = jnp.where(leaves[:, 0], self.first_at(newest), cache_first)
-        joins = leaves & (index >= first[:, None])
-        hits = jax.nn.one_hot(codes, self.size, dtype=dtype)
-        return hits * joins[:, None, :, None].astype(dtype), first
-
-    def _join(self, cache, added, sums, first):
-        """A cache and the keys of each code that join it: their number and the sum of values."""
         counts, means, cache_first = cache
-        same = (first == cache_first)[:, None, None]
-        counts, means = jnp.where(same, counts, 0), jnp.where(same[..., None], means, 0)
-        counts = counts + added.astype(jnp.int32)
-        total = jnp.maximum(counts, 1).astype(means.dtype)
-        return counts, means + (sums - added[..., None] * means) / total[..., None], first
+        keys = num_blocks * block
+        codes = codes[:, :, :keys].reshape(*codes.shape[:2], num_blocks, block)
+        values = values[:, :, :keys].reshape(*codes.shape, -1)
+        index = start + jnp.arange(keys).reshape(num_blocks, block)
+        length = self.length[:, None]
+        newest = jnp.minimum(index[:, -1], length - 1)  # [B, n]
+        firsts = jnp.where(start < length, self.first_at(newest), cache_first[:, None])
+        joins = (index < length[..., None]) & (index >= firsts[..., None])  # [B, n, j]
+        weights = joins[:, None, ..., None].astype(means.dtype)
+        weights = jnp.broadcast_to(weights, (*codes.shape, 1))
+        sums = vq.sum_by_code(values.astype(means.dtype) * weights, codes, self.size)
+        added = vq.sum_by_code(weights, codes, self.size)  # [B, G, n, S, 1]
+
+        # Cache i holds the cache at first and what blocks 0 to i - 1 added, of its own document.
+        firsts = jnp.concatenate([cache_first[:, None], firsts], axis=1)  # [B, n + 1]
+        keep = jnp.tril(firsts[:, :, None] == firsts[:, None, :]).astype(means.dtype)
+
+        def over(keep: jax.Array, x: jax.Array) -> jax.Array:
+            """Products, here and in the backward pass: XLA's sums over blocks are slow on a CPU."""
+            flat = keep[:, None] @ x.reshape(*x.shape[:3], -1)
+            return flat.reshape(*flat.shape[:3], *x.shape[3:])
+
+        sums, added = over(keep[:, :, 1:], sums), over(keep[:, :, 1:], added)
+        base = over(keep[:, :, :1], means[:, :, None])
+        kept = keep[:, None, :, :1].astype(jnp.int32)  # [B, 1, n + 1, 1]
+        counts = kept * counts[:, :, None] + added[..., 0].astype(jnp.int32)
+        total = jnp.maximum(counts, 1)[..., None].astype(means.dtype)
+        means = base + (sums - added * base) / total
+        seen = (counts[:, :, :-1], means[:, :, :-1], firsts[:, :-1])
+        return seen, (counts[:, :, -1], means[:, :, -1], firsts[:, -1])
 
 
 def attend_step(

@@ -22,10 +22,13 @@ SAVED = ("attention_out", "attention_lse")  # names of what a rematerialised uni
 
 
 class Near(NamedTuple):
-    """The keys that a group of query blocks sees one by one."""
+    """The keys that a group of query blocks sees one by one: those before a block, and its own.
 
-    keys: jax.Array  # [B, G, n, j, K]
-    values: jax.Array  # [B, G, n, j, V]
+    In two parts, so that those of its own are nowhere copied. j counts over both.
+    """
+
+    keys: tuple[jax.Array, jax.Array]  # [B, G, n, M, K] and [B, G, n, c, K]
+    values: tuple[jax.Array, jax.Array]  # [B, G, n, M, V] and [B, G, n, c, V]
     biases: jax.Array  # [d, G, r, K]: position vectors, farthest first
     visible: jax.Array  # bool [B, n, c, j]; of the key by the query
 
@@ -73,12 +76,18 @@ def _over_heads(queries: jax.Array, keys: jax.Array) -> jax.Array:
     return y.reshape(*lead, repeats, rows, -1)
 
 
-def _near_scores(content: jax.Array, position: jax.Array, near: Near) -> jax.Array:
-    """Scores of near keys, `[B, G, n, r, c, j]`, in wide."""
-    scores = wide(_over_heads(content, _swap(near.keys)))
-    bias = _over_blocks(position, jnp.moveaxis(near.biases, 0, -1))
-    scores += skew(wide(bias), near.keys.shape[3])
-    return jnp.where(near.visible[:, None, :, None], scores, MASKED)
+def _near_scores(content: jax.Array, position: jax.Array, near: Near) -> list[jax.Array]:
+    """Scores of near keys, `[B, G, n, r, c, j]` in two parts, in wide."""
+    bias = wide(_over_blocks(position, jnp.moveaxis(near.biases, 0, -1)))
+    bias = skew(bias, near.visible.shape[-1])
+    scores, start = [], 0
+    for keys in near.keys:
+        end = start + keys.shape[3]
+        part = wide(_over_heads(content, _swap(keys))) + bias[..., start:end]
+        visible = near.visible[:, None, :, None, :, start:end]
+        scores.append(jnp.where(visible, part, MASKED))
+        start = end
+    return scores
 
 
 def _far_scores(content: jax.Array, far: Far) -> jax.Array:
@@ -90,10 +99,11 @@ def _far_scores(content: jax.Array, far: Far) -> jax.Array:
 
 def _forward(content, position, near, far):
     """Outputs, and the logarithm of the sum of exponentials of each query's scores."""
-    dtype = near.values.dtype
-    columns = [(_near_scores(content, position, near), near.values)]
+    dtype = content.dtype
+    columns = list(zip(_near_scores(content, position, near), near.values, strict=True))
     if far is not None:
         columns.append((_far_scores(content, far), far.means))
+    columns = [(scores, values) for scores, values in columns if scores.shape[-1]]
     tops = [scores.max(-1, keepdims=True) for scores, _ in columns]
     top = functools.reduce(jnp.maximum, tops)
     weights = [jnp.exp(scores - top) for scores, _ in columns]
@@ -141,13 +151,12 @@ def _attend_jvp(primals, tangents):
         (content, position, near.keys, near.biases),
         (d_content, d_position, d_near.keys, d_near.biases),
     )
-    d_out, total = part(scores, d_scores, near.values, d_near.values)
+    columns = list(zip(scores, d_scores, near.values, d_near.values, strict=True))
     if far is not None:
-        scores, d_scores = jax.jvp(
-            lambda content: _far_scores(content, far), (content,), (d_content,)
-        )
-        more, more_total = part(scores, d_scores, far.means, d_far.means)
-        d_out, total = d_out + more, total + more_total
+        far_scores = jax.jvp(lambda content: _far_scores(content, far), (content,), (d_content,))
+        columns.append((*far_scores, far.means, d_far.means))
+    parts = [part(*column) for column in columns if column[0].shape[-1]]
+    d_out, total = (functools.reduce(jnp.add, x) for x in zip(*parts, strict=True))
     # Spread by a product, not by broadcasting: the backward pass then sums by a product, many times
     # faster on a CPU than XLA's reduction.
     return out, d_out - out * (total @ jnp.ones((1, out.shape[-1]), dtype))

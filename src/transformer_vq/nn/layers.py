@@ -1,5 +1,6 @@
 """Small pieces every model has: array declarations, norms, sinusoids, dropout, keys."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -63,7 +64,18 @@ def rms_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
 
 def norm(params: Params, x: jax.Array) -> jax.Array:
     """RMS norm with gain and bias, in the dtype of x."""
-    return (rms_norm(x) * params["gain"] + params["bias"]).astype(x.dtype)
+    gain, bias = (_spread(params[name], x) for name in ("gain", "bias"))
+    return (rms_norm(x) * gain + bias).astype(x.dtype)
+
+
+def _spread(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """A vector `[D]` in the shape of x `[..., D]`, by a product, so that its gradient is one too.
+
+    XLA makes a broadcast of it; the sum over all tokens that is a broadcast's gradient is many
+    times slower than a product on a CPU.
+    """
+    ones = jnp.ones((math.prod(x.shape[:-1]), 1), vector.dtype)
+    return (ones @ vector[None]).reshape(x.shape)
 
 
 def norm_specs(lead: tuple[int, ...], width: int) -> Params:
@@ -96,8 +108,14 @@ def dropout(key: Key, x: jax.Array, rate: float, mask_shape: tuple[int, ...] | N
 
 def mlp(params: Params, x: jax.Array) -> jax.Array:
     """Squared-ReLU feed-forward block (So et al., 2021), with its own norm: `[..., D]` to same."""
-    hidden = norm(params["norm"], x) @ params["w_in"].astype(x.dtype)
-    return jnp.square(jax.nn.relu(hidden)) @ params["w_out"].astype(x.dtype)
+    hidden = multiply(norm(params["norm"], x), params["w_in"].astype(x.dtype))
+    return multiply(jnp.square(jax.nn.relu(hidden)), params["w_out"].astype(x.dtype))
+
+
+def multiply(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """x `[..., in]` times `[in, out]`, as two matrices: so its gradient needs no transposed copy."""
+    flat = x.reshape(-1, x.shape[-1]) @ matrix
+    return flat.reshape(*x.shape[:-1], -1)
 
 
 def mlp_specs(lead: tuple[int, ...], width: int, hidden: int) -> Params:

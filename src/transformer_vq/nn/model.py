@@ -1,7 +1,7 @@
 """The model: its arrays, its state, and the forward pass over many tokens."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -12,9 +12,10 @@ from transformer_vq.nn import attention, blockwise, full, layers, vq
 from transformer_vq.nn.attention import AttentionState, Timeline
 from transformer_vq.nn.full import FullAttentionState
 from transformer_vq.nn.layers import ArraySpec
-from transformer_vq.nn.unit import Statistics, apply_unit, no_drop, prepare_unit
+from transformer_vq.nn.unit import Statistics, apply_unit, prepare_unit
 from transformer_vq.types import Features, Key, Params, PerRow, Tokens
 
+TOKENS_PER_PIECE = {"cpu": 4096, "others": 65_536}  # that go through a unit at once
 DEFAULT_CAPACITY = 4096  # tokens that a state of full attention holds, unless told otherwise
 
 
@@ -238,29 +239,51 @@ def forward(
                 jax.random.fold_in(dropout.sequence, i),
             )
         )(jnp.arange(config.num_units))
+    size, num_pieces = _pieces(config, batch, length)
+    timelines = _cut_timeline(timeline, size, num_pieces)
+    pieces = (jnp.arange(num_pieces), timelines, _cut(weights, size, num_pieces))
 
     def body(x, xs):
         unit_params, codebook, unit_state, keys = xs
-        unit_wave, drop = wave, no_drop
+        unit_wave = wave
         if keys is not None:
-            call_key, sequence_key = keys
-            sinusoid_key, layer_key = jax.random.split(sequence_key)
+            sinusoid_key, layer_key = jax.random.split(keys[1])
             unit_wave = layers.dropout(sinusoid_key, wave, config.dropout_sinusoid)
+        unit = prepare_unit(unit_params, codebook, unit_wave, config)
+
+        def one_piece(unit_state, xs):
+            x, (i, timeline, weights) = xs
+            if not config.grad_through_cache:
+                unit_state = jax.lax.stop_gradient(unit_state)
 
             def drop(added, branch):
-                call, layer = (jax.random.fold_in(key, branch) for key in (call_key, layer_key))
+                if keys is None:
+                    return added
+                call = jax.random.fold_in(jax.random.fold_in(keys[0], branch), i)
                 added = layers.dropout(call, added, config.dropout_residual)
+                layer = jax.random.fold_in(layer_key, branch)
                 return layers.dropout(layer, added, config.dropout_layer, (batch, 1, 1))
 
-        unit = prepare_unit(unit_params, codebook, unit_wave, config)
-        x, unit_state, statistics = apply_unit(unit, x, unit_state, timeline, config, weights, drop)
-        return x, (unit_state, statistics)
+            x, unit_state, statistics = apply_unit(
+                unit, x, unit_state, timeline, config, weights, drop
+            )
+            return unit_state, (x, statistics)
+
+        if remat:  # what is dear to make again is kept: the outputs of attention
+            keep = jax.checkpoint_policies.save_only_these_names(*blockwise.SAVED, "codes")
+            one_piece = jax.checkpoint(one_piece, policy=keep)
+        xs = (_cut(x, size, num_pieces), pieces)
+        if num_pieces == 1:
+            unit_state, (x, statistics) = one_piece(unit_state, jax.tree.map(lambda a: a[0], xs))
+            return x, (unit_state, statistics)
+        carry = attention.with_keys(unit_state, unit["words"], config.compute_dtype)
+        carry, (x, statistics) = jax.lax.scan(one_piece, carry, xs)
+        unit_state = replace(carry, keys=carry.keys if unit_state.keys is not None else None)
+        x = jnp.moveaxis(x, 0, 1).reshape(batch, -1, config.d_model)[:, :length]
+        return x, (unit_state, jax.tree.map(lambda a: a.sum(0), statistics))
 
     stacked = jax.tree.map(lambda *rows: jnp.stack(rows), *state.units)
     xs = (params["units"], model.codebook, stacked, unit_keys)
-    keep = jax.checkpoint_policies.save_only_these_names(*blockwise.SAVED, "codes")
-    if remat:  # what is dear to make again is kept: the outputs of attention
-        body = jax.checkpoint(body, policy=keep)
     x, (stacked, statistics) = jax.lax.scan(body, x, xs)
     units = [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(config.num_units)]
     if statistics is not None:
@@ -276,3 +299,41 @@ def forward(
         units=tuple(units),
     )
     return x, state, statistics
+
+
+# Long inputs go through a unit piece by piece, so that what is in flight fits the caches of a CPU
+# and the memory of any device, and the backward pass has to make no more than a piece again.
+
+
+def _pieces(config: ModelConfig, batch: int, length: int) -> tuple[int, int]:
+    """Tokens of each row in a piece, in whole blocks, and the number of pieces."""
+    most = TOKENS_PER_PIECE.get(jax.default_backend(), TOKENS_PER_PIECE["others"])
+    blocks = -(-length // config.block_len)
+    per_piece = max(1, most // (batch * config.block_len))
+    if config.attention == "full" or blocks <= per_piece:
+        return length, 1
+    num_pieces = -(-blocks // per_piece)
+    size = -(-blocks // num_pieces) * config.block_len
+    return size, -(-length // size)
+
+
+def _cut(x: Any, size: int, num_pieces: int) -> Any:
+    """`[B, T, ...]` as `[num_pieces, B, size, ...]`, padded at the end; None stays None."""
+    if x is None:
+        return None
+    pad = num_pieces * size - x.shape[1]
+    x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], num_pieces, size, *x.shape[2:]), 1, 0)
+
+
+def _cut_timeline(timeline: Timeline, size: int, num_pieces: int) -> Timeline:
+    """The timeline of each piece, stacked; indices count from the ring before the piece."""
+    offsets = size * jnp.arange(num_pieces)[:, None]
+    first = _cut(timeline.first, size, num_pieces)
+    before = jnp.concatenate([timeline.first_before[None], first[:-1, :, -1]])
+    return Timeline(
+        start=timeline.start + offsets,
+        length=jnp.clip(timeline.length - offsets, 0, size),
+        first_before=before - offsets,
+        first=first - offsets[..., None],
+    )

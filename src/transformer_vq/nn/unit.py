@@ -60,7 +60,7 @@ def output_major(unit: Params) -> Params:
 def project(unit: Params, name: str, x: jax.Array) -> jax.Array:
     """x `[..., in]` times a projection of the unit, whichever way it is stored: `[..., out]`."""
     if name in unit:
-        return x @ unit[name]
+        return layers.multiply(x, unit[name])
     return jax.lax.dot_general(x, unit[f"{name}_t"], (((x.ndim - 1,), (1,)), ((), ())))
 
 

@@ -61,11 +61,38 @@ def commitment(keys: jax.Array, quantized: jax.Array, weights: jax.Array) -> jax
     return jnp.sum(weights[..., None] * jnp.sum(jnp.square(error), axis=-1))
 
 
+def sum_by_code(values: jax.Array, codes: jax.Array, size: int) -> jax.Array:
+    """The sum of the values of each code: `[..., j, V]` and `[..., j]` to `[..., S, V]`.
+
+    On a CPU by adding rows one after the other, elsewhere by a product, whose order of additions
+    does not change from run to run.
+    """
+
+    def by_rows(values: jax.Array, codes: jax.Array) -> jax.Array:
+        def add(values: jax.Array, codes: jax.Array) -> jax.Array:
+            return jnp.zeros((size, values.shape[-1]), values.dtype).at[codes].add(values)
+
+        for _ in codes.shape[:-1]:
+            add = jax.vmap(add)
+        return add(values, codes)
+
+    def by_product(values: jax.Array, codes: jax.Array) -> jax.Array:
+        hits = jax.nn.one_hot(codes, size, dtype=values.dtype)
+        return jnp.einsum("...js,...jv->...sv", hits, values)
+
+    return jax.lax.platform_dependent(values, codes, cpu=by_rows, default=by_product)
+
+
 def code_statistics(keys: jax.Array, codes: jax.Array, weights: jax.Array, size: int) -> Params:
-    """Per code, the sum of the keys assigned to it `[G, S, K]` and their number `[G, S]`."""
+    """Per code, the weighted sum of its keys `[G, S, K]` and their weight `[G, S]`.
+
+    keys `[B, T, G, K]`, codes `[B, T, G]`, weights `[B, T]`.
+    """
     keys = wide(jax.lax.stop_gradient(keys))
-    hits = jax.nn.one_hot(codes, size, dtype=keys.dtype) * weights[..., None, None]
-    return {"sum": jnp.einsum("btgs,btgk->gsk", hits, keys), "count": hits.sum((0, 1))}
+    weights = jnp.broadcast_to(weights[..., None, None].astype(keys.dtype), (*codes.shape, 1))
+    weighted = jnp.concatenate([keys * weights, weights], axis=-1)
+    sums = sum_by_code(jnp.moveaxis(weighted, 2, 1), jnp.moveaxis(codes, 2, 1), size).sum(0)
+    return {"sum": sums[..., :-1], "count": sums[..., -1]}
 
 
 def update_codebook(codebook: Params, statistics: Params, decay: float) -> Params:
