@@ -70,12 +70,12 @@ def test_pieces(name, remat, double, monkeypatch):  # noqa: F811
     close(out, expected)
     close(grads, expected_grads)
     if name == "gated":  # control: without the keys of the state, a piece is where gradients end
-        monkeypatch.setattr(model_module.attention, "with_keys", cut_off)
+        monkeypatch.setattr(model_module.attention, "window_keys", cut_off)
         far(run(config, 1, monkeypatch)[1], expected_grads)
 
 
-def cut_off(state, words, dtype, with_keys=model_module.attention.with_keys):
-    return jax.lax.stop_gradient(with_keys(state, words, dtype))
+def cut_off(state, words, dtype, window_keys=model_module.attention.window_keys):
+    return jax.lax.stop_gradient(window_keys(state, words, dtype))
 
 
 def test_pieces_of_the_oracle(double, monkeypatch):  # noqa: F811

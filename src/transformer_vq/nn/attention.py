@@ -76,15 +76,15 @@ def keep_keys(state: AttentionState, config: ModelConfig) -> AttentionState:
     return replace(state, keys=jnp.zeros(shape, config.compute_dtype))
 
 
-def with_keys(state: AttentionState, words: jax.Array, dtype) -> AttentionState:
-    """The state with the keys of its window, for a gradient to reach them through the state.
+def window_keys(state: AttentionState, words: jax.Array, dtype) -> jax.Array:
+    """The keys of the window, `[B, G, W, K]`: kept ones, or the codewords `[G, S, K]` of its codes.
 
-    They are the codewords `[G, S, K]` of its codes, unless the state keeps its keys anyway.
+    In a state that carries them, gradients reach them.
     """
     if state.keys is not None:
-        return state
+        return state.keys
     groups = jnp.arange(words.shape[0])[:, None]
-    return replace(state, keys=words.astype(dtype)[groups, state.codes])
+    return words.astype(dtype)[groups, state.codes]
 
 
 def _log_counts(counts: jax.Array, dtype) -> jax.Array:
@@ -131,7 +131,7 @@ def attend_blocks(
     slots = ((timeline.start[:, None] + jnp.arange(ring)) % ring)[:, None, :]
     ring_codes = jnp.take_along_axis(state.codes, slots, axis=2)
     ring_values = jnp.take_along_axis(state.values, slots[..., None], axis=2).astype(dtype)
-    ring_keys = with_keys(state, words, words.dtype).keys
+    ring_keys = window_keys(state, words, words.dtype)
     ring_keys = jnp.take_along_axis(ring_keys, slots[..., None], axis=2)
 
     def by_group(x: jax.Array) -> jax.Array:
@@ -173,7 +173,9 @@ def attend_blocks(
         recent, cache = carry
         new = (by_block(codes), by_block(keys), by_block(values))
         together = [jnp.concatenate(pair, axis=2) for pair in zip(recent, new, strict=True)]
-        near_keys, near_values = ((before(x), own(y)) for x, y in zip(together[1:], new[1:]))
+        near_keys, near_values = (
+            (before(x), own(y)) for x, y in zip(together[1:], new[1:], strict=True)
+        )
         start = 1 + i * per_group * block  # timeline index of the first key here
         first = first.reshape(batch, per_group, block)
         index = start + jnp.arange(per_group)[:, None, None] * block + column

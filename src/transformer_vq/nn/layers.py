@@ -113,7 +113,7 @@ def mlp(params: Params, x: jax.Array) -> jax.Array:
 
 
 def multiply(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """x `[..., in]` times `[in, out]`, as two matrices: so its gradient needs no transposed copy."""
+    """x `[..., in]` times `[in, out]`, as two matrices: then its gradient copies no transpose."""
     flat = x.reshape(-1, x.shape[-1]) @ matrix
     return flat.reshape(*x.shape[:-1], -1)
 

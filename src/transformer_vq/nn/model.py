@@ -245,7 +245,7 @@ def forward(
 
     def body(x, xs):
         unit_params, codebook, unit_state, keys = xs
-        unit_wave = wave
+        unit_wave, layer_key = wave, None
         if keys is not None:
             sinusoid_key, layer_key = jax.random.split(keys[1])
             unit_wave = layers.dropout(sinusoid_key, wave, config.dropout_sinusoid)
@@ -257,7 +257,7 @@ def forward(
                 unit_state = jax.lax.stop_gradient(unit_state)
 
             def drop(added, branch):
-                if keys is None:
+                if keys is None or layer_key is None:
                     return added
                 call = jax.random.fold_in(jax.random.fold_in(keys[0], branch), i)
                 added = layers.dropout(call, added, config.dropout_residual)
@@ -276,9 +276,11 @@ def forward(
         if num_pieces == 1:
             unit_state, (x, statistics) = one_piece(unit_state, jax.tree.map(lambda a: a[0], xs))
             return x, (unit_state, statistics)
-        carry = attention.with_keys(unit_state, unit["words"], config.compute_dtype)
-        carry, (x, statistics) = jax.lax.scan(one_piece, carry, xs)
-        unit_state = replace(carry, keys=carry.keys if unit_state.keys is not None else None)
+        keeps = unit_state.keys is not None
+        carried = attention.window_keys(unit_state, unit["words"], config.compute_dtype)
+        unit_state = replace(unit_state, keys=carried)  # as codes, they would let no gradient pass
+        unit_state, (x, statistics) = jax.lax.scan(one_piece, unit_state, xs)
+        unit_state = unit_state if keeps else replace(unit_state, keys=None)
         x = jnp.moveaxis(x, 0, 1).reshape(batch, -1, config.d_model)[:, :length]
         return x, (unit_state, jax.tree.map(lambda a: a.sum(0), statistics))
 
