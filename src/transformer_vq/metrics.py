@@ -34,14 +34,24 @@ PLAIN_SECONDS = 10.0  # between lines, where there is no terminal
 
 
 def read_metrics(path: str | os.PathLike) -> list[Record]:
-    """The records of a metrics.jsonl; none if there is no file. A half-written end is left out."""
+    """The records of a metrics.jsonl; none if there is no file. A half-written end is left out.
+
+    Raises `ValueError` naming the first line that is none of ours.
+    """
     try:
         lines = Path(path).read_text().splitlines(keepends=True)
     except FileNotFoundError:
         return []
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
-    return [json.loads(line) for line in lines]
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+            records[-1]["step"]  # every record has one
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"line {number} of {path} is damaged: remove it") from None
+    return records
 
 
 class Tracker(Protocol):

@@ -25,6 +25,7 @@ COMMANDS = {
     "sample": ("sample", "Sample", "write text"),
     "prefill": ("sample", "Prefill", "read a long prompt once and keep the state it leaves"),
     "info": ("info", "Info", "what a run is: sizes, costs, data, losses, checkpoints"),
+    "report": ("report", "Report", "a run as one HTML page: curves, codebooks, samples"),
 }
 
 HELP = """\
