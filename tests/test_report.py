@@ -193,8 +193,8 @@ def test_in_a_browser(run, tmp_path):
         </script></body>"""
     source = re.sub('<meta http-equiv="Content-Security-Policy"[^>]*>', "", path.read_text())
     path.write_text(source.replace("</body>", probe))
-    options = shlex.split("""--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --dump-dom
-        --disable-background-networking --disable-component-update --disable-sync""")
+    options = shlex.split("""--headless --no-sandbox --disable-gpu --disable-quic --no-first-run
+        --dump-dom --disable-background-networking --disable-component-update --disable-sync""")
     profile = f"--user-data-dir={tmp_path / 'profile'}"
     shown = subprocess.run(
         [chromium, *options, profile, path.as_uri()], capture_output=True, text=True, timeout=120
@@ -222,13 +222,9 @@ def test_checkpoints_by_name(run, tmp_path, capsys, monkeypatch):
         record = json.loads(capsys.readouterr().out)
         return record["training"]["step"] if command == "info" else record["step"]
 
-    for command in ("info", "sample"):
-        steps = [
-            step(command),
-            *(step(command, "--checkpoint", n) for n in ("latest", "best", "4")),
-        ]
-        assert steps == [12, 12, 8, 4]
-    assert step("eval", "--checkpoint", "best") == 8
+    named = [step("info", "--checkpoint", name) for name in ("latest", "best", "4")]
+    assert [step("info"), *named] == [12, 12, 8, 4]
+    assert step("sample", "--checkpoint", "best") == step("eval", "--checkpoint", "best") == 8
 
     def fails(name: str) -> str:
         assert main(["info", "--run", str(copy), "--checkpoint", name]) == 1

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from transformer_vq.metrics import JsonLines
@@ -31,6 +32,9 @@ class SampleLog:
 
     def write(self, step: int, model: Model, check: Callable[[], None]) -> None:
         """Sample and add a line. What `check`, called for every token, raises ends it before."""
+        leaves = jax.tree.leaves(model)
+        if all(leaf.is_fully_replicated for leaf in leaves):  # then one device is enough
+            model = jax.tree.map(lambda leaf: leaf.addressable_data(0), model)
         tokens = []
         for token in stream(model, [self._prompt], self._params):
             check()
