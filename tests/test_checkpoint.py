@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from transformer_vq.io import checkpoint
 from transformer_vq.io.checkpoint import CheckpointError, Checkpoints
 
 SOURCE = Path(__file__).parents[1] / "src"
@@ -343,6 +345,17 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
             assert checkpoints.steps() == [1, 2]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_save_does_not_wait_for_the_disk(tmp_path, monkeypatch):
+    """While a slow disk takes the last file, the program goes on; leaving waits for it."""
+    disk, sha256 = threading.Event(), checkpoint._sha256
+    monkeypatch.setattr(checkpoint, "_sha256", lambda path: disk.wait(60) and sha256(path))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, train_state(1))
+        assert checkpoints.steps() == []
+        disk.set()
+    assert Checkpoints(tmp_path).steps() == [1]
 
 
 def test_a_failed_save_in_the_background_is_told_at_the_next(tmp_path, monkeypatch):

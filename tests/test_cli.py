@@ -175,7 +175,7 @@ def test_unusable_files(capsys, tmp_path, run):
 
 
 def test_faults_of_the_program_keep_their_traceback(monkeypatch, run):
-    monkeypatch.setattr("transformer_vq.ops.run.load_run", lambda folder: int("x"))
+    monkeypatch.setattr("transformer_vq.ops.run.load_run", lambda *_: int("x"))
     monkeypatch.setattr("transformer_vq.cli._is_ours", lambda error: False)
     with pytest.raises(ValueError, match="invalid literal"):
         main(["sample", "--run", run])

@@ -5,6 +5,8 @@ import functools
 import io
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from transformer_vq.data import Batch, Batches, DataError
 from transformer_vq.io.checkpoint import Checkpoints
 from transformer_vq.io.official import from_official
 from transformer_vq.metrics import MetricsLog, Progress, duration, read_metrics
-from transformer_vq.ops import loop
+from transformer_vq.ops import loop, samples
 from transformer_vq.ops.loss import loss_fn
 from transformer_vq.ops.optimizer import decayed, learning_rate_at, make_optimizer
 from transformer_vq.ops.run import DataSource, RunError, load_info, load_run
@@ -318,7 +320,7 @@ def train(folder, config=DROPOUT, train=TRAIN, tokens=TOKENS[:540], **options):
 
 def history(folder):
     """The lines of metrics.jsonl, without what depends on the clock."""
-    clock = ("seconds", "tokens_per_second")
+    clock = ("seconds", "tokens_per_second", "gflops", "mfu")
     records = read_metrics(folder / "metrics.jsonl")
     return [{k: v for k, v in record.items() if k not in clock} for record in records]
 
@@ -331,7 +333,7 @@ def weights(folder, step=None):
 class Compiled:
     """A train step that is compiled once for all runs in here, and may be told to go wrong."""
 
-    bad_step = None
+    bad_step, bad_loss = None, jnp.nan
 
     def __init__(self, *arguments):
         self.step = make_train_step(*arguments)
@@ -344,7 +346,7 @@ class Compiled:
 
     def __call__(self, state, batch):
         state, metrics = self.step(state, batch)
-        return state, metrics | ({"loss": jnp.nan} if state.step == self.bad_step else {})
+        return state, metrics | ({"loss": self.bad_loss} if state.step == self.bad_step else {})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -445,6 +447,74 @@ def test_divergence_names_the_last_good_step(tmp_path, monkeypatch):
         train(tmp_path / "other")
 
 
+def test_a_loss_spike_names_the_last_good_step(run, tmp_path, monkeypatch):
+    usual = np.median([line["loss"] for line in history(run[0]) if "loss" in line][:8])
+    monkeypatch.setattr(Compiled, "bad_step", 18)
+    monkeypatch.setattr(Compiled, "bad_loss", usual + 3.1)
+    with pytest.raises(
+        RunError, match=rf"max_loss_spike \(3\) above the {usual:.4f} of .*step 16 "
+    ):
+        train(tmp_path / "run")
+    assert Checkpoints(tmp_path / "run" / "checkpoints").latest() == 16
+    off = replace(TRAIN, max_loss_spike=0.0)
+    assert train(tmp_path / "run", train=off, resume=True).status == "done"
+    monkeypatch.setattr(Compiled, "bad_loss", usual + 2.9)  # control
+    assert train(tmp_path / "other").status == "done"
+
+
+def test_samples_change_nothing_else(run, tmp_path, monkeypatch):
+    """Samples at each validation, interrupted within one: the run is as one without samples."""
+    plan = replace(TRAIN, sample_tokens=12)
+    options = dict(train=plan, decode=lambda tokens: " ".join(map(str, tokens)))
+    with monkeypatch.context() as patch:
+        patch.setattr(samples, "stream", lambda *_: (os.kill(os.getpid(), signal.SIGINT), [1])[1])
+        stopped = train(tmp_path / "run", **options)
+    assert (stopped.status, stopped.step) == ("interrupted", 8)
+    assert (tmp_path / "run" / "samples.jsonl").read_text() == ""
+    with open(tmp_path / "run" / "samples.jsonl", "a") as file:  # a future that never came
+        file.write('{"step": 16, "text": "1"}\n')
+    assert train(tmp_path / "run", resume=True, **options).status == "done"
+    lines = read_metrics(tmp_path / "run" / "samples.jsonl")
+    assert [line["step"] for line in lines] == [8, 16, 20]
+    assert {line["prompt"] for line in lines} == {" ".join(map(str, TOKENS[540:556]))}
+    assert all(len(line["text"].split()) == 12 for line in lines)
+    assert len({line["text"] for line in lines}) > 1  # the model learns
+    assert history(tmp_path / "run") == history(run[0])
+    assert weights(tmp_path / "run") == weights(run[0])
+
+
+def test_a_disk_that_fills_up(tmp_path):
+    """Between checkpoints, where a line of metrics.jsonl is what finds no room."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("NOT TESTED: needs the right to mount a small tmpfs")
+    filler, full = disk / "filler", "the disk of .* is full, and step 2 in .*: free some space"
+
+    def fill(record):
+        if not filler.exists():
+            with pytest.raises(OSError, match="No space"):
+                filler.write_bytes(bytes(2 << 20))
+
+    try:
+        train(disk / "run", max_seconds=0.0)
+        long = replace(TRAIN, steps=60, checkpoint_every=1000, evaluate_every=0)
+        with pytest.raises(RunError, match=full):
+            train(disk / "run", train=long, resume=True, on_record=fill)
+        torn = (disk / "run" / "metrics.jsonl").read_bytes()
+        assert len(torn) % 4096 == 0  # a line that was cut is left out, and goes at the resume
+        assert 2 < read_metrics(disk / "run" / "metrics.jsonl")[-1]["step"] < 60
+        with pytest.raises(RunError, match=r"cannot write .*config\.json: No space left"):
+            train(disk / "run", train=long, resume=True)
+        assert load_run(disk / "run")[1].step == 2
+        assert not list((disk / "run").glob(".*"))  # drafts
+        filler.unlink()
+        assert train(disk / "run", train=long, resume=True).step == 60
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
 def test_resume_refuses_another_run(run):
     folder, *_ = run
     others = [
@@ -505,17 +575,20 @@ def test_progress(terminal):
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=120, legacy_windows=False)
     record = {"loss": 1.5, "bpb": 2.164, "tokens_per_second": 512.0, "codebook_used": 0.5}
+    record["seconds"] = 83.0
     with Progress(100, 1024, console=console) as progress:
         progress.say("resuming at [step] 39")
         progress.show({"step": 40, **record})
+        progress.saved(40)
         progress.show({"step": 41, **record})
         progress.show({"step": 41, "validation_loss": 1.25, "validation_bpb": 1.8034})
     text = out.getvalue()
-    wanted = ["resuming at [step] 39", "loss 1.5000", "2.1640 bpb", "512 tokens/s", "codes 50%"]
+    wanted = ["resuming at [step] 39", "1.5000", "2.1640", "512", "tokens/s", "codes", "50%"]
     assert all(part in text for part in [*wanted, "step 41: validation loss 1.2500, 1.8034 bpb"])
-    assert ("2:00 left" in text) != terminal  # of step 40; a live line shows the newest only
-    assert ("1:58 left" in text) == terminal
-    assert (" 41/100" in text) == terminal
+    assert ("step 40/100  loss 1.5000  bpb 2.1640" in text) != terminal  # not shown when it is over
+    assert ("2:00 left" in text) != terminal
+    for part in ("1:58 left", " 41/100  41%", "validation 1.8034 bpb, the best", "checkpoint 40"):
+        assert (part in text) == terminal
 
 
 def test_duration():
@@ -556,6 +629,7 @@ def test_killed_at_any_moment_and_resumed_is_unbroken(tmp_path, user_env):
         while lines(name) < count:
             assert process.poll() is None
             time.sleep(0.005)
+        time.sleep(random.uniform(0, 0.3))  # in an update, a validation, a save
         process.send_signal(number)
         return process.communicate()[0], process.returncode
 

@@ -235,7 +235,11 @@ class TrainConfig:
     evaluate_every: int = _doc(250, "updates between validations; 0: only at the end")
     evaluate_tokens: int = _doc(65_536, "tokens of the validation split that are scored; 0: all")
     checkpoint_every: int = _doc(250, "updates between checkpoints")
-    keep_checkpoints: int = _doc(3, "checkpoints that stay")
+    keep_checkpoints: int = _doc(3, "checkpoints that stay, besides the best one")
+    sample_tokens: int = _doc(200, "tokens written to samples.jsonl at each validation; 0: none")
+    max_loss_spike: float = _doc(
+        3.0, "stop if the loss is so many nats above the median of recent updates; 0: never"
+    )
 
     def __post_init__(self) -> None:
         for name, low in _TRAIN_AT_LEAST.items():
@@ -250,7 +254,7 @@ class TrainConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} is {value}: it must be a finite number above 0")
-        for name in ("final_learning_rate", "weight_decay", "grad_clip"):
+        for name in ("final_learning_rate", "weight_decay", "grad_clip", "max_loss_spike"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} is {value}: it must be a finite number, 0 or more")
@@ -279,6 +283,7 @@ _TRAIN_NUMBERS = (
     "beta1",
     "beta2",
     "epsilon",
+    "max_loss_spike",
 )
 _TRAIN_AT_LEAST = {
     "batch_size": 1,
@@ -292,6 +297,7 @@ _TRAIN_AT_LEAST = {
     "evaluate_tokens": 0,
     "checkpoint_every": 1,
     "keep_checkpoints": 1,
+    "sample_tokens": 0,
 }
 
 # The models of the paper (appendix, tables of hyperparameters) and two for small machines.

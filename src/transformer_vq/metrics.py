@@ -1,72 +1,144 @@
-"""What a run measures: `metrics.jsonl`, and progress on the terminal.
+"""What a run measures: `metrics.jsonl` and `samples.jsonl`, and progress on the terminal.
 
 A line of metrics.jsonl is a JSON object with `step` (updates done) and `seconds` (of training so
 far), and then either what the update measured,
 
-    loss (nats per token), bpb, tokens_per_second, learning_rate, grad_norm, commitment,
+    loss (nats per token), bpb, tokens_per_second, gflops (1e9 model operations per second), mfu
+    (their share of the measured rate of matrix products), learning_rate, grad_norm, commitment,
     codebook_used, codebook_perplexity
 
-or `validation_loss`, `validation_bpb` and `validation_tokens`.
+or `validation_loss`, `validation_bpb` and `validation_tokens`. A line of samples.jsonl has `step`,
+and the `text` that the model wrote then after a `prompt`.
 """
 
 import json
 import os
 import time
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Protocol, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-from rich.progress import Progress as Bar
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 Record = dict[str, Any]  # a line of metrics.jsonl
 
+SPIKE_WINDOW = 32  # logged losses that say what is usual
 PLAIN_SECONDS = 10.0  # between lines, where there is no terminal
 
 
 def read_metrics(path: str | os.PathLike) -> list[Record]:
-    """The records of a metrics.jsonl; none if there is no file. A half-written end is left out."""
+    """The records of a metrics.jsonl; none if there is no file. A half-written end is left out.
+
+    Raises `ValueError` naming the first line that is none of ours.
+    """
     try:
         lines = Path(path).read_text().splitlines(keepends=True)
     except FileNotFoundError:
         return []
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
-    return [json.loads(line) for line in lines]
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+            records[-1]["step"]  # every record has one
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"line {number} of {path} is damaged: remove it") from None
+    return records
 
 
-class MetricsLog:
-    """metrics.jsonl, open for more. Lines beyond `step` are of a future that was lost: they go."""
+class Tracker(Protocol):
+    """Another place that shows what metrics.jsonl has (`transformer_vq.trackers`)."""
+
+    def start(self, folder: Path, records: Sequence[Record]) -> None:
+        """Begin with the run in `folder`, of which these records are known."""
+        ...
+
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """A file of records, open for more. Those beyond `step` are of a lost future: they go."""
 
     def __init__(self, path: Path, step: int):
-        kept = [record for record in read_metrics(path) if record["step"] <= step]
-        self._validated = {r["step"]: r["validation_loss"] for r in kept if "validation_loss" in r}
+        self._path = path
+        self.kept = [record for record in read_metrics(path) if record["step"] <= step]
         draft = path.with_name(f".{path.name}.new")
-        draft.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        try:
+            draft.write_text("".join(json.dumps(record) + "\n" for record in self.kept))
+        except OSError as error:
+            draft.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(path)) from None
         draft.replace(path)
-        self._file: TextIO = path.open("a")
+        self._file = path.open("ab", buffering=0)
 
     def write(self, record: Record) -> None:
-        """Add a line, and let other programs see it at once."""
-        if "validation_loss" in record:
-            self._validated[record["step"]] = record["validation_loss"]
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-
-    def validation_loss(self, step: int) -> float | None:
-        """The validation loss after `step` updates, if it was measured."""
-        return self._validated.get(step)
+        """Add a line, which other programs see at once. Raises `OSError` naming the file."""
+        line = json.dumps(record).encode() + b"\n"
+        try:
+            while line:  # a disk that fills up takes a part first
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
 
     def close(self) -> None:
         self._file.close()
 
 
-class Progress:
-    """A live line on the terminal: loss, bits per byte, speed, use of the codebook, time left.
+class MetricsLog:
+    """metrics.jsonl, open for more from `step` on, and the trackers that get the same records."""
 
-    Where the output is no terminal, a plain line every ten seconds. A context manager; give `show`
-    and `say` to `transformer_vq.ops.loop.train`.
+    def __init__(self, path: Path, step: int, trackers: Sequence[Tracker] = ()):
+        self._lines, self._trackers = JsonLines(path, step), trackers
+        self._validated: dict[int, float] = {}
+        self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
+        for record in self._lines.kept:
+            self._note(record)
+        for tracker in trackers:
+            tracker.start(path.parent, self._lines.kept)
+        self._lines.kept = []  # of a long run they are many
+
+    def write(self, record: Record) -> None:
+        """Add a line. Raises `OSError` naming the file if that cannot be."""
+        self._note(record)
+        self._lines.write(record)
+        for tracker in self._trackers:
+            tracker.write(record)
+
+    def _note(self, record: Record) -> None:
+        if "validation_loss" in record:
+            self._validated[record["step"]] = record["validation_loss"]
+        if "loss" in record:
+            self._losses.append(record["loss"])
+
+    def validation_loss(self, step: int) -> float | None:
+        """The validation loss after `step` updates, if it was measured."""
+        return self._validated.get(step)
+
+    def usual_loss(self) -> float | None:
+        """The median of the last losses that were logged; None before there are enough."""
+        return median(self._losses) if len(self._losses) >= SPIKE_WINDOW // 4 else None
+
+    def close(self) -> None:
+        self._lines.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+
+class Progress:
+    """A live view on the terminal: how far it is, what it measures, and what is safe on disk.
+
+    Where the output is no terminal, a plain line every ten seconds. A context manager; give `show`,
+    `saved` and `say` to `transformer_vq.ops.loop.train`.
     """
 
     def __init__(
@@ -82,15 +154,17 @@ class Progress:
         self._console = console or Console()
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self._last_line = -PLAIN_SECONDS
-        self._bar: Bar | None = None
+        self._newest: Record | None = None
+        self._validation: Record | None = None
+        self._best: Record | None = None
+        self._saved: int | None = None
+        self._live: Live | None = None
         if self._console.is_terminal and not self._console.is_dumb_terminal:
-            columns = (BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}"))
-            self._bar = Bar(*columns, console=self._console)
-            self._task = self._bar.add_task("compiling", total=steps)
+            self._live = Live(get_renderable=self._view, console=self._console)
 
     def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
+        if self._live is not None:
+            self._live.start()
         return self
 
     def __exit__(
@@ -99,36 +173,90 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._live is not None:
+            self._live.stop()
 
     def say(self, text: str) -> None:
         """Print a line of its own, which stays."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def saved(self, step: int) -> None:
+        """Show that there is a checkpoint of `step`."""
+        self._saved = step
+
     def show(self, record: Record) -> None:
         """Show the newest measurement; a validation stays on the screen."""
         step = record["step"]
         if "validation_loss" in record:
+            self._validation = record
+            if self._best is None or record["validation_loss"] < self._best["validation_loss"]:
+                self._best = record
             loss, bpb = record["validation_loss"], record["validation_bpb"]
             self.say(f"step {step}: validation loss {loss:.4f}, {bpb:.4f} bpb")
             return
-        text = self._describe(record)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=text)
-        elif step >= self._steps or time.monotonic() - self._last_line >= PLAIN_SECONDS:
+        self._newest = record
+        late = time.monotonic() - self._last_line >= PLAIN_SECONDS
+        if self._live is None and (late or step >= self._steps):
             self._last_line = time.monotonic()
-            self.say(f"step {step}/{self._steps}  {text}")
+            parts = (f"{label} {value}" for label, value in _shown(record))
+            self.say(
+                "  ".join([f"step {step}/{self._steps}", *parts, f"{self._left(record)} left"])
+            )
 
-    def _describe(self, record: Record) -> str:
-        speed = record["tokens_per_second"]
-        left = (self._steps - record["step"]) * self._tokens_per_step / speed
+    def _left(self, record: Record) -> str:
+        left = (self._steps - record["step"]) * self._tokens_per_step / record["tokens_per_second"]
         if self._deadline is not None:
             left = max(min(left, self._deadline - time.monotonic()), 0.0)
-        parts = [f"loss {record['loss']:.4f}", f"{record['bpb']:.4f} bpb", f"{speed:,.0f} tokens/s"]
-        if "codebook_used" in record:
-            parts.append(f"codes {record['codebook_used']:.0%}")
-        return "  ".join([*parts, f"{duration(left)} left"])
+        return duration(left)
+
+    def _view(self) -> RenderableType:
+        """The live view: a bar, a table of one row, and what was validated and saved."""
+        record = self._newest
+        if record is None:
+            return Text("compiling the train step …", style="dim")
+        step = record["step"]
+        head = Table.grid(padding=(0, 2), expand=True)
+        head.add_column(ratio=1)
+        head.add_column(no_wrap=True)
+        times = f"{duration(record['seconds'])} spent, {self._left(record)} left"
+        bar = ProgressBar(total=self._steps, completed=step, complete_style="cyan")
+        head.add_row(bar, f"{step:,}/{self._steps:,}  {step / self._steps:.0%}  {times}")
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+        labels, values = zip(*_shown(record), strict=True)
+        for label in labels:
+            table.add_column(label, justify="right", no_wrap=True)
+        table.add_row(*values, style="bold")
+        last = []
+        if self._validation is not None and self._best is not None:
+            last.append(f"validation {self._validation['validation_bpb']:.4f} bpb")
+            best, at = self._best["validation_bpb"], self._best["step"]
+            last.append(
+                "the best so far"
+                if self._best is self._validation
+                else f"best {best:.4f} at step {at:,}"
+            )
+        last.append("no checkpoint yet" if self._saved is None else f"checkpoint {self._saved:,}")
+        return Group(head, table, Text(", ".join(last), style="dim", no_wrap=True))
+
+
+def _shown(record: Record) -> list[tuple[str, str]]:
+    """What people look at while a model trains: labels and values."""
+    formats = {
+        "loss": ("loss", "{:.4f}"),
+        "bpb": ("bpb", "{:.4f}"),
+        "grad_norm": ("grad norm", "{:.3g}"),
+        "learning_rate": ("rate", "{:.1e}"),
+        "tokens_per_second": ("tokens/s", "{:,.0f}"),
+        "gflops": ("GFLOP/s", "{:,.3g}"),
+        "mfu": ("MFU", "{:.0%}"),
+        "codebook_used": ("codes", "{:.0%}"),
+        "codebook_perplexity": ("perplexity", "{:.3g}"),
+    }
+    return [
+        (label, form.format(record[name]))
+        for name, (label, form) in formats.items()
+        if name in record
+    ]
 
 
 def duration(seconds: float) -> str:

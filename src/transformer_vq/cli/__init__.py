@@ -26,6 +26,7 @@ COMMANDS = {
     "prefill": ("sample", "Prefill", "read a long prompt once and keep the state it leaves"),
     "bench": ("bench", "Bench", "how fast this machine runs a model, beside what it can do"),
     "info": ("info", "Info", "what a run is: sizes, costs, data, losses, checkpoints"),
+    "report": ("report", "Report", "a run as one HTML page: curves, codebooks, samples"),
 }
 
 HELP = """\

@@ -3,20 +3,34 @@
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
 from transformer_vq import costs
+from transformer_vq.cli.parse import option
 from transformer_vq.config import ModelConfig, TrainConfig
-from transformer_vq.data import DataError, bundled_corpus, fingerprint, load_bytes, split
+from transformer_vq.data import (
+    ByteTokenizer,
+    DataError,
+    bundled_corpus,
+    fingerprint,
+    load_bytes,
+    split,
+)
 
 if TYPE_CHECKING:
+    from transformer_vq.metrics import Tracker
     from transformer_vq.ops.loop import TrainResult
     from transformer_vq.ops.run import DataSource
+
+
+CheckpointOption = Annotated[
+    str, option("latest, best (by validation loss), or the step of a checkpoint", "NAME")
+]
 
 
 def number(value: float) -> str:
@@ -59,6 +73,7 @@ def train_with_progress(
     data: "DataSource",
     resume: bool,
     max_seconds: float | None = None,
+    trackers: "Sequence[Tracker]" = (),
 ) -> "TrainResult":
     """`ops.loop.train` on the train split of `tokens`, live on the terminal."""
     from transformer_vq.metrics import Progress
@@ -75,7 +90,10 @@ def train_with_progress(
             data=data,
             resume=resume,
             max_seconds=max_seconds,
+            decode=ByteTokenizer().decode_text,
+            trackers=trackers,
             on_record=progress.show,
+            on_save=progress.saved,
             say=progress.say,
         )
 

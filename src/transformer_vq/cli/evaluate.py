@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from transformer_vq.cli.common import progress_bar, run_data
+from transformer_vq.cli.common import CheckpointOption, progress_bar, run_data
 from transformer_vq.cli.parse import UsageError, option
 from transformer_vq.data import split
 
@@ -28,10 +28,12 @@ class Evaluate:
 
     examples: ClassVar[str] = """
   tvq eval --run runs/book
+  tvq eval --run runs/book --checkpoint best
   tvq eval --run runs/book --data other.txt --split all --json
 """
 
     run: Annotated[Path, option("folder of a trained run", "DIR")]
+    checkpoint: CheckpointOption = "latest"
     data: Annotated[str, option("text to score", "FILE", default="that of the run")] = ""
     split: Annotated[
         str, option("train, validation, test (90, 5 and 5 % of the file) or all", "NAME")
@@ -45,9 +47,9 @@ class Evaluate:
             if value < 1:
                 raise UsageError(f"--{name} is {value}: it must be at least 1")
 
-        from transformer_vq.ops.run import load_run
+        from transformer_vq.ops.run import find_step, load_run
 
-        model, info = load_run(self.run)
+        model, info = load_run(self.run, find_step(self.run, self.checkpoint))
         path, tokens = run_data(info.data, self.data)
         tokens = split(tokens, self.split)
         began = time.monotonic()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from transformer_vq import costs
-from transformer_vq.cli.common import number, size
+from transformer_vq.cli.common import CheckpointOption, number, size
 from transformer_vq.cli.parse import option
 
 
@@ -25,10 +25,11 @@ class Info:
 """
 
     run: Annotated[Path, option("folder of a trained run", "DIR")]
+    checkpoint: CheckpointOption = "latest"
     json: Annotated[bool, option("print JSON, with the whole configuration")] = False
 
     def main(self) -> int:
-        record = describe(self.run)
+        record = describe(self.run, self.checkpoint)
         if self.json:
             print(json.dumps(record))
         else:
@@ -36,14 +37,14 @@ class Info:
         return 0
 
 
-def describe(folder: Path) -> dict[str, Any]:
+def describe(folder: Path, checkpoint: str = "latest") -> dict[str, Any]:
     """All that `tvq info` tells. Raises `RunError` and `CheckpointError` as `load_info` does."""
     from transformer_vq.metrics import read_metrics
-    from transformer_vq.ops.run import checkpoints_of, load_info
+    from transformer_vq.ops.run import checkpoints_of, find_step, load_info
 
-    info = load_info(folder)
+    info = load_info(folder, find_step(folder, checkpoint))
     config, train = info.config, info.train
-    steps = checkpoints_of(folder).steps()
+    steps, best = checkpoints_of(folder).steps(), checkpoints_of(folder).best()
     records = [r for r in read_metrics(folder / "metrics.jsonl") if r["step"] <= info.step]
     last: dict[str, Any] = {}
     for record in records:
@@ -70,7 +71,11 @@ def describe(folder: Path) -> dict[str, Any]:
             },
         },
         "checkpoints": [
-            {"step": step, "bytes": _folder_size(folder / "checkpoints" / str(step))}
+            {
+                "step": step,
+                "best": step == best,
+                "bytes": _folder_size(folder / "checkpoints" / str(step)),
+            }
             for step in steps
         ],
         "config": config.to_dict(),
@@ -135,7 +140,8 @@ def _show(record: dict[str, Any]) -> None:
         table.add_row(text, "not measured yet" if loss is None else f"{loss:.4f} ({bpb:.4f} bpb)")
     section("checkpoints")
     for checkpoint in record["checkpoints"]:
-        table.add_row(f"step {checkpoint['step']:,}", size(checkpoint["bytes"]))
+        best = ", the best by validation loss" if checkpoint["best"] else ""
+        table.add_row(f"step {checkpoint['step']:,}", size(checkpoint["bytes"]) + best)
 
     console = Console(highlight=False)
     console.print(f"[bold]{record['run']}[/bold]")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import numpy as np
 from tyro.conf import UseAppendAction
 
-from transformer_vq.cli.common import progress_bar, size
+from transformer_vq.cli.common import CheckpointOption, progress_bar, size
 from transformer_vq.cli.parse import UsageError, as_usage, option
 from transformer_vq.data import ByteTokenizer, StreamDecoder, load_bytes
 
@@ -39,6 +39,7 @@ class Sample:
 """
 
     run: RunFolder
+    checkpoint: CheckpointOption = "latest"
     prompt: Annotated[str, option("text to continue", "TEXT", default="empty")] = ""
     prompt_file: Annotated[
         str, option("the prompt from a file, any bytes; -: standard input", "FILE", default="none")
@@ -87,7 +88,7 @@ class Sample:
         from transformer_vq.io.state import save_state
 
         every = [self._params(self.seed + i) for i in range(self.num_samples)]
-        model, info, given = open_model(self.run, self.state)
+        model, info, given = open_model(self.run, self.state, self.checkpoint)
         if not prompt and given is None:
             prompt = [ByteTokenizer().start_id]
 
@@ -177,6 +178,7 @@ class Prefill:
     run: RunFolder
     prompt_file: Annotated[str, option("what to read, any bytes; -: standard input", "FILE")]
     save_state: Annotated[str, option("where to keep the state", "FILE")]
+    checkpoint: CheckpointOption = "latest"
     state: Annotated[str, option("go on from a saved state", "FILE", default="none")] = ""
 
     def main(self) -> int:
@@ -188,7 +190,7 @@ class Prefill:
         from transformer_vq import costs
         from transformer_vq.io.state import save_state
 
-        model, _, given = open_model(self.run, self.state)
+        model, _, given = open_model(self.run, self.state, self.checkpoint)
         began = time.monotonic()
         state = read(model, prompt, given, room=256)
         seconds = time.monotonic() - began
@@ -201,12 +203,14 @@ class Prefill:
         return 0
 
 
-def open_model(folder: Path, state_file: str = "") -> "tuple[Model, Any, State | None]":
+def open_model(
+    folder: Path, state_file: str = "", checkpoint: str = "latest"
+) -> "tuple[Model, Any, State | None]":
     """The model of a run, its info, and a state of it from a file, if one is named."""
     from transformer_vq.io.state import StateError, load_state
-    from transformer_vq.ops.run import load_run
+    from transformer_vq.ops.run import find_step, load_run
 
-    model, info = load_run(folder)
+    model, info = load_run(folder, find_step(folder, checkpoint))
     if not state_file:
         return model, info, None
     state = load_state(state_file, model)

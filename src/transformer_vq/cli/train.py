@@ -14,6 +14,8 @@ from transformer_vq.config import PRESETS, ModelConfig, TrainConfig
 DEFAULT_PRESET = "tiny"  # minutes on a laptop
 
 if TYPE_CHECKING:
+    from transformer_vq.metrics import Tracker
+
     ConfigOptions = dict[str, Any]  # the fields that are given
     TrainOptions = dict[str, Any]
 else:
@@ -57,6 +59,12 @@ class Train:
     resume: Annotated[
         bool, option("go on with the run in --out, with its model, data and settings")
     ] = False
+    tensorboard: Annotated[
+        bool, option("also write TensorBoard event files, to tensorboard/ of the run folder")
+    ] = False
+    wandb: Annotated[
+        str, option("also log to this project of Weights & Biases", "PROJECT", default="none")
+    ] = ""
     config: tyro.conf.FlagConversionOff[ConfigOptions] = field(default_factory=dict)
     train: tyro.conf.FlagConversionOff[TrainOptions] = field(default_factory=dict)
 
@@ -70,6 +78,7 @@ class Train:
 
         from transformer_vq.data import load_bytes, require_length, split
 
+        trackers = self._trackers()
         tokens = load_bytes(path)
         part = split(tokens, "train")
         require_length(part, train.sequence_len, f"the train split of {path}")
@@ -80,7 +89,13 @@ class Train:
         print(f"model: {describe_model(config)}")
         print(f"data: {path}, {len(tokens):,} bytes, of which {len(part):,} to train on")
         result = train_with_progress(
-            config, train, tokens, self.out, data=DataSource.of(path, tokens), resume=self.resume
+            config,
+            train,
+            tokens,
+            self.out,
+            data=DataSource.of(path, tokens),
+            resume=self.resume,
+            trackers=trackers,
         )
         out = shlex.quote(str(self.out))
         again = f"{program()} train --resume --out {out}"
@@ -93,8 +108,16 @@ class Train:
         print(f"done: {result.step} steps. The run is in {self.out}. What now:")
         print(f"  {program()} eval --run {out}")
         print(f"  {program()} sample --run {out}")
+        print(f"  {program()} report --run {out}")
         print(f"  {again} --steps {2 * result.step}")
         return 0
+
+    def _trackers(self) -> "list[Tracker]":
+        """What was asked for besides metrics.jsonl; raises `TrackerError` if it is missing."""
+        from transformer_vq.trackers import TensorBoard, WandB
+
+        trackers: list[Tracker] = [TensorBoard()] if self.tensorboard else []
+        return [*trackers, WandB(self.wandb)] if self.wandb else trackers
 
     def _configs(self, saved: dict[str, Any] | None) -> tuple[ModelConfig, TrainConfig]:
         """Model and run: of the saved run or the preset, with what was given on top."""

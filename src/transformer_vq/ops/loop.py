@@ -2,10 +2,11 @@
 
 import contextlib
 import dataclasses
+import errno
 import math
 import os
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,13 +15,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from transformer_vq import costs
 from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.data import Batch, Batches, check_tokens, require_length
-from transformer_vq.io.checkpoint import Checkpoints
-from transformer_vq.metrics import MetricsLog, Record
+from transformer_vq.io.checkpoint import CheckpointError, Checkpoints
+from transformer_vq.metrics import MetricsLog, Record, Tracker
 from transformer_vq.nn.model import Model
 from transformer_vq.ops.evaluate import evaluate
+from transformer_vq.ops.peak import peak_flops
 from transformer_vq.ops.run import DataSource, RunError, RunInfo, checkpoints_of, open_run
+from transformer_vq.ops.samples import SampleLog
 from transformer_vq.ops.signals import Interrupted, StopSignals
 from transformer_vq.ops.train import Metrics, TrainState, init_train_state, make_train_step
 from transformer_vq.sharding import data_mesh, replicated, require_divisible, shard_rows
@@ -50,7 +54,10 @@ def train(
     resume: bool = False,
     max_seconds: float | None = None,
     mesh: Mesh | None = None,
+    decode: Callable[[Sequence[int]], str] | None = None,
+    trackers: Sequence[Tracker] = (),
     on_record: Callable[[Record], None] = lambda record: None,
+    on_save: Callable[[int], None] = lambda step: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> TrainResult:
     """Train a model and leave it in a run folder; or go on with the run that the folder holds.
@@ -72,11 +79,16 @@ def train(
       max_seconds: stop this sitting after about so long and a batch at least, with a checkpoint.
         The schedule of the learning rate goes by steps all the same.
       mesh: the devices, with an axis `data`; all of them by default.
+      decode: tokens to text. With it, each validation adds `train.sample_tokens` tokens to
+        samples.jsonl, drawn after the same prompt by the same seed. (Not with several processes.)
+      trackers: get every record of metrics.jsonl, those from before a resume included.
       on_record: called with the measurements of every batch and every validation.
+      on_save: called with the step of a checkpoint that is on its way to the disk.
       say: called with a line of text when something happens that people want to know.
 
     Raises:
-      RunError: if the folder cannot be used (`run.open_run`), or the loss is not finite.
+      RunError: if the folder cannot be used (`run.open_run`), if the loss is not finite or far
+        above what it was (`train.max_loss_spike`), or if the disk is full.
       CheckpointError: if a checkpoint cannot be read or written, say for a full disk.
       DataError: if there are too few tokens.
       ValueError: for a token outside of the vocabulary, or a batch that the devices cannot share.
@@ -93,16 +105,25 @@ def train(
     folder = Path(folder)
     info = open_run(folder, RunInfo(config, train, data, tokenizer), resume=resume)
     step = info.step
+    trackers = trackers if jax.process_index() == 0 else ()
     with (
         StopSignals() as stop,
         checkpoints_of(folder, train.keep_checkpoints) as checkpoints,
-        contextlib.closing(MetricsLog(folder / "metrics.jsonl", step)) as log,
+        contextlib.closing(MetricsLog(folder / "metrics.jsonl", step, trackers)) as log,
+        _sample_log(folder, info, validation, decode) as samples,
         contextlib.closing(_batches(tokens, train, step)) as batches,
     ):
         if step:
             say(f"resuming at step {step}")
-        sitting = _Sitting(info, validation, mesh, stop, checkpoints, log, on_record, say)
-        return sitting.run(batches, max_seconds)
+        sitting = _Sitting(
+            info, validation, mesh, stop, checkpoints, log, samples, on_record, on_save, say
+        )
+        try:
+            return sitting.run(batches, max_seconds)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise sitting.failed(f"the disk of {folder} is full", "free some space") from None
 
 
 class _Sitting:
@@ -116,13 +137,15 @@ class _Sitting:
         stop: StopSignals,
         checkpoints: Checkpoints,
         log: MetricsLog,
+        samples: SampleLog | None,
         on_record: Callable[[Record], None],
+        on_save: Callable[[int], None],
         say: Callable[[str], None],
     ):
         self.info, self.config, self.train = info, info.config, info.train
         self.validation, self.mesh, self.stop = validation, mesh, stop
-        self.checkpoints, self.log = checkpoints, log
-        self.on_record, self.say = on_record, say
+        self.checkpoints, self.log, self.samples = checkpoints, log, samples
+        self.on_record, self.on_save, self.say = on_record, on_save, say
         self.began = time.monotonic()
 
     def run(self, batches: Generator[Batch], max_seconds: float | None) -> TrainResult:
@@ -173,6 +196,7 @@ class _Sitting:
         train_step = make_train_step(self.config, self.train, self.mesh)
         compiled = train_step.lower(train_state, batch).compile()
         self.say(f"compiled the train step in {time.monotonic() - start:.1f} s")
+        self.peak = peak_flops(self.mesh, self.config.compute_dtype)
         self.mark(step)
         return compiled
 
@@ -199,16 +223,18 @@ class _Sitting:
     def read(self, step: int, metrics: Metrics) -> None:
         """Wait for the metrics of the batch that led to `step` updates, and tell the world."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(values[name]):
-                raise self.diverged(step, name, values[name])
+        self.check(step, values)
         then, before = self.marked
         tokens = (step - before) * self.train.batch_size * self.train.update_len
+        speed = tokens / (time.monotonic() - then)
+        flops = speed * costs.train_flops(self.config, self.flops_len())
         record = {
             "step": step,
             "loss": (loss := values.pop("loss")),
             "bpb": loss / math.log(2.0),
-            "tokens_per_second": tokens / (time.monotonic() - then),
+            "tokens_per_second": speed,
+            "gflops": flops / 1e9,
+            "mfu": flops / self.peak,
             "seconds": self.seconds(),
             **values,
         }
@@ -217,31 +243,54 @@ class _Sitting:
             self.mark(step)
         self.on_record(record)
 
-    def diverged(self, step: int, name: str, value: float) -> RunError:
-        self.checkpoints.wait()
+    def flops_len(self) -> int:
+        """The length that the cost of a token depends on."""
+        full = self.config.attention == "full"
+        return self.train.sequence_len if full else self.train.update_len
+
+    def check(self, step: int, values: dict[str, float]) -> None:
+        """Raise `RunError` if what was measured after `step` updates says that the run is lost."""
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values[name]):
+                problem = f"the {name} is {values[name]} at step {step}"
+                raise self.failed(problem, "use a lower learning rate")
+        usual, limit = self.log.usual_loss(), self.train.max_loss_spike
+        if limit and usual is not None and values["loss"] > usual + limit:
+            raise self.failed(
+                f"the loss is {values['loss']:.4f} at step {step}, more than max_loss_spike "
+                f"({limit:g}) above the {usual:.4f} of the updates before",
+                "use a lower learning rate (or max_loss_spike 0 to let it be)",
+            )
+
+    def failed(self, problem: str, advice: str) -> RunError:
+        """The error of a run that cannot go on, which names the step to go on from."""
+        with contextlib.suppress(CheckpointError):  # the one before it is intact
+            self.checkpoints.wait()
         latest = self.checkpoints.latest()
-        advice = (
-            "nothing was saved before: start again with a lower learning rate"
-            if latest is None
-            else f"step {latest} in {self.checkpoints.folder} is the last good checkpoint: "
-            f"resume from it, say with a lower learning rate"
+        if latest is None:
+            return RunError(f"{problem}, and nothing was saved before: {advice} and start again")
+        return RunError(
+            f"{problem}, and step {latest} in {self.checkpoints.folder} is the last good "
+            f"checkpoint: {advice} and resume from it"
         )
-        return RunError(f"the {name} is {value} at step {step}, and {advice}")
 
     def validate(self, step: int, train_state: TrainState) -> bool:
         """Score the validation data, unless that was done; False if it was interrupted."""
         if self.validation is None or not step or self.log.validation_loss(step) is not None:
             return True
+        model = Model(train_state.params, train_state.codebook, self.config)
         full = self.config.attention == "full"  # which knows the distances it was trained on
         lengths = dict(chunk_len=self.train.sequence_len, context_len=self.train.sequence_len)
         try:
             result = evaluate(
-                Model(train_state.params, train_state.codebook, self.config),
+                model,
                 self.validation,
                 max_tokens=self.train.evaluate_tokens or None,
                 on_progress=self.stop.check,
                 **(lengths if full else {}),
             )
+            if self.samples:
+                self.samples.write(step, model, self.stop.check)
         except Interrupted:
             return False
         record = {
@@ -260,8 +309,26 @@ class _Sitting:
         loss = self.log.validation_loss(step)
         metrics = {} if loss is None else {"validation_loss": loss}
         self.checkpoints.save(step, train_state, info.to_dict(), metrics=metrics, wait=wait)
+        self.on_save(step)
         if wait:
             self.say(f"saved step {step} in {self.checkpoints.folder}")
+
+
+@contextlib.contextmanager
+def _sample_log(
+    folder: Path,
+    info: RunInfo,
+    validation: np.ndarray | None,
+    decode: Callable[[Sequence[int]], str] | None,
+) -> Generator[SampleLog | None]:
+    """samples.jsonl while it is open; None where no samples are kept."""
+    tokens = info.train.sample_tokens
+    if not tokens or validation is None or decode is None or jax.process_count() > 1:
+        yield None
+        return
+    path = folder / "samples.jsonl"
+    with contextlib.closing(SampleLog(path, info.step, validation, tokens, decode)) as samples:
+        yield samples
 
 
 def _batches(tokens: np.ndarray, train: TrainConfig, step: int) -> Generator[Batch]:

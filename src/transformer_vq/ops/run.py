@@ -1,15 +1,20 @@
 """The folder of a run: what was trained on what, and the model that came of it.
 
 runs/NAME/
-  config.json     model, training and data of the run, for people and tools to read
+  config.json     model, training and data of the run, for people and tools to read; and the
+                  versions and devices of its latest sitting
   metrics.jsonl   a JSON object a line (`transformer_vq.metrics`)
+  samples.jsonl   what the model wrote at each validation (`transformer_vq.ops.samples`)
   checkpoints/    one folder per step (`transformer_vq.io.checkpoint`), each with its RunInfo
 """
 
+import collections
 import dataclasses
 import functools
+import importlib.metadata
 import json
 import os
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +84,26 @@ def checkpoints_of(folder: str | os.PathLike, keep: int = 3) -> Checkpoints:
     return Checkpoints(Path(folder) / "checkpoints", keep=keep)
 
 
+def find_step(folder: str | os.PathLike, checkpoint: str) -> int | None:
+    """The step that `latest` (as None), `best` or a number names in the run in `folder`.
+
+    Raises `RunError` for another name, or `best` where no checkpoint has a validation loss.
+    """
+    if checkpoint == "latest":
+        return None
+    if checkpoint == "best":
+        best = checkpoints_of(folder).best()
+        if best is None and checkpoints_of(folder).latest() is not None:
+            raise RunError(
+                f"no checkpoint in {folder} has a validation loss: use latest, and let "
+                f"evaluate_every and checkpoint_every meet in the next run"
+            )
+        return best
+    if not (checkpoint.isascii() and checkpoint.isdecimal()):
+        raise RunError(f"the checkpoint is {checkpoint!r}: it must be latest, best or a step")
+    return int(checkpoint)
+
+
 def load_info(folder: str | os.PathLike, step: int | None = None) -> RunInfo:
     """What the checkpoint of `step` (by default the newest) says of the run in `folder`.
 
@@ -130,8 +155,22 @@ def open_run(folder: Path, info: RunInfo, *, resume: bool) -> RunInfo:
     if jax.process_index() == 0:
         content = info.to_dict()
         del content["step"], content["seconds"]  # checkpoints know
+        content["environment"] = environment()
         _write_json(folder / "config.json", content)
     return info
+
+
+def environment() -> dict[str, str]:
+    """What this process runs on: versions by name, and the devices."""
+    packages = ("transformer-vq", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "grain")
+    devices = collections.Counter(device.device_kind for device in jax.devices())
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+        "system": f"{platform.system()} {platform.machine()}",
+        "devices": ", ".join(f"{count} × {kind}" for kind, count in devices.items()),
+        "processes": str(jax.process_count()),
+    }
 
 
 def _require_same(folder: Path, saved: RunInfo, given: RunInfo) -> None:
@@ -158,7 +197,11 @@ def _require_same(folder: Path, saved: RunInfo, given: RunInfo) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that is whole at any moment."""
+    """Write a file that is whole at any moment. Raises `RunError` if that cannot be."""
     draft = path.with_name(f".{path.name}.new")
-    draft.write_text(json.dumps(content, indent=2) + "\n")
-    draft.replace(path)
+    try:
+        draft.write_text(json.dumps(content, indent=2) + "\n")
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path}: {error.strerror}") from None

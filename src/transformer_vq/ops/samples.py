@@ -1,0 +1,46 @@
+"""samples.jsonl: what a model writes as it learns, the same prompt and seed at every validation."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from transformer_vq.metrics import JsonLines
+from transformer_vq.nn.model import Model
+from transformer_vq.ops.generate import SamplingParams, stream
+
+PROMPT_TOKENS = 16  # from the beginning of the validation data
+TOP_P = 0.9
+
+
+class SampleLog:
+    """samples.jsonl of a run folder, open for more; lines of a lost future go, as in metrics."""
+
+    def __init__(
+        self,
+        path: Path,
+        step: int,
+        validation: np.ndarray,
+        max_tokens: int,
+        decode: Callable[[Sequence[int]], str],
+    ):
+        self._lines = JsonLines(path, step)
+        self._prompt = [int(token) for token in validation[:PROMPT_TOKENS]]
+        self._params = SamplingParams(max_tokens=max_tokens, top_p=TOP_P)
+        self._decode = decode
+
+    def write(self, step: int, model: Model, check: Callable[[], None]) -> None:
+        """Sample and add a line. What `check`, called for every token, raises ends it before."""
+        leaves = jax.tree.leaves(model)
+        if all(leaf.is_fully_replicated for leaf in leaves):  # then one device is enough
+            model = jax.tree.map(lambda leaf: leaf.addressable_data(0), model)
+        tokens = []
+        for token in stream(model, [self._prompt], self._params):
+            check()
+            tokens.append(int(token))
+        texts = {"prompt": self._decode(self._prompt), "text": self._decode(tokens)}
+        self._lines.write({"step": step, **texts})
+
+    def close(self) -> None:
+        self._lines.close()
