@@ -4,7 +4,7 @@ A line of metrics.jsonl is a JSON object with `step` (updates done) and `seconds
 far), and then either what the update measured,
 
     loss (nats per token), bpb, tokens_per_second, learning_rate, grad_norm, commitment,
-    codebook_used, codebook_perplexity
+    codebook_used, codebook_perplexity, and lists of them by unit: codebook_used_by_unit, ...
 
 or `validation_loss`, `validation_bpb` and `validation_tokens`.
 """

@@ -1,7 +1,7 @@
 """The model: its arrays, its state, and the forward pass over many tokens."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from transformer_vq.nn.attention import AttentionState, Timeline
 from transformer_vq.nn.full import FullAttentionState
 from transformer_vq.nn.layers import ArraySpec
 from transformer_vq.nn.unit import Statistics, apply_unit, no_drop, prepare_unit
+from transformer_vq.nn.vq import Places
 from transformer_vq.types import Features, Key, Params, PerRow, Tokens
 
 DEFAULT_CAPACITY = 4096  # tokens that a state of full attention holds, unless told otherwise
@@ -206,6 +207,7 @@ def forward(
     lengths: PerRow | None = None,
     document_ids: Tokens | None = None,
     weights: jax.Array | None = None,
+    places: Places | None = None,
     dropout: DropoutKeys | None = None,
     remat: bool = False,
 ) -> tuple[Features, State, Statistics | None]:
@@ -215,6 +217,7 @@ def forward(
     compile time does not grow with depth, and tokens are taken in blocks.
 
     `weights` `[B, T]`: how much each token counts in the statistics; none are made without it.
+    `places`: tokens whose keys the statistics are to hold.
     `remat`: recompute each unit in the backward pass instead of keeping its activations.
     """
     config, params = model.config, model.params
@@ -253,7 +256,9 @@ def forward(
                 return layers.dropout(layer, added, config.dropout_layer, (batch, 1, 1))
 
         unit = prepare_unit(unit_params, codebook, unit_wave, config)
-        x, unit_state, statistics = apply_unit(unit, x, unit_state, timeline, config, weights, drop)
+        x, unit_state, statistics = apply_unit(
+            unit, x, unit_state, timeline, config, weights, places, drop
+        )
         return x, (unit_state, statistics)
 
     stacked = jax.tree.map(lambda *rows: jnp.stack(rows), *state.units)
@@ -264,7 +269,7 @@ def forward(
     x, (stacked, statistics) = jax.lax.scan(body, x, xs)
     units = [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(config.num_units)]
     if statistics is not None:
-        statistics = Statistics(statistics.commitment.sum(), statistics.codebook)
+        statistics = replace(statistics, commitment=statistics.commitment.sum())
 
     last = jnp.take_along_axis(x, jnp.clip(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     logits = to_logits(params, last, config)
