@@ -39,13 +39,9 @@ def plan(config: ModelConfig, train: TrainConfig, mesh: Mesh | None = None) -> P
     require_trainable(config, train, mesh)
     state = jax.eval_shape(lambda: init_train_state(config, train))
     shape = (train.batch_size, train.sequence_len)
-    batch = Batch(
-        jax.ShapeDtypeStruct(shape, jnp.int32),
-        jax.ShapeDtypeStruct(shape, jnp.int32),
-        jax.ShapeDtypeStruct(shape, jnp.bool_),
-        jax.ShapeDtypeStruct(shape, jnp.int32),
-        jax.ShapeDtypeStruct(shape[:1], jnp.bool_),
-    )
+    tokens, mask = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.bool_))
+    starts = jax.ShapeDtypeStruct(shape[:1], jnp.bool_)
+    batch = Batch._make((tokens, tokens, mask, tokens, starts))
     start = time.monotonic()
     compiled = make_train_step(config, train, mesh).lower(state, batch).compile()
     seconds = time.monotonic() - start
@@ -61,7 +57,8 @@ def plan(config: ModelConfig, train: TrainConfig, mesh: Mesh | None = None) -> P
     if "states of streams" in count:
         count["states of streams"] //= mesh.size
     count["a batch"] = _bytes(batch) // mesh.size
-    count["activations, gradients"] = memory.temp_size_in_bytes
+    if memory is not None:
+        count["activations, gradients"] = memory.temp_size_in_bytes
     kind = mesh.devices.flat[0].device_kind
     return Plan(
         bytes=count,

@@ -27,17 +27,14 @@ def learning_rate_at(train: TrainConfig, step: Any) -> jax.Array:
     """
     warm, final = train.warmup_steps, train.final_learning_rate
     rest = max(train.steps - warm, 1)
+    fall: optax.Schedule
     match train.schedule:
         case "cosine":
             fall = optax.cosine_decay_schedule(1.0, rest, final)
         case "linear":
             fall = optax.linear_schedule(1.0, final, rest)
         case "inverse-sqrt":
-            scale = max(warm, 1)
-
-            def fall(count: Any) -> jax.Array:
-                return jnp.maximum(jnp.sqrt(scale / (scale + jnp.asarray(count))), final)
-
+            fall = _inverse_sqrt(max(warm, 1), final)
         case "wsd":
             decay = min(train.decay_steps or max(train.steps // 5, 1), rest)
             fall = optax.linear_schedule(1.0, final, decay, transition_begin=rest - decay)
@@ -45,6 +42,13 @@ def learning_rate_at(train: TrainConfig, step: Any) -> jax.Array:
         return jnp.float32(train.learning_rate * fall(step))
     factor = optax.join_schedules([optax.linear_schedule(0.0, 1.0, warm), fall], [warm])
     return jnp.float32(train.learning_rate * factor(step))
+
+
+def _inverse_sqrt(warm: int, final: float) -> optax.Schedule:
+    def factor(count: Any) -> jax.Array:
+        return jnp.maximum(jnp.sqrt(warm / (warm + count)), final)
+
+    return factor
 
 
 def make_optimizer(train: TrainConfig, config: ModelConfig) -> optax.GradientTransformation:
@@ -80,10 +84,10 @@ def _scale_by_optimizer(train: TrainConfig, config: ModelConfig) -> optax.Gradie
             return _each_unit_by_itself(optax.chain(*steps))
         case "muon":
 
-            def matrices(params: Params) -> Params:  # [N, in, out]: N of them
+            def matrices(params: Any) -> Any:  # [N, in, out]: N of them
                 return jax.tree.map(lambda _: MuonDimensionNumbers(1, 2), params)
 
-            def even(changes: Params, _: Any = None) -> Params:
+            def even(changes: Any, _: Any) -> Any:
                 """Orthogonal `[in, out]` has a root mean square of 1 over that of the larger."""
                 return jax.tree.map(lambda x: MUON_RMS * max(x.shape[1:]) ** 0.5 * x, changes)
 
@@ -119,17 +123,18 @@ def _muon_or_adam(config: ModelConfig) -> Params:
 def _each_unit_by_itself(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """`inner` with every unit's arrays as tensors of their own, for what it does per tensor."""
 
-    def split(params: Params) -> tuple[Params, Params]:
+    def split(params: Any) -> tuple[Params, Params]:
         return params["units"], {name: x for name, x in params.items() if name != "units"}
 
-    def init(params: Params) -> Any:
+    def init(params: Any) -> Any:
         units, rest = split(params)
         return jax.vmap(inner.init)(units), inner.init(rest)
 
-    def update(updates: Params, state: Any, params: Any = None) -> tuple[Params, Any]:
-        units, rest = zip(split(updates), state, split(params), strict=True)
-        units, units_state = jax.vmap(inner.update)(*units)
-        rest, rest_state = inner.update(*rest)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        of_units, of_rest = zip(split(updates), state, split(params), strict=True)
+        rest: Any
+        units, units_state = jax.vmap(inner.update)(*of_units)
+        rest, rest_state = inner.update(*of_rest)
         return {**rest, "units": units}, (units_state, rest_state)
 
     return optax.GradientTransformation(init, update)

@@ -10,7 +10,6 @@ import optax
 from jax.sharding import Mesh
 
 from transformer_vq.config import ModelConfig, TrainConfig
-from transformer_vq.data import Batch
 from transformer_vq.nn import vq
 from transformer_vq.nn.attention import AttentionState, keep_keys
 from transformer_vq.nn.layers import wide
@@ -24,6 +23,7 @@ from transformer_vq.types import Params
 # What the random numbers of a run are for: each use has keys of its own.
 INIT, DROPOUT_CALL, DROPOUT_SEQUENCE, FIRST_CODEBOOK, REVIVAL = range(5)
 
+Traced = Any  # inside of jit: a `Batch`, or a piece of one, of JAX's arrays
 Metrics = dict[str, jax.Array]  # float32 scalars, or a number for each unit
 
 
@@ -68,7 +68,7 @@ def init_train_state(config: ModelConfig, train: TrainConfig) -> TrainState:
 
 
 def start_codebook(
-    config: ModelConfig, train: TrainConfig, train_state: TrainState, batch: Batch
+    config: ModelConfig, train: TrainConfig, train_state: TrainState, batch: Traced
 ) -> TrainState:
     """The state before the first update with keys of the first piece of a batch as codewords.
 
@@ -136,7 +136,7 @@ def make_train_step(
     """
     update = make_update(config, train)
 
-    def train_step(train_state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(train_state: TrainState, batch: Traced) -> tuple[TrainState, Metrics]:
         state = _empty_state(config, *batch.inputs.shape)
         if train.streaming:
             state = _continued(state, train_state.stream, batch.starts)
@@ -144,7 +144,7 @@ def make_train_step(
         pieces = batch._replace(starts=None)
         pieces = jax.tree.map(lambda x: _pieces(x, train.update_len), pieces)
 
-        def body(carry: tuple[TrainState, State], piece: Batch) -> tuple[Any, Metrics]:
+        def body(carry: tuple[TrainState, State], piece: Traced) -> tuple[Any, Metrics]:
             train_state, state, metrics = update(*carry, piece)
             return (train_state, state), metrics
 
@@ -176,10 +176,10 @@ def make_update(config: ModelConfig, train: TrainConfig) -> Callable:
     rates = (f"dropout_{name}" for name in ("embedding", "sinusoid", "residual", "layer"))
     has_dropout = any(getattr(config, rate) > 0.0 for rate in rates)
 
-    def update(train_state: TrainState, state: State, piece: Batch):
+    def update(train_state: TrainState, state: State, piece: Traced):
         step, params, codebook = train_state.step, train_state.params, train_state.codebook
 
-        def gradient(state: State, piece: Batch, dropout: DropoutKeys | None, places: Any):
+        def gradient(state: State, piece: Traced, dropout: DropoutKeys | None, places: Any):
             model = Model(params, codebook, config)
             return jax.grad(loss_fn, has_aux=True)(
                 params,
@@ -235,8 +235,8 @@ def _in_turns(gradient: Callable, parts: int) -> Callable:
     def join(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
 
-    def in_turns(state: State, piece: Batch, dropout: DropoutKeys | None, places: Places | None):
-        def sums_of(part: jax.Array, state: State, piece: Batch):
+    def in_turns(state: State, piece: Traced, dropout: DropoutKeys | None, places: Places | None):
+        def sums_of(part: jax.Array, state: State, piece: Traced):
             keys = jax.tree.map(lambda key: jax.random.fold_in(key, part), dropout)
             own = places
             if places is not None:
