@@ -98,6 +98,27 @@ def test_help_reaches_every_field(capsys):
             assert f"--{prefix}.{name.replace('_', '-')}" in words
 
 
+def test_dry_run_tells_and_leaves_nothing(capsys, tmp_path, monkeypatch):
+    """The model and recipe of a preset, changed; on the eight devices of the tests."""
+    monkeypatch.chdir(tmp_path)
+    changes = ["--train.batch-size=16", "--train.ema-decay=0.9", "--config.num-layers=1"]
+    changes += ["--train.update-len=64", "--train.sequence-len=64"]
+    assert main(["train", "--preset", "small", "--dry-run", *changes]) == 0
+    printed = capsys.readouterr().out
+    config = ModelConfig.preset("small", num_layers=1)
+    size = 4 * costs.parameter_count(config) / 1e6
+    for line in (
+        "recipe: adamw, 5,000 updates of 16 rows by 64 tokens, in sequences of 64",
+        "for 8 devices (cpu)",
+        f"  parameters                {size:.2f} MB",
+        f"  optimizer                 {2 * size:.2f} MB",
+        " of 1,024 tokens",
+        "in all: 5.12 M tokens",
+    ):
+        assert line in printed, printed
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_overview_names_every_command(capsys):
     assert main([]) == main(["--help"]) == 0
     printed = capsys.readouterr().out
@@ -115,6 +136,13 @@ def test_overview_names_every_command(capsys):
         (["train", "--out", "x"], "--data FILE"),
         (["train", "--data", "x"], "--out is missing"),
         (["train", "--out", "x", "--resume"], "no run in x to resume"),
+        (["train", "--dry-run", "--resume"], "leave out --resume"),
+        (
+            ["train", "--dry-run", "--train.optimizer", "adam"],
+            "one of adamw, lion, adafactor, muon",
+        ),
+        (["train", "--dry-run", "--train.accumulate", "3"], "--train.batch-size is 8, not a mul"),
+        (["train", "--dry-run", "--preset", "huge"], "'huge': the presets are tiny"),
         (
             ["train", "--out", "x", "--data", "x", "--preset", "huge"],
             "'huge': the presets are tiny",

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transformer_vq import ModelConfig, init_model
-from transformer_vq.config import PRESETS, TrainConfig
+from transformer_vq.config import PRESETS, TRAIN_PRESETS, TrainConfig
 
 # ---------------------------------------------------------------- files
 
@@ -233,6 +233,24 @@ MORE = "it must be a whole number,"
             dict(sequence_len=64, update_len=128),
             "sequence_len is 64, not a multiple of update_len, 128: change one of them",
         ),
+        (
+            dict(optimizer="adam"),
+            "optimizer is 'adam': it must be one of adamw, lion, adafactor, muon",
+        ),
+        (
+            dict(schedule="flat"),
+            "schedule is 'flat': it must be one of cosine, linear, inverse-sqrt, wsd",
+        ),
+        (dict(decay_steps=-1), "decay_steps is -1: it must be a whole number, 0 or more"),
+        (dict(accumulate=0), "accumulate is 0: it must be a whole number, 1 or more"),
+        (
+            dict(batch_size=8, accumulate=3),
+            "batch_size is 8, not a multiple of accumulate, 3: change one of them",
+        ),
+        (dict(ema_decay=1.0), "ema_decay is 1.0: it must be in [0, 1)"),
+        (dict(revive_below=-0.1), "revive_below is -0.1: it must be in [0, 1)"),
+        (dict(codebook_init="zeros"), "codebook_init is 'zeros': it must be one of data, random"),
+        (dict(streaming=1), "streaming is 1: it must be true or false"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
@@ -365,6 +383,26 @@ def test_published_parameter_counts(name, millions):
     low, high = millions
     assert low < count(ModelConfig.preset(name)) / 1e6 < high
     assert not low < count(ModelConfig.preset(name, num_layers=22)) / 1e6  # control
+
+
+def test_recipes_are_the_published_ones():
+    recipes = {name: TrainConfig.preset(name) for name in PRESETS}
+    assert list(TRAIN_PRESETS) == list(PRESETS) and recipes["tiny"] == TrainConfig()
+    billions = {"enwik8": 32.8, "pg19": 131, "imagenet64": 98.3}
+    for name, tokens in billions.items():
+        recipe = recipes[name]
+        total = recipe.steps * recipe.batch_size * recipe.update_len / 1e9
+        assert total == pytest.approx(tokens, rel=0.01)
+        assert (recipe.batch_size, recipe.warmup_steps, recipe.schedule) == (128, 10_000, "cosine")
+    adamw = recipes["enwik8"]
+    assert (adamw.learning_rate, adamw.grad_clip, adamw.weight_decay) == (4e-4, 0.1, 2e-4)
+    assert (adamw.beta1, adamw.beta2, adamw.epsilon) == (0.9, 0.98, 1e-9)
+    for name in ("pg19", "imagenet64"):
+        assert (recipes[name].optimizer, recipes[name].learning_rate) == ("adafactor", 0.01)
+        assert recipes[name].grad_clip == recipes[name].weight_decay == 0
+    assert TrainConfig.preset("enwik8", steps=7).steps == 7
+    with pytest.raises(ValueError, match="unknown preset 'enwik9': the presets are tiny"):
+        TrainConfig.preset("enwik9")
 
 
 @pytest.mark.parametrize("name", PRESETS)

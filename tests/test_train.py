@@ -207,7 +207,9 @@ def test_learns(step):
     assert int(state.step) == 20
     assert losses[-1] < losses[0] - 1.0
     assert {value.dtype for value in metrics.values()} == {jnp.dtype("float32")}
-    assert all(np.ndim(value) == 0 for value in metrics.values())
+    by_unit = {name for name, value in metrics.items() if value.shape == (CONFIG.num_units,)}
+    assert by_unit == {"codebook_used_by_unit", "codebook_perplexity_by_unit"}
+    assert all(np.ndim(metrics[name]) == 0 for name in metrics.keys() - by_unit)
 
 
 def test_what_is_masked_takes_no_part(step):
@@ -267,7 +269,7 @@ def test_eight_devices_are_as_one():
         state, history = START(CONFIG, train), []
         for batch in batches:
             state, metrics = steps[devices](state, batch)
-            history.append([float(metrics[name]) for name in sorted(metrics)])
+            history.append(np.concatenate([np.ravel(metrics[name]) for name in sorted(metrics)]))
         assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(state))
         assert len(state.step.sharding.device_set) == devices
         return np.array(history), state
@@ -305,6 +307,8 @@ def test_codebook_metrics():
     metrics = codebook_metrics(counts)
     assert float(metrics["codebook_used"]) == 0.75
     assert float(metrics["codebook_perplexity"]) == pytest.approx(3.0)
+    assert metrics["codebook_used_by_unit"].tolist() == [0.5, 1.0]
+    np.testing.assert_allclose(metrics["codebook_perplexity_by_unit"], [2.0, 4.0], rtol=1e-6)
 
 
 # Runs

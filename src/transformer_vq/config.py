@@ -13,6 +13,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 HeadType = Literal["shga", "mqa", "mha"]
 Attention = Literal["vq", "full"]
 DType = Literal["float32", "bfloat16", "float16", "float64"]
+Optimizer = Literal["adamw", "lion", "adafactor", "muon"]
+Schedule = Literal["cosine", "linear", "inverse-sqrt", "wsd"]
+CodebookInit = Literal["data", "random"]
 
 MLP_WIDTH = {"mqa": 5, "mha": 4}  # times d_model; shga has no MLP
 
@@ -66,14 +69,7 @@ class ModelConfig:
         for name in ("compute_dtype", "param_dtype", "state_dtype"):
             value = getattr(self, name)  # numpy and jax dtypes are welcome: keep their name
             fill(name, getattr(value, "name", None) or getattr(value, "__name__", None) or value)
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(allowed)}"
-                )
-        for name in _SWITCHES:
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be true or false")
+        _check_choices(self)
         for name, low in _AT_LEAST.items():
             value = getattr(self, name)
             if not value and name in ("d_v", "num_heads"):
@@ -194,20 +190,17 @@ _PROBABILITIES = (
     "dropout_residual",
     "dropout_layer",
 )
-_SWITCHES = (
-    "use_cache",
-    "grad_through_cache",
-    "reset_at_document",
-    "absolute_positions",
-    "tie_embeddings",
-    "final_norm",
-)
 _FINITE = ("max_wavelength", "logit_scale", "commit_coefficient")
-_CHOICES = {
-    name: get_args(hint)
-    for name, hint in get_type_hints(ModelConfig).items()
-    if get_origin(hint) is Literal
-}
+
+
+def _check_choices(config: Any) -> None:
+    """Raise `ValueError` for a field with a few named values, or a switch, that has another."""
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(get_args(hint))}")
+        if hint is bool and not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}: it must be true or false")
 
 
 @dataclass(frozen=True)
@@ -221,14 +214,26 @@ class TrainConfig:
     sequence_len: int = _doc(1024, "tokens in a sequence")
     update_len: int = _doc(0, "tokens of each sequence per update, its state carried; 0: all")
     steps: int = _doc(1000, "updates")
+    accumulate: int = _doc(1, "parts of a batch, by rows, that take turns: less memory, as exact")
+    optimizer: Optimizer = _doc("adamw", "muon: for matrices of units, with Adam for the rest")
     learning_rate: float = _doc(1e-3, "peak learning rate")
+    schedule: Schedule = _doc(
+        "cosine", "after the warm-up; wsd: stable, and a line down at the end"
+    )
     warmup_steps: int = _doc(100, "updates of linear warm-up from 0")
-    final_learning_rate: float = _doc(0.1, "where the cosine ends, as a fraction of the peak")
+    decay_steps: int = _doc(0, "wsd: updates that the line down takes; 0: a fifth of all")
+    final_learning_rate: float = _doc(0.1, "where the schedule ends, as a fraction of the peak")
     weight_decay: float = _doc(2e-4, "decay of matrices per update, not scaled by the rate")
     grad_clip: float = _doc(1.0, "largest global norm of the gradient; 0: no limit")
-    beta1: float = _doc(0.9, "AdamW, decay of the first moment")
-    beta2: float = _doc(0.98, "AdamW, decay of the second moment")
-    epsilon: float = _doc(1e-9, "AdamW, added to the root of the second moment")
+    beta1: float = _doc(0.9, "Adam and Lion, decay of the first moment")
+    beta2: float = _doc(0.98, "Adam, decay of the second moment; Lion, of the momentum it keeps")
+    epsilon: float = _doc(1e-9, "Adam, added to the root of the second moment")
+    ema_decay: float = _doc(0.0, "average the weights, to evaluate and sample with; 0: do not")
+    codebook_init: CodebookInit = _doc("random", "data: keys of the first batch as codewords")
+    revive_below: float = _doc(
+        0.0, "set codewords used less than this part of the mean to keys; 0: none"
+    )
+    streaming: bool = _doc(False, "a row goes on where it stopped in the batch before")
     remat: bool = _doc(True, "recompute units in the backward pass: less memory, a little slower")
     seed: int = _doc(0, "of parameters, data order and dropout")
     log_every: int = _doc(10, "updates between lines of metrics.jsonl")
@@ -242,6 +247,7 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         for name, low in _TRAIN_AT_LEAST.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
@@ -258,7 +264,7 @@ class TrainConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} is {value}: it must be a finite number, 0 or more")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "ema_decay", "revive_below"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be in [0, 1)")
         if not self.update_len:
@@ -268,6 +274,18 @@ class TrainConfig:
                 f"sequence_len is {self.sequence_len}, not a multiple of update_len, "
                 f"{self.update_len}: change one of them"
             )
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size is {self.batch_size}, not a multiple of accumulate, "
+                f"{self.accumulate}: change one of them"
+            )
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "TrainConfig":
+        """How the model of that name is trained, with some fields replaced."""
+        if name not in TRAIN_PRESETS:
+            raise ValueError(f"unknown preset {name!r}: the presets are {', '.join(TRAIN_PRESETS)}")
+        return cls(**{**TRAIN_PRESETS[name], **overrides})
 
     @property
     def updates_per_sequence(self) -> int:
@@ -284,13 +302,17 @@ _TRAIN_NUMBERS = (
     "beta2",
     "epsilon",
     "max_loss_spike",
+    "ema_decay",
+    "revive_below",
 )
 _TRAIN_AT_LEAST = {
     "batch_size": 1,
     "sequence_len": 1,
     "update_len": 0,
     "steps": 1,
+    "accumulate": 1,
     "warmup_steps": 0,
+    "decay_steps": 0,
     "seed": 0,
     "log_every": 1,
     "evaluate_every": 0,
@@ -342,4 +364,37 @@ PRESETS: dict[str, dict[str, Any]] = {
         logit_scale=0.005,
         dropout_sinusoid=0.1,
     ),
+}
+
+# How they are trained, in the same order (docs/training.md says what is of the paper).
+_PAPER_TRAIN = dict(
+    batch_size=128,
+    warmup_steps=10_000,
+    log_every=100,
+    evaluate_every=1000,
+    checkpoint_every=1000,
+    keep_checkpoints=5,
+)
+_PAPER_ADAFACTOR = dict(
+    **_PAPER_TRAIN,
+    optimizer="adafactor",
+    learning_rate=0.01,
+    steps=500_000,
+    weight_decay=0.0,
+    grad_clip=0.0,
+)
+TRAIN_PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {},
+    "small": dict(sequence_len=2048, update_len=1024, steps=5000, warmup_steps=200),
+    "enwik8": dict(
+        **_PAPER_TRAIN,
+        sequence_len=8192,
+        update_len=2048,
+        steps=125_000,
+        learning_rate=4e-4,
+        weight_decay=2e-4,
+        grad_clip=0.1,
+    ),
+    "pg19": dict(**_PAPER_ADAFACTOR, sequence_len=8192, update_len=2048),
+    "imagenet64": dict(**_PAPER_ADAFACTOR, sequence_len=12_288, update_len=1536),
 }

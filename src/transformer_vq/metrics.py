@@ -5,7 +5,7 @@ far), and then either what the update measured,
 
     loss (nats per token), bpb, tokens_per_second, gflops (1e9 model operations per second), mfu
     (their share of the measured rate of matrix products), learning_rate, grad_norm, commitment,
-    codebook_used, codebook_perplexity
+    codebook_used, codebook_perplexity, and lists of them by unit: codebook_used_by_unit, ...
 
 or `validation_loss`, `validation_bpb` and `validation_tokens`. A line of samples.jsonl has `step`,
 and the `text` that the model wrote then after a `prompt`.

@@ -35,7 +35,7 @@ CheckpointOption = Annotated[
 
 def number(value: float) -> str:
     """A large number as people read it: `1.23 M`."""
-    for power, name in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
+    for power, name in ((21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if value >= 10**power:
             return f"{value / 10**power:.3g} {name}"
     return f"{value:.3g}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import tyro
 
 from transformer_vq.cli.parse import UsageError, as_usage, option, overrides
-from transformer_vq.config import PRESETS, ModelConfig, TrainConfig
+from transformer_vq.config import PRESETS, TRAIN_PRESETS, ModelConfig, TrainConfig
 
 DEFAULT_PRESET = "tiny"  # minutes on a laptop
 
@@ -41,14 +41,18 @@ class Train:
   tvq train --data book.txt --out runs/book --resume --steps 4000
   tvq train --data enwik8.gz --out runs/e8 --preset small --config.d-model 384 \\
       --train.batch-size 16 --train.sequence-len 4096 --train.update-len 1024
+  tvq train --preset enwik8 --dry-run
 """
 
-    out: Annotated[Path, option("folder of the run; made if need be", "DIR")]
+    out: Annotated[
+        Path | None, option("folder of the run; made if need be", "DIR", default="required")
+    ] = None
     data: Annotated[str, option("any file, .gz too", "FILE", default="that of the run")] = ""
     preset: Annotated[
         str,
         option(
-            f"model to start from: {', '.join(PRESETS)}; --config.* change it",
+            f"model and recipe to start from: {', '.join(PRESETS)}; --config.* and --train.* "
+            f"change them",
             "NAME",
             default=f"{DEFAULT_PRESET}, or the run's own with --resume",
         ),
@@ -56,6 +60,10 @@ class Train:
     steps: Annotated[
         int | None, option("updates in all: short for --train.steps", "INT", default="1000")
     ] = None
+    dry_run: Annotated[
+        bool,
+        option("compile, print sizes, memory and costs, and stop; without --data and --out"),
+    ] = False
     resume: Annotated[
         bool, option("go on with the run in --out, with its model, data and settings")
     ] = False
@@ -69,6 +77,10 @@ class Train:
     train: tyro.conf.FlagConversionOff[TrainOptions] = field(default_factory=dict)
 
     def main(self) -> int:
+        if self.dry_run:
+            return self._plan()
+        if self.out is None:
+            raise UsageError("--out is missing: give it (see tvq train --help)")
         saved = _saved_run(self.out) if self.resume else None
         config, train = self._configs(saved)
         if not self.data and saved is None:
@@ -119,6 +131,35 @@ class Train:
         trackers: list[Tracker] = [TensorBoard()] if self.tensorboard else []
         return [*trackers, WandB(self.wandb)] if self.wandb else trackers
 
+    def _plan(self) -> int:
+        """What training would take; nothing is read, written or allocated."""
+        if self.resume:
+            raise UsageError("--dry-run is for a run from the start: leave out --resume")
+        config, train = self._configs(None)
+
+        from transformer_vq.cli.common import describe_model, number, size
+        from transformer_vq.ops.dry_run import plan
+
+        print(f"model: {describe_model(config)}")
+        print(
+            f"recipe: {train.optimizer}, {train.steps:,} updates of {train.batch_size:,} rows by "
+            f"{train.update_len:,} tokens, in sequences of {train.sequence_len:,}",
+            flush=True,
+        )
+        made = plan(config, train)
+        print(f"compiled: the train step in {made.compile_seconds:.1f} s, for {made.devices}")
+        share = " on each device" if made.num_devices > 1 else ""
+        print(f"memory: {size(made.total_bytes)}{share}, as the compiler counts it:")
+        for name, count in made.bytes.items():
+            print(f"  {name:<24}{size(count):>9}")
+        flops, tokens = made.flops_per_token, made.tokens_per_update
+        print(f"costs: {number(flops)}FLOP a token, {number(flops * tokens)}FLOP an update", end="")
+        print(f" of {tokens:,} tokens")
+        total = tokens * train.steps
+        print(f"in all: {number(total)} tokens, {number(flops * total)}FLOP")
+        print("dry run: nothing was trained")
+        return 0
+
     def _configs(self, saved: dict[str, Any] | None) -> tuple[ModelConfig, TrainConfig]:
         """Model and run: of the saved run or the preset, with what was given on top."""
         changes = dict(self.train)
@@ -127,7 +168,8 @@ class Train:
                 f"--steps is {self.steps} and --train.steps {changes['steps']}: give one"
             )
         try:
-            train = TrainConfig(**{**(saved["train"] if saved else {}), **changes})
+            recipe = saved["train"] if saved else TRAIN_PRESETS.get(self.preset, {})
+            train = TrainConfig(**{**recipe, **changes})
         except (ValueError, TypeError) as error:  # TypeError: a field of another version
             raise as_usage(error, "--train.", TrainConfig) from None
         try:

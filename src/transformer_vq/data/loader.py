@@ -20,6 +20,7 @@ class Batch(NamedTuple):
     targets: np.ndarray  # int32 [B, T]: the token after each input
     loss_mask: np.ndarray  # bool [B, T]: which targets count
     document_ids: np.ndarray  # int32 [B, T]: never falling along a row
+    starts: np.ndarray | None = None  # bool [B]: rows that do not go on where they were; None: all
 
 
 class EvalChunk(NamedTuple):
@@ -86,6 +87,7 @@ class Batches:
             targets=windows[:, 1:].astype(np.int32),
             loss_mask=np.ones(inputs.shape, np.bool_),
             document_ids=np.zeros_like(inputs),
+            starts=np.ones(rows, np.bool_),
         )
 
     def iterate(self, start_index: int = 0) -> Iterator[Batch]:

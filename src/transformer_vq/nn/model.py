@@ -13,6 +13,7 @@ from transformer_vq.nn.attention import AttentionState, Timeline
 from transformer_vq.nn.full import FullAttentionState
 from transformer_vq.nn.layers import ArraySpec
 from transformer_vq.nn.unit import Statistics, apply_unit, prepare_unit
+from transformer_vq.nn.vq import Places
 from transformer_vq.types import Features, Key, Params, PerRow, Tokens
 
 TOKENS_PER_PIECE = {"cpu": 4096, "others": 65_536}  # that go through a unit at once
@@ -207,6 +208,7 @@ def forward(
     lengths: PerRow | None = None,
     document_ids: Tokens | None = None,
     weights: jax.Array | None = None,
+    places: Places | None = None,
     dropout: DropoutKeys | None = None,
     remat: bool = False,
 ) -> tuple[Features, State, Statistics | None]:
@@ -216,6 +218,7 @@ def forward(
     compile time does not grow with depth, and tokens are taken in blocks.
 
     `weights` `[B, T]`: how much each token counts in the statistics; none are made without it.
+    `places`: tokens whose keys the statistics are to hold.
     `remat`: recompute each unit in the backward pass instead of keeping its activations.
     """
     config, params = model.config, model.params
@@ -264,8 +267,12 @@ def forward(
                 layer = jax.random.fold_in(layer_key, branch)
                 return layers.dropout(layer, added, config.dropout_layer, (batch, 1, 1))
 
+            own = places
+            if places is not None:  # each piece finds those of its own
+                here = places.here * (places.times // size == i)
+                own = Places(places.rows, places.times % size, here)
             x, unit_state, statistics = apply_unit(
-                unit, x, unit_state, timeline, config, weights, drop
+                unit, x, unit_state, timeline, config, weights, own, drop
             )
             return unit_state, (x, statistics)
 
@@ -289,7 +296,7 @@ def forward(
     x, (stacked, statistics) = jax.lax.scan(body, x, xs)
     units = [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(config.num_units)]
     if statistics is not None:
-        statistics = Statistics(statistics.commitment.sum(), statistics.codebook)
+        statistics = replace(statistics, commitment=statistics.commitment.sum())
 
     last = jnp.take_along_axis(x, jnp.clip(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     logits = to_logits(params, last, config)

@@ -10,6 +10,7 @@ from transformer_vq.config import ModelConfig
 from transformer_vq.nn import attention, full, layers, vq
 from transformer_vq.nn.attention import AttentionState, Timeline
 from transformer_vq.nn.full import FullAttentionState
+from transformer_vq.nn.vq import Places
 from transformer_vq.types import Features, Params
 
 
@@ -20,6 +21,7 @@ class Statistics:
 
     commitment: jax.Array  # []: of |k - C_z|^2, over units and heads too
     codebook: Params  # {"sum": [N, G, S, K], "count": [N, G, S]}: of keys, by code
+    keys: jax.Array | None = None  # [N, G, S, K]: those at the places that were asked for
 
 
 def prepare_unit(params: Params, codebook: Params, wave: jax.Array, config: ModelConfig) -> Params:
@@ -76,6 +78,7 @@ def apply_unit(
     timeline: Timeline,
     config: ModelConfig,
     weights: jax.Array | None = None,
+    places: Places | None = None,
     drop: Callable[[jax.Array, int], jax.Array] = no_drop,
 ) -> tuple[Features, AttentionState | FullAttentionState, Statistics | None]:
     """One residual unit. `drop` is the dropout of what branch 0 (attention), 1 (MLP) adds to x."""
@@ -109,6 +112,7 @@ def apply_unit(
             statistics = Statistics(
                 commitment=vq.commitment(k, vq.look_up(unit["words"], codes), weights),
                 codebook=vq.code_statistics(k, codes, weights, config.codebook_size),
+                keys=None if places is None else vq.keys_at(k, places),
             )
     out = out.reshape(batch, length, -1)
     if gate is not None:

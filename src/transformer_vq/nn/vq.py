@@ -1,14 +1,17 @@
 """Vector quantization of keys (paper, section 3.2): assignment, straight-through, moving average.
 
 A codebook is `{"sum": [..., G, S, K], "count": [..., G, S]}`; its codewords are sum over count.
-No gradient reaches it: `update_codebook` moves it towards the keys it was given.
+No gradient reaches it: `update_codebook` moves it towards the keys it was given, `revive` sets
+codewords that are not used to keys.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from transformer_vq.nn.layers import ArraySpec, wide
-from transformer_vq.types import Params
+from transformer_vq.types import Key, Params
 
 MIN_COUNT = 0.01  # a code used less than this keeps its size instead of dividing by nothing
 
@@ -93,6 +96,49 @@ def code_statistics(keys: jax.Array, codes: jax.Array, weights: jax.Array, size:
     weighted = jnp.concatenate([keys * weights, weights], axis=-1)
     sums = sum_by_code(jnp.moveaxis(weighted, 2, 1), jnp.moveaxis(codes, 2, 1), size).sum(0)
     return {"sum": sums[..., :-1], "count": sums[..., -1]}
+
+
+class Places(NamedTuple):
+    """A token of a batch for every codeword: where to find a key for it."""
+
+    rows: jax.Array  # int32 [S]
+    times: jax.Array  # int32 [S]
+    here: jax.Array  # float32 [S]: 1, or 0 for a row that is in another part of the batch
+
+
+def draw_places(key: Key, mask: jax.Array, size: int) -> Places:
+    """`size` tokens of those that the mask `[B, T]` counts, drawn without replacement.
+
+    Fewer tokens than that are taken in turns. The draw depends on the key and on nothing of how
+    the batch is spread over devices.
+    """
+    order = jnp.where(mask, jax.random.uniform(key, mask.shape), -1.0).ravel()
+    _, order = jax.lax.top_k(order, min(size, mask.size))
+    tokens = jnp.clip(mask.sum(dtype=jnp.int32), 1, len(order))
+    rows, times = jnp.divmod(order[jnp.arange(size) % tokens], mask.shape[1])
+    return Places(rows, times, jnp.ones(size, jnp.float32))
+
+
+def keys_at(keys: jax.Array, places: Places) -> jax.Array:
+    """The keys `[B, T, G, K]` at the places: `[G, S, K]`, zeros for what is not here."""
+    keys = wide(jax.lax.stop_gradient(keys))[places.rows, places.times]
+    return jnp.moveaxis(keys * places.here[:, None, None].astype(keys.dtype), 1, 0)
+
+
+def revive(codebook: Params, keys: jax.Array, below: float) -> Params:
+    """Codewords that are hardly used start again, each at its key of `[..., G, S, K]`.
+
+    That is: those whose count, a moving average, is less than `below` times the mean count of
+    their codebook. They get the mean count, and with it time to find a use.
+    """
+    count = codebook["count"]
+    mean = jnp.mean(wide(count), axis=-1, keepdims=True)
+    dead = count < below * mean
+    total = (keys * mean[..., None]).astype(codebook["sum"].dtype)
+    return {
+        "sum": jnp.where(dead[..., None], total, codebook["sum"]),
+        "count": jnp.where(dead, mean.astype(count.dtype), count),
+    }
 
 
 def update_codebook(codebook: Params, statistics: Params, decay: float) -> Params:

@@ -20,14 +20,22 @@ from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.data import Batch, Batches, check_tokens, require_length
 from transformer_vq.io.checkpoint import CheckpointError, Checkpoints
 from transformer_vq.metrics import MetricsLog, Record, Tracker
-from transformer_vq.nn.model import Model
 from transformer_vq.ops.evaluate import evaluate
 from transformer_vq.ops.peak import peak_flops
 from transformer_vq.ops.run import DataSource, RunError, RunInfo, checkpoints_of, open_run
 from transformer_vq.ops.samples import SampleLog
 from transformer_vq.ops.signals import Interrupted, StopSignals
-from transformer_vq.ops.train import Metrics, TrainState, init_train_state, make_train_step
-from transformer_vq.sharding import data_mesh, replicated, require_divisible, shard_rows
+from transformer_vq.ops.train import (
+    Metrics,
+    TrainState,
+    init_train_state,
+    make_train_step,
+    require_trainable,
+    start_codebook,
+    train_state_shardings,
+    trained_model,
+)
+from transformer_vq.sharding import data_mesh, shard_rows
 
 Status = Literal["done", "out of time", "interrupted"]
 
@@ -94,7 +102,7 @@ def train(
       ValueError: for a token outside of the vocabulary, or a batch that the devices cannot share.
     """
     mesh = mesh or data_mesh()
-    require_divisible(train.batch_size, mesh)
+    require_trainable(config, train, mesh)
     require_length(tokens, train.sequence_len)
     for part in (tokens, validation):
         _require_in_vocabulary(part, config.vocab_size)
@@ -170,7 +178,10 @@ class _Sitting:
                 self.mark(step)
 
             batch = shard_rows(self.mesh, next(batches))
-            compiled = compiled or self.compile(step, train_state, batch)
+            if compiled is None:
+                if not step and self.config.attention == "vq":
+                    train_state = self.first_codebook(train_state, batch)
+                compiled = self.compile(step, train_state, batch)
             train_state, metrics = compiled(train_state, batch)
             if unread:  # the device is busy with this batch while the last one is read
                 self.read(*unread)
@@ -179,16 +190,23 @@ class _Sitting:
 
     def initial_state(self) -> TrainState:
         """The state to go on from: that of the checkpoint at `info.step`, or a new one."""
-        whole = replicated(self.mesh)
+        placed = train_state_shardings(self.mesh)
         # The function itself, and not one made here, so that JAX finds what it compiled before.
-        init = jax.jit(init_train_state, static_argnums=(0, 1), out_shardings=whole)
+        init = jax.jit(init_train_state, static_argnums=(0, 1), out_shardings=placed)
         if not self.info.step:
             return init(self.config, self.train)
-        like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
-            init.eval_shape(self.config, self.train),
+        shapes = init.eval_shape(self.config, self.train)  # which know their shardings
+        return self.checkpoints.restore(self.info.step, shapes)[0]
+
+    def first_codebook(self, train_state: TrainState, batch: Batch) -> TrainState:
+        """The state before the first update, with codewords as `codebook_init` says."""
+        if self.train.codebook_init == "random":
+            return train_state
+        placed = train_state_shardings(self.mesh)
+        start = jax.jit(
+            start_codebook, static_argnums=(0, 1), out_shardings=placed, donate_argnums=2
         )
-        return self.checkpoints.restore(self.info.step, like)[0]
+        return start(self.config, self.train, train_state, batch)
 
     def compile(self, step: int, train_state: TrainState, batch: Batch) -> jax.stages.Compiled:
         """The train step, ready to be called."""
@@ -222,7 +240,9 @@ class _Sitting:
 
     def read(self, step: int, metrics: Metrics) -> None:
         """Wait for the metrics of the batch that led to `step` updates, and tell the world."""
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values = {
+            name: np.asarray(value).tolist() for name, value in jax.device_get(metrics).items()
+        }
         self.check(step, values)
         then, before = self.marked
         tokens = (step - before) * self.train.batch_size * self.train.update_len
@@ -278,7 +298,7 @@ class _Sitting:
         """Score the validation data, unless that was done; False if it was interrupted."""
         if self.validation is None or not step or self.log.validation_loss(step) is not None:
             return True
-        model = Model(train_state.params, train_state.codebook, self.config)
+        model = trained_model(train_state, self.config)
         full = self.config.attention == "full"  # which knows the distances it was trained on
         lengths = dict(chunk_len=self.train.sequence_len, context_len=self.train.sequence_len)
         try:

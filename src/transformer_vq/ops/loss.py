@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from transformer_vq.nn.model import DropoutKeys, Model, State, forward, to_logits
 from transformer_vq.nn.unit import Statistics
+from transformer_vq.nn.vq import Places
 from transformer_vq.types import Features, Params, Tokens
 
 LOGITS_PER_CHUNK = 2**22  # logits held at once: a large vocabulary is never whole in memory
@@ -18,8 +19,9 @@ class LossTerms(NamedTuple):
     nll: jax.Array
     commitment: jax.Array
     tokens: jax.Array  # targets that count
-    statistics: Statistics
+    codebook: Params  # {"sum", "count"}: of the keys, by code
     state: State
+    keys: jax.Array | None  # [N, G, S, K]: those at the places that were asked for
 
 
 def token_nll(model: Model, features: Features, targets: Tokens) -> jax.Array:
@@ -58,6 +60,7 @@ def loss_fn(
     loss_mask: jax.Array,
     document_ids: Tokens | None = None,
     *,
+    places: Places | None = None,
     dropout: DropoutKeys | None = None,
     remat: bool = False,
 ) -> tuple[jax.Array, LossTerms]:
@@ -75,6 +78,7 @@ def loss_fn(
         inputs,
         document_ids=document_ids,
         weights=mask,
+        places=places,
         dropout=dropout,
         remat=remat,
     )
@@ -84,4 +88,5 @@ def loss_fn(
         statistics = Statistics(jnp.zeros((), mask.dtype), zeros)
     commitment = statistics.commitment / mask.size
     loss = nll + model.config.commit_coefficient * commitment
-    return loss, LossTerms(nll, commitment, mask.sum(), statistics, state)
+    terms = LossTerms(nll, commitment, mask.sum(), statistics.codebook, state, statistics.keys)
+    return loss, terms

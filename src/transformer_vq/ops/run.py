@@ -25,10 +25,13 @@ import numpy as np
 from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.data import fingerprint
 from transformer_vq.io.checkpoint import Checkpoints
+from transformer_vq.nn.layers import wide
 from transformer_vq.nn.model import Model, init_model
 
 # What decides which data an update sees: a run cannot go on with another value.
 DATA_FIELDS = ("batch_size", "sequence_len", "update_len", "seed")
+# What decides which arrays a checkpoint holds: neither.
+STATE_FIELDS = ("optimizer", "ema_decay", "streaming")
 
 
 class RunError(ValueError):
@@ -119,15 +122,23 @@ def load_info(folder: str | os.PathLike, step: int | None = None) -> RunInfo:
     return RunInfo.from_dict(checkpoints.metadata(step))
 
 
-def load_run(folder: str | os.PathLike, step: int | None = None) -> tuple[Model, RunInfo]:
+def load_run(
+    folder: str | os.PathLike, step: int | None = None, *, average: bool = True
+) -> tuple[Model, RunInfo]:
     """The model of the run in `folder` at `step` (by default the newest checkpoint), and its info.
 
-    Raises `RunError` and `CheckpointError` as `load_info` does.
+    A run with `ema_decay` gives the average of its weights, or those of `step` alone if not
+    `average`. Raises `RunError` and `CheckpointError` as `load_info` does.
     """
     info = load_info(folder, step)
     like = jax.eval_shape(functools.partial(init_model, info.config), jax.random.key(0))
     parts = {"params": like.params, "codebook": like.codebook}
-    parts, _ = checkpoints_of(folder).restore_subtree(info.step, parts)
+    if average and info.train.ema_decay:
+        wide_parts = jax.tree.map(lambda x: jax.eval_shape(wide, x), parts)
+        saved, _ = checkpoints_of(folder).restore_subtree(info.step, {"average": wide_parts})
+        parts = jax.tree.map(lambda x: x.astype(info.config.param_dtype), saved["average"])
+    else:
+        parts, _ = checkpoints_of(folder).restore_subtree(info.step, parts)
     return Model(parts["params"], parts["codebook"], info.config), info
 
 
@@ -185,7 +196,7 @@ def _require_same(folder: Path, saved: RunInfo, given: RunInfo) -> None:
 
     for field in dataclasses.fields(ModelConfig):
         require(field.name, getattr(saved.config, field.name), getattr(given.config, field.name))
-    for name in DATA_FIELDS:
+    for name in (*DATA_FIELDS, *STATE_FIELDS):
         require(name, getattr(saved.train, name), getattr(given.train, name))
     require("tokenizer", saved.tokenizer, given.tokenizer)
     if saved.data.fingerprint != given.data.fingerprint:

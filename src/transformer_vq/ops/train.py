@@ -1,4 +1,4 @@
-"""The train step: gradient of each piece of a sequence, AdamW, codebooks by moving average."""
+"""The train step: gradient of each piece of a sequence, optimizer, codebooks by moving average."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,19 +10,21 @@ import optax
 from jax.sharding import Mesh
 
 from transformer_vq.config import ModelConfig, TrainConfig
-from transformer_vq.data import Batch
 from transformer_vq.nn import vq
 from transformer_vq.nn.attention import AttentionState, keep_keys
-from transformer_vq.nn.model import DropoutKeys, Model, State, init_model, init_state
+from transformer_vq.nn.layers import wide
+from transformer_vq.nn.model import DropoutKeys, Model, State, forward, init_model, init_state
+from transformer_vq.nn.vq import Places
 from transformer_vq.ops.loss import LossTerms, loss_fn
 from transformer_vq.ops.optimizer import learning_rate_at, make_optimizer
-from transformer_vq.sharding import by_rows, replicated
+from transformer_vq.sharding import by_rows, replicated, require_divisible
 from transformer_vq.types import Params
 
 # What the random numbers of a run are for: each use has keys of its own.
-INIT, DROPOUT_CALL, DROPOUT_SEQUENCE = range(3)
+INIT, DROPOUT_CALL, DROPOUT_SEQUENCE, FIRST_CODEBOOK, REVIVAL = range(5)
 
-Metrics = dict[str, jax.Array]  # float32 scalars
+Traced = Any  # inside of jit: a `Batch`, or a piece of one, of JAX's arrays
+Metrics = dict[str, jax.Array]  # float32 scalars, or a number for each unit
 
 
 @jax.tree_util.register_dataclass
@@ -34,17 +36,78 @@ class TrainState:
     params: Params
     codebook: Params
     opt_state: Any
+    average: Params | None = None  # {"params", "codebook"} over time, float32; with ema_decay only
+    stream: list[jax.Array] | None = None  # leaves of the `State` after a batch; with streaming
+
+
+def require_trainable(config: ModelConfig, train: TrainConfig, mesh: Mesh) -> None:
+    """Raise `ValueError` for a model, a recipe and devices that do not go together."""
+    parts = "batch_size" if train.accumulate == 1 else "batch_size over accumulate"
+    require_divisible(train.batch_size // train.accumulate, mesh, parts)
+    if train.streaming and config.attention == "full":
+        raise ValueError(
+            'streaming is true, but attention = "full" cannot go on without end: '
+            'use attention = "vq", or streaming = false'
+        )
 
 
 def init_train_state(config: ModelConfig, train: TrainConfig) -> TrainState:
     """The state before the first update, its parameters drawn by `train.seed`."""
     model = init_model(config, jax.random.fold_in(jax.random.key(train.seed), INIT))
+    weights = {"params": model.params, "codebook": model.codebook}
     return TrainState(
         step=jnp.int32(0),
         params=model.params,
         codebook=model.codebook,
         opt_state=make_optimizer(train, config).init(model.params),
+        average=jax.tree.map(lambda x: jnp.copy(wide(x)), weights) if train.ema_decay else None,
+        stream=jax.tree.leaves(_empty_state(config, train.batch_size, train.sequence_len))
+        if train.streaming
+        else None,
     )
+
+
+def start_codebook(
+    config: ModelConfig, train: TrainConfig, train_state: TrainState, batch: Traced
+) -> TrainState:
+    """The state before the first update with keys of the first piece of a batch as codewords.
+
+    Every codeword is the key of a token drawn at random, the same tokens in all units. The
+    codewords of one unit change the keys of the next, so units are set one after the other, which
+    takes a forward pass for each. Of a batch in parts (`accumulate`), the first part is used.
+    """
+    inputs, mask, documents = (
+        x[:: train.accumulate, : train.update_len]
+        for x in (batch.inputs, batch.loss_mask, batch.document_ids)
+    )
+    state = _empty_state(config, len(inputs), train.sequence_len)
+    key = jax.random.fold_in(jax.random.key(train.seed), FIRST_CODEBOOK)
+    places = vq.draw_places(key, mask, config.codebook_size)
+    weights = mask.astype(jnp.float32)
+
+    def set_unit(i: jax.Array, codebook: Params) -> Params:
+        model = Model(train_state.params, codebook, config)
+        _, _, statistics = forward(
+            model, state, inputs, document_ids=documents, weights=weights, places=places
+        )
+        assert statistics is not None and statistics.keys is not None
+        keys = statistics.keys[i].astype(config.param_dtype)
+        return {"sum": codebook["sum"].at[i].set(keys), "count": codebook["count"].at[i].set(1)}
+
+    codebook = jax.lax.fori_loop(0, config.num_units, set_unit, train_state.codebook)
+    average = train_state.average
+    if average is not None:
+        average = {**average, "codebook": jax.tree.map(wide, codebook)}
+    return replace(train_state, codebook=codebook, average=average)
+
+
+def trained_model(train_state: TrainState, config: ModelConfig) -> Model:
+    """The model to evaluate and sample with: averaged over time if there is an average."""
+    weights = train_state.average
+    if weights is None:
+        return Model(train_state.params, train_state.codebook, config)
+    weights = jax.tree.map(lambda x: x.astype(config.param_dtype), weights)
+    return Model(weights["params"], weights["codebook"], config)
 
 
 def make_train_step(
@@ -54,8 +117,10 @@ def make_train_step(
 
     A batch holds B whole sequences, `[B, sequence_len]`. It is cut into `updates_per_sequence`
     pieces along time and each piece is one update; the attention state is carried from piece to
-    piece, and no gradient crosses (truncated backpropagation through time). With a `mesh`, the
-    batch is spread over it by rows and everything else is on every device.
+    piece, and no gradient crosses (truncated backpropagation through time). With
+    `train.streaming` it is also carried from batch to batch, except for rows that `batch.starts`
+    names. With a `mesh`, batches and streams are spread over it by rows and everything else is on
+    every device.
 
     The metrics are means over the pieces, and over the whole batch:
 
@@ -64,28 +129,45 @@ def make_train_step(
     - grad_norm: global norm of the gradient, before clipping
     - learning_rate
     - codebook_used: fraction of the codewords that got a key in the update
-    - codebook_perplexity: exp of the entropy of their use; both are means over units and heads,
-      and not there for full attention, which has no codebook
+    - codebook_perplexity: exp of the entropy of their use; both are means over units and heads
+    - codebook_used_by_unit, codebook_perplexity_by_unit: the same, `[N]`, means over heads
+
+    Those of the codebook are not there for full attention, which has none.
     """
     update = make_update(config, train)
 
-    def train_step(train_state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(train_state: TrainState, batch: Traced) -> tuple[TrainState, Metrics]:
         state = _empty_state(config, *batch.inputs.shape)
-        pieces = jax.tree.map(lambda x: _pieces(x, train.update_len), batch)
+        if train.streaming:
+            state = _continued(state, train_state.stream, batch.starts)
+            train_state = replace(train_state, stream=None)
+        pieces = batch._replace(starts=None)
+        pieces = jax.tree.map(lambda x: _pieces(x, train.update_len), pieces)
 
-        def body(carry: tuple[TrainState, State], piece: Batch) -> tuple[Any, Metrics]:
+        def body(carry: tuple[TrainState, State], piece: Traced) -> tuple[Any, Metrics]:
             train_state, state, metrics = update(*carry, piece)
             return (train_state, state), metrics
 
-        (train_state, _), metrics = jax.lax.scan(body, (train_state, state), pieces)
+        (train_state, state), metrics = jax.lax.scan(body, (train_state, state), pieces)
+        if train.streaming:
+            train_state = replace(train_state, stream=jax.tree.leaves(state))
         return train_state, _mean(metrics)
 
     if mesh is None:
         return jax.jit(train_step, donate_argnums=0)
-    whole, rows = replicated(mesh), by_rows(mesh)
+    placed = train_state_shardings(mesh)
     return jax.jit(
-        train_step, in_shardings=(whole, rows), out_shardings=(whole, whole), donate_argnums=0
+        train_step,
+        in_shardings=(placed, by_rows(mesh)),
+        out_shardings=(placed, replicated(mesh)),
+        donate_argnums=0,
     )
+
+
+def train_state_shardings(mesh: Mesh) -> Any:
+    """Where a train state lives: everything on every device, but streams by rows. A prefix."""
+    whole = replicated(mesh)
+    return TrainState(whole, whole, whole, whole, whole, by_rows(mesh))  # pyright: ignore[reportArgumentType]
 
 
 def make_update(config: ModelConfig, train: TrainConfig) -> Callable:
@@ -94,34 +176,97 @@ def make_update(config: ModelConfig, train: TrainConfig) -> Callable:
     rates = (f"dropout_{name}" for name in ("embedding", "sinusoid", "residual", "layer"))
     has_dropout = any(getattr(config, rate) > 0.0 for rate in rates)
 
-    def update(train_state: TrainState, state: State, piece: Batch):
+    def update(train_state: TrainState, state: State, piece: Traced):
         step, params, codebook = train_state.step, train_state.params, train_state.codebook
-        grads, terms = jax.grad(loss_fn, has_aux=True)(
-            params,
-            Model(params, codebook, config),
-            state,
-            *piece,
-            dropout=dropout_keys(train, step) if has_dropout else None,
-            remat=train.remat,
-        )
+
+        def gradient(state: State, piece: Traced, dropout: DropoutKeys | None, places: Any):
+            model = Model(params, codebook, config)
+            return jax.grad(loss_fn, has_aux=True)(
+                params,
+                model,
+                state,
+                piece.inputs,
+                piece.targets,
+                piece.loss_mask,
+                piece.document_ids,
+                places=places,
+                dropout=dropout,
+                remat=train.remat,
+            )
+
+        dropout = dropout_keys(train, step) if has_dropout else None
+        places = None
+        if config.attention == "vq" and train.revive_below:
+            key = jax.random.fold_in(jax.random.key(train.seed), REVIVAL)
+            key = jax.random.fold_in(key, step)
+            places = vq.draw_places(key, piece.loss_mask, config.codebook_size)
+        if train.accumulate > 1:
+            gradient = _in_turns(gradient, train.accumulate)
+        grads, terms = gradient(state, piece, dropout, places)
         changes, opt_state = optimizer.update(grads, train_state.opt_state, params)
         metrics = _loss_metrics(terms, piece.loss_mask.size) | {
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": learning_rate_at(train, step),
         }
         if config.attention == "vq":
-            statistics = terms.statistics.codebook
-            codebook = vq.update_codebook(codebook, statistics, config.codebook_decay)
-            metrics |= codebook_metrics(statistics["count"])
-        new = TrainState(
-            step=step + 1,
-            params=jax.tree.map(lambda p, change: (p + change).astype(p.dtype), params, changes),
-            codebook=codebook,
-            opt_state=opt_state,
-        )
-        return new, terms.state, metrics
+            codebook = vq.update_codebook(codebook, terms.codebook, config.codebook_decay)
+            if places is not None:
+                codebook = vq.revive(codebook, terms.keys, train.revive_below)
+            metrics |= codebook_metrics(terms.codebook["count"])
+        params = jax.tree.map(lambda p, change: (p + change).astype(p.dtype), params, changes)
+        average = train_state.average
+        if average is not None:
+            average = _averaged(average, {"params": params, "codebook": codebook}, train, step)
+        return TrainState(step + 1, params, codebook, opt_state, average), terms.state, metrics
 
     return update
+
+
+def _in_turns(gradient: Callable, parts: int) -> Callable:
+    """`gradient`, of one part of the rows after the other: of each only the sums are kept.
+
+    A part takes every `parts`-th row, so that all devices have as many rows of each. Dropout draws
+    for every part anew. Places are of the whole batch, and each part finds its own.
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+
+    def join(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
+
+    def in_turns(state: State, piece: Traced, dropout: DropoutKeys | None, places: Places | None):
+        def sums_of(part: jax.Array, state: State, piece: Traced):
+            keys = jax.tree.map(lambda key: jax.random.fold_in(key, part), dropout)
+            own = places
+            if places is not None:
+                here = (places.rows % parts == part).astype(places.here.dtype)
+                own = Places(places.rows // parts, places.times, here)
+            grads, terms = gradient(state, piece, keys, own)
+            return jax.tree.map(wide, (grads, terms._replace(state=None))), terms.state
+
+        def turn(sums: Any, xs: tuple):
+            added, state = sums_of(*xs)
+            return jax.tree.map(jnp.add, sums, added), state
+
+        xs = (jnp.arange(parts), *jax.tree.map(split, (state, piece)))
+        first = jax.tree.map(lambda x: x[0], xs)
+        shapes = jax.eval_shape(lambda *xs: sums_of(*xs)[0], *first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (grads, terms), states = jax.lax.scan(turn, zeros, xs)
+        grads, nll, commitment = jax.tree.map(
+            lambda x: x / parts, (grads, terms.nll, terms.commitment)
+        )
+        state = jax.tree.map(join, states)
+        return grads, terms._replace(nll=nll, commitment=commitment, state=state)
+
+    return in_turns
+
+
+def _averaged(average: Params, weights: Params, train: TrainConfig, step: jax.Array) -> Params:
+    """The moving average after one more update. At first its memory is as short as the run."""
+    decay = jnp.minimum(train.ema_decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * wide(new), average, weights)
 
 
 def dropout_keys(train: TrainConfig, step: jax.Array) -> DropoutKeys:
@@ -135,12 +280,16 @@ def dropout_keys(train: TrainConfig, step: jax.Array) -> DropoutKeys:
 
 
 def codebook_metrics(counts: jax.Array) -> Metrics:
-    """How the codewords were used, from the number of keys of each, `[..., S]`."""
+    """How the codewords were used, from the number of keys of each, `[N, G, S]`."""
     share = counts / jnp.maximum(counts.sum(-1, keepdims=True), 1)
     entropy = -jnp.sum(jax.scipy.special.xlogy(share, share), axis=-1)
+    used = jnp.mean(counts > 0, axis=(-2, -1))
+    perplexity = jnp.mean(jnp.exp(entropy), axis=-1)
     return {
-        "codebook_used": jnp.mean(counts > 0),
-        "codebook_perplexity": jnp.mean(jnp.exp(entropy)),
+        "codebook_used": jnp.mean(used),
+        "codebook_perplexity": jnp.mean(perplexity),
+        "codebook_used_by_unit": used,
+        "codebook_perplexity_by_unit": perplexity,
     }
 
 
@@ -157,7 +306,7 @@ def _mean(metrics: Metrics) -> Metrics:
     """The metrics of the pieces `[pieces]` as one: per token, or per piece."""
     tokens = jnp.maximum(metrics.pop("tokens").sum(), 1)
     per_token = {name: metrics.pop(name).sum() / tokens for name in ("loss", "commitment")}
-    per_piece = {name: values.mean() for name, values in metrics.items()}
+    per_piece = {name: values.mean(0) for name, values in metrics.items()}
     return {name: jnp.float32(value) for name, value in (per_token | per_piece).items()}
 
 
@@ -172,6 +321,17 @@ def _empty_state(config: ModelConfig, rows: int, length: int) -> State:
             keep_keys(unit, config) for unit in state.units if isinstance(unit, AttentionState)
         ),
     )
+
+
+def _continued(empty: State, stream: Any, starts: jax.Array | None) -> State:
+    """The state after the batch before, given by its leaves, and the empty one where rows start."""
+    if starts is None:
+        return empty
+
+    def row_by_row(empty: jax.Array, before: jax.Array) -> jax.Array:
+        return jnp.where(jnp.expand_dims(starts, range(1, before.ndim)), empty, before)
+
+    return jax.tree.map(row_by_row, empty, jax.tree.unflatten(jax.tree.structure(empty), stream))
 
 
 def _pieces(x: jax.Array, size: int) -> jax.Array:
