@@ -37,29 +37,37 @@ def read_metrics(path: str | os.PathLike) -> list[Record]:
 
 
 class MetricsLog:
-    """metrics.jsonl, open for more. Lines beyond `step` are of a future that was lost: they go."""
+    """metrics.jsonl, open for more. Lines beyond `step` are of a future that was lost: they go.
 
-    def __init__(self, path: Path, step: int):
+    Of several processes, only one `writes`.
+    """
+
+    def __init__(self, path: Path, step: int, *, writes: bool = True):
         kept = [record for record in read_metrics(path) if record["step"] <= step]
         self._validated = {r["step"]: r["validation_loss"] for r in kept if "validation_loss" in r}
+        self._file: TextIO | None = None
+        if not writes:
+            return
         draft = path.with_name(f".{path.name}.new")
         draft.write_text("".join(json.dumps(record) + "\n" for record in kept))
         draft.replace(path)
-        self._file: TextIO = path.open("a")
+        self._file = path.open("a")
 
     def write(self, record: Record) -> None:
         """Add a line, and let other programs see it at once."""
         if "validation_loss" in record:
             self._validated[record["step"]] = record["validation_loss"]
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
 
     def validation_loss(self, step: int) -> float | None:
         """The validation loss after `step` updates, if it was measured."""
         return self._validated.get(step)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 class Progress:

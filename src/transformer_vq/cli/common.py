@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from transformer_vq import costs
+from transformer_vq.cli.parse import UsageError
 from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.data import DataError, bundled_corpus, fingerprint, load_bytes, split
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from transformer_vq.ops.loop import TrainResult
     from transformer_vq.ops.run import DataSource
 
@@ -50,6 +53,26 @@ def describe_model(config: ModelConfig) -> str:
     )
 
 
+def join_processes(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
+    """Become one of the processes of a run, before JAX is used; only the first one prints.
+
+    Without a coordinator, JAX finds the others itself, through SLURM, Kubernetes, Open MPI or the
+    metadata of a TPU pod. Waits for all of them. Raises `UsageError` if there is nothing to find.
+    """
+    import jax
+
+    by_hand = (coordinator or None, num_processes, process_id)
+    try:
+        jax.distributed.initialize(*by_hand)
+    except ValueError as error:
+        raise UsageError(
+            f"--distributed finds no cluster that it knows ({' '.join(str(error).split())}): "
+            f"give --coordinator HOST:PORT, --num-processes and --process-id"
+        ) from None
+    if jax.process_index():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the end)
+
+
 def train_with_progress(
     config: ModelConfig,
     train: TrainConfig,
@@ -59,6 +82,7 @@ def train_with_progress(
     data: "DataSource",
     resume: bool,
     max_seconds: float | None = None,
+    mesh: "Mesh | None" = None,
 ) -> "TrainResult":
     """`ops.loop.train` on the train split of `tokens`, live on the terminal."""
     from transformer_vq.metrics import Progress
@@ -75,6 +99,7 @@ def train_with_progress(
             data=data,
             resume=resume,
             max_seconds=max_seconds,
+            mesh=mesh,
             on_record=progress.show,
             say=progress.say,
         )

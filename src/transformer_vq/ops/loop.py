@@ -22,8 +22,21 @@ from transformer_vq.nn.model import Model
 from transformer_vq.ops.evaluate import evaluate
 from transformer_vq.ops.run import DataSource, RunError, RunInfo, checkpoints_of, open_run
 from transformer_vq.ops.signals import Interrupted, StopSignals
-from transformer_vq.ops.train import Metrics, TrainState, init_train_state, make_train_step
-from transformer_vq.sharding import data_mesh, replicated, require_divisible, shard_rows
+from transformer_vq.ops.train import (
+    Metrics,
+    TrainState,
+    init_train_state,
+    make_train_step,
+    train_state_shardings,
+)
+from transformer_vq.sharding import (
+    any_process,
+    data_mesh,
+    process_share,
+    require_divisible,
+    require_same,
+    shard_rows,
+)
 
 Status = Literal["done", "out of time", "interrupted"]
 
@@ -59,6 +72,9 @@ def train(
     `resume`, metrics.jsonl reads as that of an unbroken run. Ctrl-C and SIGTERM finish the update
     under way, save it and return; a second one acts at once.
 
+    Of several processes (`jax.distributed`), all make this call, with a folder that all see. The
+    first one writes and tells; a stop that any of them is asked for, all of them agree on.
+
     Args:
       config: the model. Its `vocab_size` covers the tokens.
       train: the run. An update is a piece of a batch, so a run ends with the batch that reaches
@@ -71,7 +87,8 @@ def train(
       resume: go on from the newest checkpoint, or start if there is none yet.
       max_seconds: stop this sitting after about so long and a batch at least, with a checkpoint.
         The schedule of the learning rate goes by steps all the same.
-      mesh: the devices, with an axis `data`; all of them by default.
+      mesh: the devices (`sharding.make_mesh`); all of them by default, which then differ in
+        their rows only. A run can go on with another mesh.
       on_record: called with the measurements of every batch and every validation.
       say: called with a line of text when something happens that people want to know.
 
@@ -92,17 +109,22 @@ def train(
     data = data or DataSource.of("", tokens)
     folder = Path(folder)
     info = open_run(folder, RunInfo(config, train, data, tokenizer), resume=resume)
-    step = info.step
+    step, first = info.step, jax.process_index() == 0
+    require_same(step, f"the checkpoints in {folder}")
+    if not first:
+        on_record, say = (lambda record: None), (lambda text: None)
     with (
         StopSignals() as stop,
         checkpoints_of(folder, train.keep_checkpoints) as checkpoints,
-        contextlib.closing(MetricsLog(folder / "metrics.jsonl", step)) as log,
-        contextlib.closing(_batches(tokens, train, step)) as batches,
+        contextlib.closing(MetricsLog(folder / "metrics.jsonl", step, writes=first)) as log,
+        contextlib.closing(_batches(tokens, train, step, mesh)) as batches,
     ):
         if step:
             say(f"resuming at step {step}")
-        sitting = _Sitting(info, validation, mesh, stop, checkpoints, log, on_record, say)
-        return sitting.run(batches, max_seconds)
+        sitting = _Sitting(
+            info, validation, mesh, stop, max_seconds, checkpoints, log, on_record, say
+        )
+        return sitting.run(batches)
 
 
 class _Sitting:
@@ -114,6 +136,7 @@ class _Sitting:
         validation: np.ndarray | None,
         mesh: Mesh,
         stop: StopSignals,
+        max_seconds: float | None,
         checkpoints: Checkpoints,
         log: MetricsLog,
         on_record: Callable[[Record], None],
@@ -123,14 +146,15 @@ class _Sitting:
         self.validation, self.mesh, self.stop = validation, mesh, stop
         self.checkpoints, self.log = checkpoints, log
         self.on_record, self.say = on_record, say
-        self.began = time.monotonic()
+        self.max_seconds, self.began = max_seconds, time.monotonic()
+        self.agreed = (False, False)  # the wishes of all processes, as last heard
 
-    def run(self, batches: Generator[Batch], max_seconds: float | None) -> TrainResult:
+    def run(self, batches: Generator[Batch]) -> TrainResult:
         train_state, step = self.initial_state(), self.info.step
         compiled = unread = None
         while True:
             # Here `train_state` is that after `step` updates, and perhaps still being computed.
-            ended = self.status(step, max_seconds)
+            ended = self.status(step)
             validates = self.due(step, self.train.evaluate_every) or ended
             saves = self.due(step, self.train.checkpoint_every) or ended
             if unread and (validates or saves):
@@ -149,21 +173,23 @@ class _Sitting:
             batch = shard_rows(self.mesh, next(batches))
             compiled = compiled or self.compile(step, train_state, batch)
             train_state, metrics = compiled(train_state, batch)
+            wishes = self.shared_wishes()
             if unread:  # the device is busy with this batch while the last one is read
                 self.read(*unread)
             step += self.train.updates_per_sequence
-            unread = step, metrics
+            unread = step, metrics, wishes
 
     def initial_state(self) -> TrainState:
         """The state to go on from: that of the checkpoint at `info.step`, or a new one."""
-        whole = replicated(self.mesh)
+        placed = train_state_shardings(self.config, self.train, self.mesh)
         # The function itself, and not one made here, so that JAX finds what it compiled before.
-        init = jax.jit(init_train_state, static_argnums=(0, 1), out_shardings=whole)
+        init = jax.jit(init_train_state, static_argnums=(0, 1), out_shardings=placed)
         if not self.info.step:
             return init(self.config, self.train)
         like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
             init.eval_shape(self.config, self.train),
+            placed,
         )
         return self.checkpoints.restore(self.info.step, like)[0]
 
@@ -176,13 +202,36 @@ class _Sitting:
         self.mark(step)
         return compiled
 
-    def status(self, step: int, max_seconds: float | None) -> Status | None:
+    def wishes(self) -> tuple[bool, bool]:
+        """Whether this process was asked to stop, and whether it sees the time as over."""
+        limit = math.inf if self.max_seconds is None else self.max_seconds
+        return self.stop.requested, time.monotonic() - self.began >= limit
+
+    def shared_wishes(self) -> jax.Array | None:
+        """What any process wishes: computed behind the batch under way, and read as it is."""
+        return any_process(self.mesh, self.wishes()) if jax.process_count() > 1 else None
+
+    def hear(self, wishes: jax.Array | None) -> tuple[bool, bool]:
+        """What all processes know to be wished: one that is alone knows its own wishes at once."""
+        if jax.process_count() == 1:
+            self.agreed = self.wishes()
+        elif wishes is not None:
+            interrupted, over = jax.device_get(wishes)
+            self.agreed = bool(interrupted), bool(over)
+        return self.agreed
+
+    def check(self, *_progress: int) -> None:
+        """Raise `Interrupted` if a stop was asked for."""
+        if self.hear(self.shared_wishes())[0]:
+            raise Interrupted
+
+    def status(self, step: int) -> Status | None:
         """How the sitting ends now, or None if it goes on."""
-        if self.stop.requested:
+        interrupted, over = self.hear(None)
+        if interrupted:
             return "interrupted"
         if step >= self.train.steps:
             return "done"
-        over = max_seconds is not None and time.monotonic() - self.began >= max_seconds
         return "out of time" if over and step > self.info.step else None
 
     def due(self, step: int, every: int) -> bool:
@@ -196,8 +245,9 @@ class _Sitting:
         """Measure the speed from here on."""
         self.marked = time.monotonic(), step
 
-    def read(self, step: int, metrics: Metrics) -> None:
+    def read(self, step: int, metrics: Metrics, wishes: jax.Array | None) -> None:
         """Wait for the metrics of the batch that led to `step` updates, and tell the world."""
+        self.hear(wishes)
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values[name]):
@@ -239,7 +289,7 @@ class _Sitting:
                 Model(train_state.params, train_state.codebook, self.config),
                 self.validation,
                 max_tokens=self.train.evaluate_tokens or None,
-                on_progress=self.stop.check,
+                on_progress=self.check,
                 **(lengths if full else {}),
             )
         except Interrupted:
@@ -264,15 +314,16 @@ class _Sitting:
             self.say(f"saved step {step} in {self.checkpoints.folder}")
 
 
-def _batches(tokens: np.ndarray, train: TrainConfig, step: int) -> Generator[Batch]:
+def _batches(tokens: np.ndarray, train: TrainConfig, step: int, mesh: Mesh) -> Generator[Batch]:
     """This process's share of the batches from the one that follows `step` updates."""
+    share, shares = process_share(mesh)
     batches = Batches(
         tokens,
         batch_size=train.batch_size,
         sequence_len=train.sequence_len,
         seed=train.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=share,
+        process_count=shares,
     )
     yield from batches.iterate(step // train.updates_per_sequence)
 

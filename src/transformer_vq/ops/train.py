@@ -13,10 +13,17 @@ from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.data import Batch
 from transformer_vq.nn import vq
 from transformer_vq.nn.attention import AttentionState, keep_keys
-from transformer_vq.nn.model import DropoutKeys, Model, State, init_model, init_state
+from transformer_vq.nn.model import (
+    DropoutKeys,
+    Model,
+    State,
+    init_model,
+    init_state,
+    model_specs,
+)
 from transformer_vq.ops.loss import LossTerms, loss_fn
 from transformer_vq.ops.optimizer import learning_rate_at, make_optimizer
-from transformer_vq.sharding import by_rows, replicated
+from transformer_vq.sharding import by_rows, keep_rows, replicated, shard_arrays, traced_on
 from transformer_vq.types import Params
 
 # What the random numbers of a run are for: each use has keys of its own.
@@ -47,6 +54,13 @@ def init_train_state(config: ModelConfig, train: TrainConfig) -> TrainState:
     )
 
 
+def train_state_shardings(config: ModelConfig, train: TrainConfig, mesh: Mesh) -> TrainState:
+    """Where each array of a train state lives on a mesh: what parameters are, their moments are."""
+    params, codebook = model_specs(config)
+    shapes = jax.eval_shape(lambda: init_train_state(config, train))
+    return shard_arrays(mesh, config, params | codebook, shapes)
+
+
 def make_train_step(
     config: ModelConfig, train: TrainConfig, mesh: Mesh | None = None
 ) -> jax.stages.Wrapped:
@@ -55,7 +69,7 @@ def make_train_step(
     A batch holds B whole sequences, `[B, sequence_len]`. It is cut into `updates_per_sequence`
     pieces along time and each piece is one update; the attention state is carried from piece to
     piece, and no gradient crosses (truncated backpropagation through time). With a `mesh`, the
-    batch is spread over it by rows and everything else is on every device.
+    batch is spread over it by rows, and the train state as `train_state_shardings` says.
 
     The metrics are means over the pieces, and over the whole batch:
 
@@ -70,7 +84,7 @@ def make_train_step(
     update = make_update(config, train)
 
     def train_step(train_state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        state = _empty_state(config, *batch.inputs.shape)
+        state = keep_rows(_empty_state(config, *batch.inputs.shape))
         pieces = jax.tree.map(lambda x: _pieces(x, train.update_len), batch)
 
         def body(carry: tuple[TrainState, State], piece: Batch) -> tuple[Any, Metrics]:
@@ -82,9 +96,17 @@ def make_train_step(
 
     if mesh is None:
         return jax.jit(train_step, donate_argnums=0)
-    whole, rows = replicated(mesh), by_rows(mesh)
+
+    def on_mesh(train_state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with traced_on(mesh):
+            return train_step(train_state, batch)
+
+    placed = train_state_shardings(config, train, mesh)
     return jax.jit(
-        train_step, in_shardings=(whole, rows), out_shardings=(whole, whole), donate_argnums=0
+        on_mesh,
+        in_shardings=(placed, by_rows(mesh)),
+        out_shardings=(placed, replicated(mesh)),
+        donate_argnums=0,
     )
 
 
