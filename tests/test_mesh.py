@@ -1,6 +1,8 @@
 """Meshes of eight virtual devices: layouts by rule, and the numbers of one device."""
 
+import dataclasses
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -8,10 +10,13 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from transformer_vq import ModelConfig
+from test_sample import make_model
+from transformer_vq import ModelConfig, SamplingParams, generate, stream
 from transformer_vq.config import MeshConfig, TrainConfig
 from transformer_vq.data import Batches
 from transformer_vq.nn.model import model_specs
+from transformer_vq.ops.evaluate import evaluate
+from transformer_vq.ops.generate import Session
 from transformer_vq.ops.train import init_train_state, make_train_step, train_state_shardings
 from transformer_vq.sharding import (
     axis_rules,
@@ -204,3 +209,74 @@ def test_process_share(monkeypatch, shape, devices_each, shares):
     for process, share in enumerate(shares):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         assert process_share(mesh) == share
+
+
+# Sampling
+
+SAMPLER = make_model(reset_at_document=True)
+PROMPTS = [[1, 2, 3], [4], list(range(16)), [5, 6], [7] * 9, [8, 9], [10], [11, 12], [3, 1]]
+
+
+def requests():
+    """Rows that end apart: by length, by a stop token, by a stop sequence."""
+    kinds = itertools.cycle([dict(), dict(top_p=0.7), dict(stop=[3]), dict(stop=[[2]], top_k=5)])
+    return [
+        SamplingParams(max_tokens=5 + 9 * i, seed=i, **kind)
+        for i, kind in zip(range(len(PROMPTS)), kinds, strict=False)
+    ]
+
+
+@pytest.mark.parametrize("devices", [8, pytest.param(3, marks=pytest.mark.slow)])
+def test_devices_share_requests(devices):
+    mesh = data_mesh(jax.devices()[:devices])
+    one = generate(SAMPLER, PROMPTS, requests())
+    assert generate(SAMPLER, PROMPTS, requests(), mesh=mesh) == one
+    assert list(stream(SAMPLER, PROMPTS[:2], requests()[:2], mesh=mesh))
+    assert len({len(tokens) for tokens in one}) > 5  # control: they end apart
+    others = [dataclasses.replace(p, seed=p.seed + 100) for p in requests()]
+    assert generate(SAMPLER, PROMPTS, others, mesh=mesh) != one
+
+
+def test_states_go_between_meshes(tmp_path):
+    """A session on a mesh goes on from a state of one device, and leaves one."""
+    mesh = make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])
+
+    def two_sessions(first, second, fork):
+        session = Session(SAMPLER, PROMPTS, requests(), mesh=first)
+        before = list(map(int, session))
+        state = session.state
+        if fork:
+            state = jax.tree.map(lambda x: x[2:3], state)
+        after = generate(SAMPLER, PROMPTS, requests(), state, mesh=second)
+        return before, after, np.asarray(session.state.position)
+
+    for fork in (False, True):
+        expected = two_sessions(None, None, fork)
+        for first, second in ((mesh, None), (None, mesh), (mesh, mesh)):
+            for given, wanted in zip(two_sessions(first, second, fork), expected, strict=True):
+                assert np.all(np.asarray(given, object) == np.asarray(wanted, object))
+
+
+def test_every_device_holds_its_rows():
+    mesh = data_mesh(jax.devices()[:8])
+    session = Session(SAMPLER, PROMPTS, mesh=mesh)
+    for x in jax.tree.leaves(session._state):
+        assert x.shape[0] == 16 and x.addressable_shards[0].data.shape[0] == 2
+    for x in jax.tree.leaves((session.model, session._decoder)):
+        assert x.sharding.is_fully_replicated
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_evaluation_on_a_mesh(rows):
+    mesh = mesh_of(2, 2, 2)
+    params, codebook = model_specs(SAMPLER.config)
+    placed = shard_arrays(mesh, SAMPLER.config, params | codebook, SAMPLER)
+    tokens = TOKENS % SAMPLER.config.vocab_size
+    one = evaluate(SAMPLER, tokens, chunk_len=16, rows=rows)
+    many = evaluate(jax.device_put(SAMPLER, placed), tokens, chunk_len=16, rows=rows)
+    assert many.tokens == one.tokens
+    np.testing.assert_allclose(many.by_position, one.by_position, rtol=1e-5)
+    assert abs(evaluate(SAMPLER, tokens[::-1], chunk_len=16, rows=rows).loss - one.loss) > 1e-3

@@ -107,7 +107,7 @@ def shard_arrays(mesh: Mesh, config: ModelConfig, specs: Any, tree: Any) -> Any:
     def sharding(path: tuple, leaf: Any) -> NamedSharding:
         names = _names(path)
         for start in range(len(names)):
-            shape, spec = declared.get(names[start:], (None, None))
+            shape, spec = declared.get(names[start:], (None, PartitionSpec()))
             if shape == leaf.shape:
                 return NamedSharding(mesh, spec)
         return replicated(mesh)
@@ -203,11 +203,21 @@ def shard_rows(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(by_rows(mesh), x), tree)
 
 
-def spread(mesh: Mesh, tree: Any) -> Any:
-    """Whole arrays `[rows, ...]`, the same in every process, spread over all devices by rows."""
+def spread(mesh: Mesh, tree: Any, index: np.ndarray | None = None) -> Any:
+    """Whole arrays `[rows, ...]`, the same in every process, spread over all devices by rows.
+
+    With an `index` `[new rows]`, row i of the result is row `index[i]` of what was given.
+    """
 
     def place(x: Any) -> jax.Array:
-        return jax.make_array_from_callback(x.shape, by_device(mesh), np.asarray(x).__getitem__)
+        host = np.asarray(x)
+        chosen = np.arange(len(host)) if index is None else index
+
+        def rows(where: Any) -> np.ndarray:
+            return host[chosen[where[0]]]
+
+        shape = (len(chosen), *host.shape[1:])
+        return jax.make_array_from_callback(shape, by_device(mesh), rows)
 
     return jax.tree.map(place, tree)
 

@@ -134,4 +134,5 @@ def _project_in(
     if not gated:
         return q, k, v, None
     # One silu for values and gates: used twice, XLA computes it once and by itself.
-    return q, k, *jnp.split(jax.nn.silu(v), [groups * d_v], axis=-1)
+    v, gate = jnp.split(jax.nn.silu(v), [groups * d_v], axis=-1)
+    return q, k, v, gate

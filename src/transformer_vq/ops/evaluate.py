@@ -73,7 +73,9 @@ def evaluate(
     chunks = eval_chunks(tokens, min(chunk_len, longest), rows)  # padding costs as tokens do
     context_len = _check_context(model.config, context_len, chunk_len, longest)
     where = getattr(model.params["embedding"], "sharding", None)
-    mesh = where.mesh if isinstance(where, NamedSharding) and where.mesh.size > 1 else None
+    mesh = None
+    if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh) and where.mesh.size > 1:
+        mesh = where.mesh
     new_state = _state_maker(model, rows, min(context_len, longest), mesh)
     sums, counts = np.zeros(len(BIN_STARTS)), np.zeros(len(BIN_STARTS), np.int64)
 
@@ -151,7 +153,9 @@ def _state_maker(model: Model, rows: int, capacity: int, mesh: Mesh | None) -> C
     """A function that makes fresh states, where the model is."""
     make = init_state
     if mesh is not None:
-        static = dict(static_argnums=(0, 1), static_argnames="capacity")
-        make = jax.jit(init_state, **static, out_shardings=rows_or_whole(mesh, rows))
+        place = rows_or_whole(mesh, rows)
+        make = jax.jit(
+            init_state, static_argnums=(0, 1), static_argnames="capacity", out_shardings=place
+        )
     full = model.config.attention == "full"
     return functools.partial(make, model.config, rows, capacity=capacity if full else None)
