@@ -269,7 +269,7 @@ def test_every_device_holds_its_rows():
 # Evaluation
 
 
-@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("rows", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_evaluation_on_a_mesh(rows):
     mesh = mesh_of(2, 2, 2)
     params, codebook = model_specs(SAMPLER.config)

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 import test_sample
-from transformer_vq import cli
+from transformer_vq import cli, generate
 from transformer_vq.io.checkpoint import Checkpoints
 from transformer_vq.metrics import read_metrics
+from transformer_vq.ops.generate import Session
 
 PROGRAM = """
     import faulthandler, json, sys
@@ -39,6 +40,13 @@ PROGRAM = """
         local = [shard.index[0].indices(t.BATCH)[:2] for shard in tokens.addressable_shards]
         out["rows"].append([min(local)[0], max(local)[1]])
         out[name] = process_allgather(tokens, tiled=True).tolist()
+    from transformer_vq.ops.generate import Session
+    from transformer_vq.sharding import data_mesh
+    session = Session(t.MODEL, t.PROMPTS, t.REQUESTS, mesh=data_mesh())
+    out["requests"] = [[token.row, int(token)] for token in session]
+    out["position"] = session.state.position.tolist()
+    again = t.generate(t.MODEL, t.PROMPTS, t.REQUESTS, session.state, mesh=data_mesh())
+    out["again"] = again
     try:
         t.sample_op(t.SampleConfig(4, t.LENGTH), t.EOS, t.MODEL, 0)
     except ValueError as error:
@@ -108,6 +116,13 @@ def test_two_processes_draw_what_one_draws(user_env):
     other = test_sample.draw_sequences(0.8, test_sample.KEY + 1)
     np.testing.assert_array_equal(first["key"], other)
     assert not np.array_equal(one[:half], one[half:])  # control: the halves differ
+
+    session = Session(test_sample.MODEL, test_sample.PROMPTS, test_sample.REQUESTS)
+    assert first["requests"] == [[token.row, int(token)] for token in session]
+    assert first["position"] == session.state.position.tolist()
+    arguments = (test_sample.MODEL, test_sample.PROMPTS, test_sample.REQUESTS)
+    assert first["again"] == generate(*arguments, session.state)
+    assert first["again"] != generate(*arguments)  # control
 
 
 # Training
