@@ -237,7 +237,7 @@ def test_streaming_wants_vq():
 def test_all_that_lives_resumes_bit_for_bit(tmp_path, monkeypatch):
     """Streams, averages, revival and a first codebook from data: 8 updates, or 6 and 2."""
 
-    def batches(tokens, train, step):
+    def batches(tokens, train, step, mesh):
         yield from map(streams, range(step // 2, 100))
 
     class Once:  # compiled once for all sittings: the schedule does not ask how long the run is

@@ -34,6 +34,8 @@ from transformer_vq.ops.generate import PREFILL_SIZES, Session, _controls
 
 VOCAB, EOS, BATCH, LENGTH = 17, 3, 16, 30
 KEY = 5
+PROMPTS = [[1], [2, 3], [4] * 9]
+REQUESTS = [SamplingParams(max_tokens=20 + 15 * i, seed=i, stop=[2]) for i in range(3)]
 EXTEND = jax.jit(extend)
 
 

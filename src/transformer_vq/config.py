@@ -322,6 +322,26 @@ _TRAIN_AT_LEAST = {
     "sample_tokens": 0,
 }
 
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How training is spread over devices: the size of each axis of the mesh.
+
+    Raises `ValueError`, naming the field, the value and the limit, if a value makes no sense.
+    """
+
+    data: int = _doc(-1, "groups of devices that differ in their rows; -1: as many as there are")
+    fsdp: int = _doc(1, "devices that share the parameters of a group, and differ in their rows")
+    tensor: int = _doc(1, "devices that share heads, hidden units and vocabulary of the same rows")
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            automatic = name == "data" and value == -1
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not whole or (value < 1 and not automatic):
+                raise ValueError(f"{name} is {value!r}: it must be a whole number, 1 or more")
+
+
 # The models of the paper (appendix, tables of hyperparameters) and two for small machines.
 _PAPER = dict(
     d_k=128,

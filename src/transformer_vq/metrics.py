@@ -16,6 +16,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Sequence
+from io import FileIO
 from pathlib import Path
 from statistics import median
 from types import TracebackType
@@ -67,11 +68,17 @@ class Tracker(Protocol):
 
 
 class JsonLines:
-    """A file of records, open for more. Those beyond `step` are of a lost future: they go."""
+    """A file of records, open for more. Those beyond `step` are of a lost future: they go.
 
-    def __init__(self, path: Path, step: int):
+    Of several processes, only one `writes`.
+    """
+
+    def __init__(self, path: Path, step: int, *, writes: bool = True):
         self._path = path
+        self._file: FileIO | None = None
         self.kept = [record for record in read_metrics(path) if record["step"] <= step]
+        if not writes:
+            return
         draft = path.with_name(f".{path.name}.new")
         try:
             draft.write_text("".join(json.dumps(record) + "\n" for record in self.kept))
@@ -83,6 +90,8 @@ class JsonLines:
 
     def write(self, record: Record) -> None:
         """Add a line, which other programs see at once. Raises `OSError` naming the file."""
+        if self._file is None:
+            return
         line = json.dumps(record).encode() + b"\n"
         try:
             while line:  # a disk that fills up takes a part first
@@ -91,14 +100,17 @@ class JsonLines:
             raise OSError(error.errno, error.strerror, str(self._path)) from None
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 class MetricsLog:
     """metrics.jsonl, open for more from `step` on, and the trackers that get the same records."""
 
-    def __init__(self, path: Path, step: int, trackers: Sequence[Tracker] = ()):
-        self._lines, self._trackers = JsonLines(path, step), trackers
+    def __init__(
+        self, path: Path, step: int, trackers: Sequence[Tracker] = (), *, writes: bool = True
+    ):
+        self._lines, self._trackers = JsonLines(path, step, writes=writes), trackers
         self._validated: dict[int, float] = {}
         self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
         for record in self._lines.kept:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 
 from transformer_vq import costs
-from transformer_vq.cli.parse import option
+from transformer_vq.cli.parse import UsageError, option
 from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.data import (
     ByteTokenizer,
@@ -23,6 +23,8 @@ from transformer_vq.data import (
 )
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from transformer_vq.metrics import Tracker
     from transformer_vq.ops.loop import TrainResult
     from transformer_vq.ops.run import DataSource
@@ -64,6 +66,26 @@ def describe_model(config: ModelConfig) -> str:
     )
 
 
+def join_processes(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
+    """Become one of the processes of a run, before JAX is used; only the first one prints.
+
+    Without a coordinator, JAX finds the others itself, through SLURM, Kubernetes, Open MPI or the
+    metadata of a TPU pod. Waits for all of them. Raises `UsageError` if there is nothing to find.
+    """
+    import jax
+
+    by_hand = (coordinator or None, num_processes, process_id)
+    try:
+        jax.distributed.initialize(*by_hand)
+    except ValueError as error:
+        raise UsageError(
+            f"--distributed finds no cluster that it knows ({' '.join(str(error).split())}): "
+            f"give --coordinator HOST:PORT, --num-processes and --process-id"
+        ) from None
+    if jax.process_index():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the end)
+
+
 def train_with_progress(
     config: ModelConfig,
     train: TrainConfig,
@@ -74,6 +96,7 @@ def train_with_progress(
     resume: bool,
     max_seconds: float | None = None,
     trackers: "Sequence[Tracker]" = (),
+    mesh: "Mesh | None" = None,
 ) -> "TrainResult":
     """`ops.loop.train` on the train split of `tokens`, live on the terminal."""
     from transformer_vq.metrics import Progress
@@ -92,6 +115,7 @@ def train_with_progress(
             max_seconds=max_seconds,
             decode=ByteTokenizer().decode_text,
             trackers=trackers,
+            mesh=mesh,
             on_record=progress.show,
             on_save=progress.saved,
             say=progress.say,

@@ -1,6 +1,7 @@
 """`tvq train`: a model from a file, in a run folder."""
 
 import json
+import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import tyro
 
 from transformer_vq.cli.parse import UsageError, as_usage, option, overrides
-from transformer_vq.config import PRESETS, TRAIN_PRESETS, ModelConfig, TrainConfig
+from transformer_vq.config import PRESETS, TRAIN_PRESETS, MeshConfig, ModelConfig, TrainConfig
 
 DEFAULT_PRESET = "tiny"  # minutes on a laptop
 
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
 
     ConfigOptions = dict[str, Any]  # the fields that are given
     TrainOptions = dict[str, Any]
+    MeshOptions = dict[str, Any]
 else:
     _tiny = ModelConfig.preset(DEFAULT_PRESET)
     ConfigOptions = overrides(
         ModelConfig, "ConfigOptions", lambda f: f"({DEFAULT_PRESET}: {getattr(_tiny, f.name)})"
     )
     TrainOptions = overrides(TrainConfig, "TrainOptions", lambda f: f"(default: {f.default})")
+    MeshOptions = overrides(MeshConfig, "MeshOptions", lambda f: f"(default: {f.default})")
 
 
 @dataclass
@@ -42,6 +45,7 @@ class Train:
   tvq train --data enwik8.gz --out runs/e8 --preset small --config.d-model 384 \\
       --train.batch-size 16 --train.sequence-len 4096 --train.update-len 1024
   tvq train --preset enwik8 --dry-run
+  srun tvq train --distributed --data enwik8.gz --out runs/e8 --preset enwik8 --mesh.fsdp 8
 """
 
     out: Annotated[
@@ -75,6 +79,15 @@ class Train:
     ] = ""
     config: tyro.conf.FlagConversionOff[ConfigOptions] = field(default_factory=dict)
     train: tyro.conf.FlagConversionOff[TrainOptions] = field(default_factory=dict)
+    mesh: tyro.conf.FlagConversionOff[MeshOptions] = field(default_factory=dict)
+    distributed: Annotated[
+        bool, option("one of several processes, found through SLURM, Kubernetes, MPI or a TPU pod")
+    ] = False
+    coordinator: Annotated[
+        str, option("find the processes at the first one's address", "HOST:PORT", default="none")
+    ] = ""
+    num_processes: Annotated[int | None, option("with --coordinator: how many", "INT")] = None
+    process_id: Annotated[int | None, option("with --coordinator: which, from 0", "INT")] = None
 
     def main(self) -> int:
         if self.dry_run:
@@ -83,11 +96,18 @@ class Train:
             raise UsageError("--out is missing: give it (see tvq train --help)")
         saved = _saved_run(self.out) if self.resume else None
         config, train = self._configs(saved)
+        mesh = self._mesh()
         if not self.data and saved is None:
             missing = f"there is no run in {self.out} to resume" if self.resume else "no --data"
             raise UsageError(f"{missing}: give --data FILE, the file to train on")
         path = Path(self.data or (saved or {})["data"]["path"]).resolve()
 
+        from transformer_vq.cli.common import (
+            describe_model,
+            join_processes,
+            program,
+            train_with_progress,
+        )
         from transformer_vq.data import load_bytes, require_length, split
 
         trackers = self._trackers()
@@ -95,8 +115,11 @@ class Train:
         part = split(tokens, "train")
         require_length(part, train.sequence_len, f"the train split of {path}")
 
-        from transformer_vq.cli.common import describe_model, program, train_with_progress
+        if self.distributed or self.coordinator:
+            join_processes(self.coordinator, self.num_processes, self.process_id)
+
         from transformer_vq.ops.run import DataSource
+        from transformer_vq.sharding import make_mesh
 
         print(f"model: {describe_model(config)}")
         print(f"data: {path}, {len(tokens):,} bytes, of which {len(part):,} to train on")
@@ -108,6 +131,7 @@ class Train:
             data=DataSource.of(path, tokens),
             resume=self.resume,
             trackers=trackers,
+            mesh=make_mesh(mesh),
         )
         out = shlex.quote(str(self.out))
         again = f"{program()} train --resume --out {out}"
@@ -159,6 +183,27 @@ class Train:
         print(f"in all: {number(total)} tokens, {number(flops * total)}FLOP")
         print("dry run: nothing was trained")
         return 0
+
+    def _mesh(self) -> MeshConfig:
+        """The mesh asked for, of processes that can find each other."""
+        by_hand = {"--num-processes": self.num_processes, "--process-id": self.process_id}
+        for name, value in by_hand.items():
+            if (value is None) == bool(self.coordinator):
+                raise UsageError(
+                    f"--coordinator, --num-processes and --process-id go together: "
+                    f"{name} is {'missing' if value is None else 'alone'}"
+                )
+        if self.coordinator and not re.fullmatch(r".+:\d+", self.coordinator):
+            raise UsageError(f"--coordinator is {self.coordinator}: it must be HOST:PORT")
+        if self.num_processes is not None and not 0 <= (self.process_id or 0) < self.num_processes:
+            raise UsageError(
+                f"--process-id is {self.process_id}: it must be from 0 to "
+                f"{self.num_processes - 1}, below --num-processes"
+            )
+        try:
+            return MeshConfig(**self.mesh)
+        except ValueError as error:
+            raise as_usage(error, "--mesh.", MeshConfig) from None
 
     def _configs(self, saved: dict[str, Any] | None) -> tuple[ModelConfig, TrainConfig]:
         """Model and run: of the saved run or the preset, with what was given on top."""

@@ -122,6 +122,6 @@ def mlp_specs(lead: tuple[int, ...], width: int, hidden: int) -> Params:
     """Arrays of `mlp`, stacked as `lead` says."""
     return {
         "norm": norm_specs(lead, width),
-        "w_in": ArraySpec((*lead, width, hidden), ("unit", "embed", "heads"), scale=width**-0.5),
-        "w_out": ArraySpec((*lead, hidden, width), ("unit", "heads", "embed"), scale=hidden**-0.5),
+        "w_in": ArraySpec((*lead, width, hidden), ("unit", "embed", "hidden"), scale=width**-0.5),
+        "w_out": ArraySpec((*lead, hidden, width), ("unit", "hidden", "embed"), scale=hidden**-0.5),
     }

@@ -14,6 +14,7 @@ from transformer_vq.nn.full import FullAttentionState
 from transformer_vq.nn.layers import ArraySpec
 from transformer_vq.nn.unit import Statistics, apply_unit, prepare_unit
 from transformer_vq.nn.vq import Places
+from transformer_vq.sharding import cuts_columns, keep_rows, whole_columns
 from transformer_vq.types import Features, Key, Params, PerRow, Tokens
 
 TOKENS_PER_PIECE = {"cpu": 4096, "others": 65_536}  # that go through a unit at once
@@ -68,18 +69,20 @@ def model_specs(config: ModelConfig) -> tuple[Params, Params]:
     def weight(rows: int, columns: int, axes=("embed", "heads")) -> ArraySpec:
         return ArraySpec((n, rows, columns), ("unit", *axes), scale=rows**-0.5)
 
+    gated = config.head_type == "shga"  # its values and gates are what an MLP's hidden units are
+    out, value = ("hidden", "hidden") if gated else ("heads", "kv_heads")
     units = {
         "norm": layers.norm_specs((n,), d),
         "w_q": weight(d, heads * k),
-        "w_k": weight(d, groups * k),
-        "w_v": weight(d, groups * v),
+        "w_k": weight(d, groups * k, ("embed", "kv_heads")),
+        "w_v": weight(d, groups * v, ("embed", value)),
         "w_r": weight(d, heads * k),
         "u": ArraySpec((n, heads * k), ("unit", "heads"), "zeros"),
         "w": ArraySpec((n, heads * k), ("unit", "heads"), "zeros"),
-        "w_o": weight(heads * v, d, ("heads", "embed")),
+        "w_o": weight(heads * v, d, (out, "embed")),
     }
-    if config.head_type == "shga":
-        units["w_g"] = weight(d, heads * v)
+    if gated:
+        units["w_g"] = weight(d, heads * v, ("embed", "hidden"))
     else:
         units["mlp"] = layers.mlp_specs((n,), d, config.d_mlp)
     params: Params = {
@@ -160,7 +163,7 @@ def distance_wave(config: ModelConfig, state: State) -> jax.Array:
 def embed(params: Params, tokens: Tokens, timeline: Timeline, config: ModelConfig) -> Features:
     """The input of the first unit. Positions count from the start of the document."""
     dtype = jnp.dtype(config.compute_dtype)
-    x = params["embedding"][tokens].astype(dtype)
+    x = whole_columns(params["embedding"])[tokens].astype(dtype)
     if config.absolute_positions:
         position = config.ring_len + jnp.arange(tokens.shape[1]) - timeline.first
         wave = layers.sinusoid(position, config.d_model, config.max_wavelength, dtype)
@@ -228,7 +231,7 @@ def forward(
     timeline, document_start, document_id = make_timeline(
         config, state, lengths, length, document_ids
     )
-    x = embed(params, tokens, timeline, config)
+    x = keep_rows(embed(params, tokens, timeline, config))
     wave = distance_wave(config, state)
 
     unit_keys = None
@@ -252,7 +255,8 @@ def forward(
         if keys is not None:
             sinusoid_key, layer_key = jax.random.split(keys[1])
             unit_wave = layers.dropout(sinusoid_key, wave, config.dropout_sinusoid)
-        unit = prepare_unit(unit_params, codebook, unit_wave, config)
+        # Parts of a product that devices share cannot stand side by side where columns are cut.
+        unit = prepare_unit(unit_params, codebook, unit_wave, config, fuse=not cuts_columns())
 
         def one_piece(unit_state, xs):
             x, (i, timeline, weights) = xs
@@ -282,14 +286,14 @@ def forward(
         xs = (_cut(x, size, num_pieces), pieces)
         if num_pieces == 1:
             unit_state, (x, statistics) = one_piece(unit_state, jax.tree.map(lambda a: a[0], xs))
-            return x, (unit_state, statistics)
+            return keep_rows(x), (unit_state, statistics)
         keeps = unit_state.keys is not None
         carried = attention.window_keys(unit_state, unit["words"], config.compute_dtype)
         unit_state = replace(unit_state, keys=carried)  # as codes, they would let no gradient pass
         unit_state, (x, statistics) = jax.lax.scan(one_piece, unit_state, xs)
         unit_state = unit_state if keeps else replace(unit_state, keys=None)
         x = jnp.moveaxis(x, 0, 1).reshape(batch, -1, config.d_model)[:, :length]
-        return x, (unit_state, jax.tree.map(lambda a: a.sum(0), statistics))
+        return keep_rows(x), (unit_state, jax.tree.map(lambda a: a.sum(0), statistics))
 
     stacked = jax.tree.map(lambda *rows: jnp.stack(rows), *state.units)
     xs = (params["units"], model.codebook, stacked, unit_keys)

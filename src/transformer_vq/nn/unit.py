@@ -24,20 +24,25 @@ class Statistics:
     keys: jax.Array | None = None  # [N, G, S, K]: those at the places that were asked for
 
 
-def prepare_unit(params: Params, codebook: Params, wave: jax.Array, config: ModelConfig) -> Params:
+def prepare_unit(
+    params: Params, codebook: Params, wave: jax.Array, config: ModelConfig, *, fuse: bool = True
+) -> Params:
     """The constants of one unit, in the compute dtype: projections side by side, one product for
-    all of q, k, v (and g); the position table r; the codewords.
+    all of q, k, v (and g), or apart unless `fuse`; the position table r; the codewords.
 
     `wave` `[distances, D]`: the sinusoid of each distance.
     """
     dtype = jnp.dtype(config.compute_dtype)
     names = ["w_q", "w_k", "w_v"] + ["w_g"] * (config.head_type == "shga")
+    projections = {name: params[name].astype(dtype) for name in names}
+    if fuse:
+        projections = {"w_in": jnp.concatenate(list(projections.values()), axis=1)}
     scale = config.d_k**-0.25
     heads_k = (config.num_heads, config.d_k)
     r = (wave.astype(dtype) @ params["w_r"].astype(dtype)).reshape(-1, *heads_k)
     prepared = {
         "norm": params["norm"],
-        "w_in": jnp.concatenate([params[name].astype(dtype) for name in names], axis=1),
+        **projections,
         "w_o": params["w_o"].astype(dtype),
         "u": params["u"].astype(dtype).reshape(heads_k) * scale,
         "w": params["w"].astype(dtype).reshape(heads_k) * scale,
@@ -86,15 +91,11 @@ def apply_unit(
     heads, groups, d_k, d_v = config.num_heads, config.num_kv_heads, config.d_k, config.d_v
     dtype = x.dtype
     gated = config.head_type == "shga"
-    ends = (heads * d_k, (heads + groups) * d_k)
-    q, k, v = jnp.split(project(unit, "w_in", layers.norm(unit["norm"], x)), ends, axis=-1)
+    q, k, v, gate = _project_in(unit, layers.norm(unit["norm"], x), config)
     q = q.reshape(batch, length, heads, d_k)
     q = (layers.rms_norm(q) * d_k**-0.25).astype(dtype)
     k = k.reshape(batch, length, groups, d_k)
     k = layers.rms_norm(k) * d_k**-0.25  # stays wide until its code is known
-    gate = None
-    if gated:  # one silu for values and gates: used twice, XLA computes it once and by itself
-        v, gate = jnp.split(jax.nn.silu(v), [groups * d_v], axis=-1)
     v = v.reshape(batch, length, groups, d_v)
 
     statistics = None
@@ -121,3 +122,21 @@ def apply_unit(
     if not gated:
         x = x + drop(layers.mlp(unit["mlp"], x), 1)
     return x, state, statistics
+
+
+def _project_in(
+    unit: Params, x: Features, config: ModelConfig
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """Queries, keys, values `[B, T, columns]` and, in gated heads, the gate (else None)."""
+    heads, groups, d_k, d_v = config.num_heads, config.num_kv_heads, config.d_k, config.d_v
+    gated = config.head_type == "shga"
+    if "w_q" in unit:
+        q, k, v = (x @ unit[name] for name in ("w_q", "w_k", "w_v"))
+        return (q, k, jax.nn.silu(v), jax.nn.silu(x @ unit["w_g"])) if gated else (q, k, v, None)
+    ends = (heads * d_k, (heads + groups) * d_k)
+    q, k, v = jnp.split(project(unit, "w_in", x), ends, axis=-1)
+    if not gated:
+        return q, k, v, None
+    # One silu for values and gates: used twice, XLA computes it once and by itself.
+    v, gate = jnp.split(jax.nn.silu(v), [groups * d_v], axis=-1)
+    return q, k, v, gate

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from transformer_vq.config import ModelConfig
 from transformer_vq.data import check_tokens, eval_chunks
 from transformer_vq.nn.model import DEFAULT_CAPACITY, Model, State, forward, init_state
 from transformer_vq.ops.loss import token_nll
+from transformer_vq.sharding import replicated, rows_or_whole, traced_on
 from transformer_vq.types import PerRow, Tokens
 
 # Where the bins of positions begin: 0, 64, 128, 256, ...
@@ -47,7 +49,8 @@ def evaluate(
     Up to float rounding, the numbers depend neither on `chunk_len` nor on `config.block_len`.
 
     Args:
-      model: neither changed nor donated.
+      model: neither changed nor donated. If it lives on a mesh, so does the work: rows are spread
+        over the devices if their number divides, and done by all alike if not.
       tokens: integers `[N]` below `config.vocab_size`. The first of each row is not predicted.
       chunk_len: tokens of each row in one call: more need more memory.
       rows: streams that the tokens are cut into and that are scored side by side, each with a
@@ -69,7 +72,11 @@ def evaluate(
     longest, total = max(-(-len(tokens) // max(rows, 1)) - 1, 1), len(tokens) - rows
     chunks = eval_chunks(tokens, min(chunk_len, longest), rows)  # padding costs as tokens do
     context_len = _check_context(model.config, context_len, chunk_len, longest)
-    new_state = _state_maker(model, rows, min(context_len, longest))
+    where = getattr(model.params["embedding"], "sharding", None)
+    mesh = None
+    if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh) and where.mesh.size > 1:
+        mesh = where.mesh
+    new_state = _state_maker(model, rows, min(context_len, longest), mesh)
     sums, counts = np.zeros(len(BIN_STARTS)), np.zeros(len(BIN_STARTS), np.int64)
 
     def read(nll: jax.Array, lengths: np.ndarray, history: int) -> None:
@@ -88,7 +95,7 @@ def evaluate(
         history = i * chunk_len % context_len
         if i and not history:
             state = new_state()
-        nll, state = _score(model, state, *chunk)
+        nll, state = _score(model, state, *chunk, mesh)
         if unread is not None:  # the device is busy with this chunk while the last one is read
             read(*unread)
         unread = nll, chunk.lengths, history
@@ -105,13 +112,23 @@ def evaluate(
     )
 
 
-@functools.partial(jax.jit, donate_argnames="state")
+@functools.partial(jax.jit, donate_argnames="state", static_argnames="mesh")
 def _score(
-    model: Model, state: State, inputs: Tokens, targets: Tokens, lengths: PerRow
+    model: Model,
+    state: State,
+    inputs: Tokens,
+    targets: Tokens,
+    lengths: PerRow,
+    mesh: Mesh | None,
 ) -> tuple[jax.Array, State]:
     """Losses `[rows, chunk_len]` in nats, meaningless beyond the length of a row; the new state."""
-    features, state, _ = forward(model, state, inputs, lengths=lengths)
-    return token_nll(model, features, targets), state
+    with traced_on(mesh):
+        features, state, _ = forward(model, state, inputs, lengths=lengths)
+        nll = token_nll(model, features, targets)
+    if mesh is None:
+        return nll, state
+    places = (replicated(mesh), rows_or_whole(mesh, len(inputs)))
+    return jax.lax.with_sharding_constraint((nll, state), places)
 
 
 def _check_context(
@@ -132,11 +149,13 @@ def _check_context(
     return context_len
 
 
-def _state_maker(model: Model, rows: int, capacity: int) -> Callable[[], State]:
-    """A function that makes fresh states, on the devices of the model."""
+def _state_maker(model: Model, rows: int, capacity: int, mesh: Mesh | None) -> Callable[[], State]:
+    """A function that makes fresh states, where the model is."""
+    make = init_state
+    if mesh is not None:
+        place = rows_or_whole(mesh, rows)
+        make = jax.jit(
+            init_state, static_argnums=(0, 1), static_argnames="capacity", out_shardings=place
+        )
     full = model.config.attention == "full"
-    make = functools.partial(init_state, model.config, rows, capacity=capacity if full else None)
-    embedding = model.params["embedding"]
-    if not getattr(embedding, "committed", False):
-        return make
-    return lambda: jax.device_put(make(), embedding.sharding)
+    return functools.partial(make, model.config, rows, capacity=capacity if full else None)

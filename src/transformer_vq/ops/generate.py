@@ -4,13 +4,16 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from transformer_vq import sharding
 from transformer_vq.nn import prob
 from transformer_vq.nn.decode import Decoder
 from transformer_vq.nn.full import FullAttentionState
@@ -19,6 +22,7 @@ from transformer_vq.ops.sample import (
     Controls,
     Generated,
     Rows,
+    empty_state,
     generate_tokens,
     prefill,
     prepare_decoder,
@@ -114,6 +118,8 @@ def generate(
     prompts: Sequence[Sequence[int]],
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     state: State | None = None,
+    *,
+    mesh: Mesh | None = None,
 ) -> list[list[int]]:
     """Continue every prompt: a list of tokens each, without the prompt and without the stop.
 
@@ -124,12 +130,14 @@ def generate(
         equal tokens, whatever else is in the batch.
       state: what came before the prompts, one row each, or one row that all continue (a fork).
         With a state, a prompt may be empty. The state itself is left as it is.
+      mesh: devices that share the requests (`sharding.data_mesh`), each with the whole model; one
+        device by default. Its processes make the same call and get the outputs of all.
 
     Raises:
       ValueError: for an empty prompt without a state, a token outside of the vocabulary, numbers
         of prompts, parameters and states that differ, or tokens beyond a state's capacity.
     """
-    session = Session(model, prompts, params, state)
+    session = Session(model, prompts, params, state, mesh=mesh)
     outputs: list[list[int]] = [[] for _ in prompts]
     for token in session:
         outputs[token.row].append(int(token))
@@ -141,46 +149,57 @@ def stream(
     prompts: Sequence[Sequence[int]],
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     state: State | None = None,
+    *,
+    mesh: Mesh | None = None,
 ) -> Iterator[Token]:
     """`generate`, yielding tokens as they come; each is an int that knows its `row`.
 
     A token that may be the start of a stop sequence comes once it is known not to be.
     """
-    return iter(Session(model, prompts, params, state))
+    return iter(Session(model, prompts, params, state, mesh=mesh))
 
 
 class Session:
     """A batch of requests being decoded. Iterate it for tokens; then `state` is what they left.
 
     `steps` is how many tokens are decoded between looks at what came; a row that ends at a stop
-    sequence may have consumed up to so many tokens more.
+    sequence may have consumed up to so many tokens more. With a `mesh`, every device decodes its
+    own rows, as it would alone; the host sees all of them.
     """
 
-    def __init__(self, model, prompts, params=None, state=None, *, steps=STEPS_PER_DISPATCH):
+    def __init__(
+        self, model, prompts, params=None, state=None, *, steps=STEPS_PER_DISPATCH, mesh=None
+    ):
         self.prompts = [list(prompt) for prompt in prompts]
         self.params = _one_each(params, len(self.prompts))
         self._unread = list(self.prompts)
-        self.model, self.steps = model, steps
+        self.steps, self.mesh = steps, mesh
         config = model.config
         _check_prompts(self.prompts, self.params, config.vocab_size, state)
         need = [
             len(prompt) + p.max_tokens for prompt, p in zip(self.prompts, self.params, strict=True)
         ]
-        batch = _next_power_of_two(len(self.prompts))  # few compiled shapes serve all batches
+        devices = 1 if mesh is None else mesh.size
+        # Few compiled shapes serve all batches.
+        batch = devices * _next_power_of_two(-(-len(self.prompts) // devices))
         if state is None:
             capacity = (
                 max(256, _next_power_of_two(max(need))) if config.attention == "full" else None
             )
-            self._state = init_state(config, batch, capacity=capacity)
+            if mesh is None:
+                self._state = init_state(config, batch, capacity=capacity)
+            else:
+                self._state = empty_state(config, batch, capacity, mesh)
         else:
-            self._state = _fork(state, len(self.prompts), batch, need)
-        self._decoder = _decoder(model, self._state)
+            self._state = _fork(state, len(self.prompts), batch, need, mesh)
+        self.model, self._decoder = _decoder(model, self._state, mesh)
 
     @property
     def state(self) -> State:
         """State of the requests, one row each, after all that was yielded."""
         rows = len(self.prompts)
-        return jax.tree.map(lambda x: jnp.array(x[:rows], copy=True), self._state)
+        fetch = sharding.fetch if self.mesh is not None else lambda x: x
+        return jax.tree.map(lambda x: jnp.array(fetch(x)[:rows], copy=True), self._state)
 
     def read_prompts(self) -> None:
         """Consume the prompts, in pieces of a few fixed sizes.
@@ -198,22 +217,33 @@ class Session:
                 if sizes[row] == size:
                     piece, left[row] = prompt[:size], prompt[size:]
                     tokens[row, : len(piece)], lengths[row] = piece, len(piece)
-            self._state = prefill(self.model, self._state, tokens, lengths)
+            tokens, lengths = self._place((tokens, lengths))
+            self._state = prefill(self.model, self._state, tokens, lengths, mesh=self.mesh)
+
+    def _place(self, tree: Any) -> Any:
+        """Arrays of the host `[batch, ...]` where their rows are decoded."""
+        return tree if self.mesh is None else sharding.spread(self.mesh, tree)
 
     def __iter__(self) -> Iterator[Token]:
         self.read_prompts()
         rows = self._rows()
         controls = _controls(self.params, rows.active.shape[0], self.model.config.vocab_size)
+        controls = self._place(controls)
         outputs = [_Output(row, p) for row, p in enumerate(self.params)]
         with_logprobs = any(p.logprobs for p in self.params)
-        active = np.array(rows.active)
+        active = np.ones(len(self.params), bool)
         while active.any():
             rows, new = generate_tokens(
-                self._decoder, controls, rows, steps=self.steps, with_logprobs=with_logprobs
+                self._decoder,
+                controls,
+                rows,
+                steps=self.steps,
+                with_logprobs=with_logprobs,
+                mesh=self.mesh,
             )
             self._state = rows.state
-            new = jax.device_get(new)
-            active = np.array(rows.active)
+            new, active = sharding.fetch((new, rows.active))
+            active = np.array(active)
             for step in range(new.tokens.shape[1]):
                 for output in outputs:
                     if step < new.lengths[output.row]:
@@ -223,7 +253,7 @@ class Session:
                     active[output.row] = False
                 elif not active[output.row]:
                     yield from output.flush()
-            rows = dataclasses.replace(rows, active=jnp.asarray(active))
+            rows = dataclasses.replace(rows, active=self._place(jnp.asarray(active)))
 
     def _rows(self) -> Rows:
         batch, vocab = self._state.position.shape[0], self.model.config.vocab_size
@@ -232,14 +262,14 @@ class Session:
         for row, (prompt, p) in enumerate(zip(self.prompts, self.params, strict=True)):
             seen[row, prompt] = True
             remaining[row] = p.max_tokens
-        return Rows(
-            state=self._state,
+        host = dict(
             prompt=jnp.asarray(seen),
             counts=jnp.zeros((batch, vocab), jnp.int32),
             generated=jnp.zeros(batch, jnp.int32),
             remaining=jnp.asarray(remaining),
             active=jnp.asarray(remaining > 0),
         )
+        return Rows(state=self._state, **self._place(host))
 
 
 class _Output:
@@ -343,7 +373,7 @@ def _check_prompts(
             )
 
 
-def _fork(state: State, rows: int, batch: int, need: list[int]) -> State:
+def _fork(state: State, rows: int, batch: int, need: list[int], mesh: Mesh | None) -> State:
     """A copy of the state, one row per request (a single row serves all), padded to the batch."""
     given = state.position.shape[0]
     if given not in (1, rows):
@@ -359,6 +389,8 @@ def _fork(state: State, rows: int, batch: int, need: list[int]) -> State:
     index = np.zeros(batch, np.int32)
     if given > 1:
         index[:rows] = np.arange(rows)
+    if mesh is not None:
+        return sharding.spread(mesh, state, index)
     return jax.tree.map(lambda x: jnp.take(x, index, axis=0), state)
 
 
@@ -407,14 +439,20 @@ def _next_power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-_decoders: WeakKeyDictionary[Model, dict[int, Decoder]] = WeakKeyDictionary()
+_decoders: WeakKeyDictionary[Model, dict[Any, Decoder]] = WeakKeyDictionary()
+_on_mesh: WeakKeyDictionary[Model, dict[Mesh, Model]] = WeakKeyDictionary()
 
 
-def _decoder(model: Model, state: State) -> Decoder:
-    """The prepared model, made once for each model and kept while the model lives."""
+def _decoder(model: Model, state: State, mesh: Mesh | None) -> tuple[Model, Decoder]:
+    """The model where it is used, and prepared: made once and kept while the model lives."""
+    if mesh is not None:
+        copies = _on_mesh.setdefault(model, {})
+        if mesh not in copies:
+            copies[mesh] = jax.device_put(model, sharding.replicated(mesh))
+        model = copies[mesh]
     cache = state.units[0]
     capacity = cache.capacity if isinstance(cache, FullAttentionState) else 0
     prepared = _decoders.setdefault(model, {})
     if capacity not in prepared:
         prepared[capacity] = prepare_decoder(model, state)
-    return prepared[capacity]
+    return model, prepared[capacity]

@@ -35,7 +35,14 @@ from transformer_vq.ops.train import (
     train_state_shardings,
     trained_model,
 )
-from transformer_vq.sharding import data_mesh, shard_rows
+from transformer_vq.sharding import (
+    any_process,
+    data_mesh,
+    process_share,
+    require_same,
+    shard_rows,
+    traced_on,
+)
 
 Status = Literal["done", "out of time", "interrupted"]
 
@@ -74,6 +81,9 @@ def train(
     `resume`, metrics.jsonl reads as that of an unbroken run. Ctrl-C and SIGTERM finish the update
     under way, save it and return; a second one acts at once.
 
+    Of several processes (`jax.distributed`), all make this call, with a folder that all see. The
+    first one writes and tells; a stop that any of them is asked for, all of them agree on.
+
     Args:
       config: the model. Its `vocab_size` covers the tokens.
       train: the run. An update is a piece of a batch, so a run ends with the batch that reaches
@@ -86,7 +96,8 @@ def train(
       resume: go on from the newest checkpoint, or start if there is none yet.
       max_seconds: stop this sitting after about so long and a batch at least, with a checkpoint.
         The schedule of the learning rate goes by steps all the same.
-      mesh: the devices, with an axis `data`; all of them by default.
+      mesh: the devices (`sharding.make_mesh`); all of them by default, which then differ in
+        their rows only. A run can go on with another mesh.
       decode: tokens to text. With it, each validation adds `train.sample_tokens` tokens to
         samples.jsonl, drawn after the same prompt by the same seed. (Not with several processes.)
       trackers: get every record of metrics.jsonl, those from before a resume included.
@@ -112,22 +123,35 @@ def train(
     data = data or DataSource.of("", tokens)
     folder = Path(folder)
     info = open_run(folder, RunInfo(config, train, data, tokenizer), resume=resume)
-    step = info.step
-    trackers = trackers if jax.process_index() == 0 else ()
+    step, first = info.step, jax.process_index() == 0
+    require_same(step, f"the checkpoints in {folder}")
+    if not first:
+        trackers, on_record, say = (), (lambda record: None), (lambda text: None)
+    metrics = folder / "metrics.jsonl"
     with (
         StopSignals() as stop,
         checkpoints_of(folder, train.keep_checkpoints) as checkpoints,
-        contextlib.closing(MetricsLog(folder / "metrics.jsonl", step, trackers)) as log,
+        contextlib.closing(MetricsLog(metrics, step, trackers, writes=first)) as log,
         _sample_log(folder, info, validation, decode) as samples,
-        contextlib.closing(_batches(tokens, train, step)) as batches,
+        contextlib.closing(_batches(tokens, train, step, mesh)) as batches,
     ):
         if step:
             say(f"resuming at step {step}")
         sitting = _Sitting(
-            info, validation, mesh, stop, checkpoints, log, samples, on_record, on_save, say
+            info,
+            validation,
+            mesh,
+            stop,
+            max_seconds,
+            checkpoints,
+            log,
+            samples,
+            on_record,
+            on_save,
+            say,
         )
         try:
-            return sitting.run(batches, max_seconds)
+            return sitting.run(batches)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -143,6 +167,7 @@ class _Sitting:
         validation: np.ndarray | None,
         mesh: Mesh,
         stop: StopSignals,
+        max_seconds: float | None,
         checkpoints: Checkpoints,
         log: MetricsLog,
         samples: SampleLog | None,
@@ -154,14 +179,15 @@ class _Sitting:
         self.validation, self.mesh, self.stop = validation, mesh, stop
         self.checkpoints, self.log, self.samples = checkpoints, log, samples
         self.on_record, self.on_save, self.say = on_record, on_save, say
-        self.began = time.monotonic()
+        self.max_seconds, self.began = max_seconds, time.monotonic()
+        self.agreed = (False, False)  # the wishes of all processes, as last heard
 
-    def run(self, batches: Generator[Batch], max_seconds: float | None) -> TrainResult:
+    def run(self, batches: Generator[Batch]) -> TrainResult:
         train_state, step = self.initial_state(), self.info.step
         compiled = unread = None
         while True:
             # Here `train_state` is that after `step` updates, and perhaps still being computed.
-            ended = self.status(step, max_seconds)
+            ended = self.status(step)
             validates = self.due(step, self.train.evaluate_every) or ended
             saves = self.due(step, self.train.checkpoint_every) or ended
             if unread and (validates or saves):
@@ -183,30 +209,37 @@ class _Sitting:
                     train_state = self.first_codebook(train_state, batch)
                 compiled = self.compile(step, train_state, batch)
             train_state, metrics = compiled(train_state, batch)
+            wishes = self.shared_wishes()
             if unread:  # the device is busy with this batch while the last one is read
                 self.read(*unread)
             step += self.train.updates_per_sequence
-            unread = step, metrics
+            unread = step, metrics, wishes
 
     def initial_state(self) -> TrainState:
         """The state to go on from: that of the checkpoint at `info.step`, or a new one."""
-        placed = train_state_shardings(self.mesh)
+        placed = train_state_shardings(self.config, self.train, self.mesh)
         # The function itself, and not one made here, so that JAX finds what it compiled before.
         init = jax.jit(init_train_state, static_argnums=(0, 1), out_shardings=placed)
         if not self.info.step:
             return init(self.config, self.train)
-        shapes = init.eval_shape(self.config, self.train)  # which know their shardings
-        return self.checkpoints.restore(self.info.step, shapes)[0]
+        like = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            init.eval_shape(self.config, self.train),
+            placed,
+        )
+        return self.checkpoints.restore(self.info.step, like)[0]
 
     def first_codebook(self, train_state: TrainState, batch: Batch) -> TrainState:
         """The state before the first update, with codewords as `codebook_init` says."""
         if self.train.codebook_init == "random":
             return train_state
-        placed = train_state_shardings(self.mesh)
-        start = jax.jit(
-            start_codebook, static_argnums=(0, 1), out_shardings=placed, donate_argnums=2
-        )
-        return start(self.config, self.train, train_state, batch)
+        placed = train_state_shardings(self.config, self.train, self.mesh)
+
+        def start(train_state: TrainState, batch: Batch) -> TrainState:
+            with traced_on(self.mesh):
+                return start_codebook(self.config, self.train, train_state, batch)
+
+        return jax.jit(start, out_shardings=placed, donate_argnums=0)(train_state, batch)
 
     def compile(self, step: int, train_state: TrainState, batch: Batch) -> jax.stages.Compiled:
         """The train step, ready to be called."""
@@ -218,13 +251,36 @@ class _Sitting:
         self.mark(step)
         return compiled
 
-    def status(self, step: int, max_seconds: float | None) -> Status | None:
+    def wishes(self) -> tuple[bool, bool]:
+        """Whether this process was asked to stop, and whether it sees the time as over."""
+        limit = math.inf if self.max_seconds is None else self.max_seconds
+        return self.stop.requested, time.monotonic() - self.began >= limit
+
+    def shared_wishes(self) -> jax.Array | None:
+        """What any process wishes: computed behind the batch under way, and read as it is."""
+        return any_process(self.mesh, self.wishes()) if jax.process_count() > 1 else None
+
+    def hear(self, wishes: jax.Array | None) -> tuple[bool, bool]:
+        """What all processes know to be wished: one that is alone knows its own wishes at once."""
+        if jax.process_count() == 1:
+            self.agreed = self.wishes()
+        elif wishes is not None:
+            interrupted, over = jax.device_get(wishes)
+            self.agreed = bool(interrupted), bool(over)
+        return self.agreed
+
+    def check(self, *_progress: int) -> None:
+        """Raise `Interrupted` if a stop was asked for."""
+        if self.hear(self.shared_wishes())[0]:
+            raise Interrupted
+
+    def status(self, step: int) -> Status | None:
         """How the sitting ends now, or None if it goes on."""
-        if self.stop.requested:
+        interrupted, over = self.hear(None)
+        if interrupted:
             return "interrupted"
         if step >= self.train.steps:
             return "done"
-        over = max_seconds is not None and time.monotonic() - self.began >= max_seconds
         return "out of time" if over and step > self.info.step else None
 
     def due(self, step: int, every: int) -> bool:
@@ -238,12 +294,13 @@ class _Sitting:
         """Measure the speed from here on."""
         self.marked = time.monotonic(), step
 
-    def read(self, step: int, metrics: Metrics) -> None:
+    def read(self, step: int, metrics: Metrics, wishes: jax.Array | None) -> None:
         """Wait for the metrics of the batch that led to `step` updates, and tell the world."""
+        self.hear(wishes)
         values = {
             name: np.asarray(value).tolist() for name, value in jax.device_get(metrics).items()
         }
-        self.check(step, values)
+        self.require_sound(step, values)
         then, before = self.marked
         tokens = (step - before) * self.train.batch_size * self.train.update_len
         speed = tokens / (time.monotonic() - then)
@@ -268,7 +325,7 @@ class _Sitting:
         full = self.config.attention == "full"
         return self.train.sequence_len if full else self.train.update_len
 
-    def check(self, step: int, values: dict[str, float]) -> None:
+    def require_sound(self, step: int, values: dict[str, float]) -> None:
         """Raise `RunError` if what was measured after `step` updates says that the run is lost."""
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values[name]):
@@ -306,11 +363,11 @@ class _Sitting:
                 model,
                 self.validation,
                 max_tokens=self.train.evaluate_tokens or None,
-                on_progress=self.stop.check,
+                on_progress=self.check,
                 **(lengths if full else {}),
             )
             if self.samples:
-                self.samples.write(step, model, self.stop.check)
+                self.samples.write(step, model, self.check)
         except Interrupted:
             return False
         record = {
@@ -351,15 +408,16 @@ def _sample_log(
         yield samples
 
 
-def _batches(tokens: np.ndarray, train: TrainConfig, step: int) -> Generator[Batch]:
+def _batches(tokens: np.ndarray, train: TrainConfig, step: int, mesh: Mesh) -> Generator[Batch]:
     """This process's share of the batches from the one that follows `step` updates."""
+    share, shares = process_share(mesh)
     batches = Batches(
         tokens,
         batch_size=train.batch_size,
         sequence_len=train.sequence_len,
         seed=train.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=share,
+        process_count=shares,
     )
     yield from batches.iterate(step // train.updates_per_sequence)
 

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh
 
 from transformer_vq import sharding
+from transformer_vq.config import ModelConfig
 from transformer_vq.nn import prob
 from transformer_vq.nn.decode import Decoder, decode_step, prepare
 from transformer_vq.nn.layers import as_key
@@ -100,15 +101,27 @@ def draw_at(keys: jax.Array, position: jax.Array, logits: jax.Array) -> jax.Arra
     return prob.draw(fold(keys, position), logits)
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "with_logprobs"), donate_argnames="rows")
+@functools.partial(
+    jax.jit, static_argnames=("steps", "with_logprobs", "mesh"), donate_argnames="rows"
+)
 def generate_tokens(
-    decoder: Decoder, controls: Controls, rows: Rows, *, steps: int, with_logprobs: bool
+    decoder: Decoder,
+    controls: Controls,
+    rows: Rows,
+    *,
+    steps: int,
+    with_logprobs: bool,
+    mesh: Mesh | None = None,
 ) -> tuple[Rows, Generated]:
     """Up to `steps` tokens for every active row, in one program; ends early when none is left.
 
     A row ends at `remaining` tokens, or at a stop token, which is neither returned nor consumed.
-    All other tokens are consumed, so `rows.state` is ready for what comes after them.
+    All other tokens are consumed, so `rows.state` is ready for what comes after them. On a mesh,
+    every device does this with its own rows, and ends when it has none left.
     """
+    if mesh is not None:
+        alone = functools.partial(generate_tokens, steps=steps, with_logprobs=with_logprobs)
+        return sharding.map_rows(alone, mesh)(decoder, controls, rows)
     batch, vocab = rows.counts.shape
     tops = min(TOP_LOGPROBS, vocab) if with_logprobs else 0
     out = Generated(
@@ -155,14 +168,25 @@ def generate_tokens(
     return rows, out
 
 
-@functools.partial(jax.jit, donate_argnames="state")
-def prefill(model: Model, state: State, tokens: jax.Array, lengths: jax.Array) -> State:
-    """Consume a piece of every row's prompt, `[B, T]`, block-parallel."""
+@functools.partial(jax.jit, static_argnames="mesh", donate_argnames="state")
+def prefill(
+    model: Model, state: State, tokens: jax.Array, lengths: jax.Array, *, mesh: Mesh | None = None
+) -> State:
+    """Consume a piece of every row's prompt, `[B, T]`, block-parallel; on a mesh as above."""
+    if mesh is not None:
+        return sharding.map_rows(prefill, mesh)(model, state, tokens, lengths)
     _, state, _ = forward(model, state, tokens, lengths=lengths)
     return state
 
 
 prepare_decoder = jax.jit(prepare)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def empty_state(config: ModelConfig, batch: int, capacity: int | None, mesh: Mesh) -> State:
+    """`init_state` with its rows spread over all devices of a mesh."""
+    state = init_state(config, batch, capacity=capacity)
+    return jax.lax.with_sharding_constraint(state, sharding.by_device(mesh))
 
 
 # The classic operation.
@@ -204,8 +228,8 @@ def sample_op(config: SampleConfig, eos_id: int, model: Model, key: Any) -> jax.
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _sample_sequences(config, eos_id, mesh, model, key_data):
-    def per_device(model: Model, key_data: jax.Array, row: jax.Array) -> jax.Array:
-        batch = row.shape[0]
+    def per_device(whole: tuple[Model, jax.Array], row: jax.Array) -> jax.Array:
+        (model, key_data), batch = whole, row.shape[0]
         key = jax.random.wrap_key_data(key_data)
         keys = jax.vmap(lambda i: jax.random.key_data(jax.random.fold_in(key, i)))(row)
         full = model.config.attention == "full"
@@ -224,12 +248,4 @@ def _sample_sequences(config, eos_id, mesh, model, key_data):
         return tokens.T
 
     rows = jnp.arange(config.global_batch_size)
-    everywhere, by_row = PartitionSpec(), PartitionSpec("data")
-    program = jax.shard_map(
-        per_device,
-        mesh=mesh,
-        in_specs=(everywhere, everywhere, by_row),
-        out_specs=by_row,
-        check_vma=False,  # rows are independent: nothing to check between devices
-    )
-    return program(model, key_data, rows)
+    return sharding.map_rows(per_device, mesh)((model, key_data), rows)

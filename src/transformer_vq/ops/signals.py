@@ -28,7 +28,8 @@ class StopSignals:
 
     def __exit__(self, *_exception: object) -> None:
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            # None: it was not of Python, as that of `jax.distributed` is not.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._handlers = {}
 
     def check(self, *_progress: int) -> None:

@@ -13,11 +13,26 @@ from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.nn import vq
 from transformer_vq.nn.attention import AttentionState, keep_keys
 from transformer_vq.nn.layers import wide
-from transformer_vq.nn.model import DropoutKeys, Model, State, forward, init_model, init_state
+from transformer_vq.nn.model import (
+    DropoutKeys,
+    Model,
+    State,
+    forward,
+    init_model,
+    init_state,
+    model_specs,
+)
 from transformer_vq.nn.vq import Places
 from transformer_vq.ops.loss import LossTerms, loss_fn
 from transformer_vq.ops.optimizer import learning_rate_at, make_optimizer
-from transformer_vq.sharding import by_rows, replicated, require_divisible
+from transformer_vq.sharding import (
+    by_rows,
+    keep_rows,
+    replicated,
+    require_divisible,
+    shard_arrays,
+    traced_on,
+)
 from transformer_vq.types import Params
 
 # What the random numbers of a run are for: each use has keys of its own.
@@ -110,6 +125,16 @@ def trained_model(train_state: TrainState, config: ModelConfig) -> Model:
     return Model(weights["params"], weights["codebook"], config)
 
 
+def train_state_shardings(config: ModelConfig, train: TrainConfig, mesh: Mesh) -> TrainState:
+    """Where each array of a train state lives on a mesh: what parameters are, their moments
+    and averages are; streams by rows."""
+    params, codebook = model_specs(config)
+    shapes = jax.eval_shape(lambda: init_train_state(config, train))
+    placed = shard_arrays(mesh, config, params | codebook, shapes)
+    stream = None if shapes.stream is None else [by_rows(mesh) for _ in shapes.stream]
+    return replace(placed, stream=stream)
+
+
 def make_train_step(
     config: ModelConfig, train: TrainConfig, mesh: Mesh | None = None
 ) -> jax.stages.Wrapped:
@@ -119,8 +144,8 @@ def make_train_step(
     pieces along time and each piece is one update; the attention state is carried from piece to
     piece, and no gradient crosses (truncated backpropagation through time). With
     `train.streaming` it is also carried from batch to batch, except for rows that `batch.starts`
-    names. With a `mesh`, batches and streams are spread over it by rows and everything else is on
-    every device.
+    names. With a `mesh`, the batch is spread over it by rows, and the train state as
+    `train_state_shardings` says.
 
     The metrics are means over the pieces, and over the whole batch:
 
@@ -137,7 +162,7 @@ def make_train_step(
     update = make_update(config, train)
 
     def train_step(train_state: TrainState, batch: Traced) -> tuple[TrainState, Metrics]:
-        state = _empty_state(config, *batch.inputs.shape)
+        state = keep_rows(_empty_state(config, *batch.inputs.shape))
         if train.streaming:
             state = _continued(state, train_state.stream, batch.starts)
             train_state = replace(train_state, stream=None)
@@ -155,19 +180,18 @@ def make_train_step(
 
     if mesh is None:
         return jax.jit(train_step, donate_argnums=0)
-    placed = train_state_shardings(mesh)
+
+    def on_mesh(train_state: TrainState, batch: Traced) -> tuple[TrainState, Metrics]:
+        with traced_on(mesh):
+            return train_step(train_state, batch)
+
+    placed = train_state_shardings(config, train, mesh)
     return jax.jit(
-        train_step,
+        on_mesh,
         in_shardings=(placed, by_rows(mesh)),
         out_shardings=(placed, replicated(mesh)),
         donate_argnums=0,
     )
-
-
-def train_state_shardings(mesh: Mesh) -> Any:
-    """Where a train state lives: everything on every device, but streams by rows. A prefix."""
-    whole = replicated(mesh)
-    return TrainState(whole, whole, whole, whole, whole, by_rows(mesh))  # pyright: ignore[reportArgumentType]
 
 
 def make_update(config: ModelConfig, train: TrainConfig) -> Callable:
