@@ -115,7 +115,7 @@ def test_revive_by_hand():
             assert revived["count"][unit, 0, code] == (mean if dead else count[unit, 0, code])
 
 
-def test_revival_is_the_same_on_eight_devices_and_in_parts():
+def test_revival_on_eight_devices_is_that_of_one_device_in_parts():
     reviving = replace(TRAIN, revive_below=0.9)
 
     def trained(train, devices):
@@ -128,19 +128,14 @@ def test_revival_is_the_same_on_eight_devices_and_in_parts():
             state, _ = step(state, batch)
         return jax.device_get((state.codebook, state.params))
 
-    one, eight, parts = (
-        trained(reviving, 1),
-        trained(reviving, 8),
-        trained(replace(reviving, accumulate=4), 1),
-    )
-    for other in (eight, parts):
-        assert distance(other[0], one[0]) < 1e-4
-        assert distance(other[1], one[1]) < 1e-3
+    eight, parts = trained(reviving, 8), trained(replace(reviving, accumulate=4), 1)
+    assert distance(parts[0], eight[0]) < 1e-4
+    assert distance(parts[1], eight[1]) < 1e-3
     # Control: it happened. Moving averages alone have this total, whatever the codes.
     total = 8.0
     for hits in (64, 64, 64, 64, 64, 64 - 12):
         total = 0.99 * total + 0.01 * hits
-    assert np.all(one[0]["count"].sum(-1) > total + 0.1)
+    assert np.all(eight[0]["count"].sum(-1) > total + 0.1)
 
 
 # The first codebook
@@ -150,7 +145,7 @@ def test_first_codebook_holds_keys_of_the_batch():
     state, batch = START(CONFIG, TRAIN), one_batch()
     batch.loss_mask[:, 6:] = False
     start = jax.jit(start_codebook, static_argnums=(0, 1))
-    began = start(CONFIG, TRAIN, state, batch)
+    began = start(CONFIG, TRAIN, state, jax.device_put(batch, by_rows(data_mesh())))
     words = vq.codewords(began.codebook)
     keys = keys_of_first_unit(state.params, batch.inputs[:, :6]).reshape(-1, 8)
     nearest = np.abs(words[0, 0][:, None] - keys).max(-1).min(-1)
@@ -175,10 +170,6 @@ def test_first_codebook_holds_keys_of_the_batch():
 
     assert off(second_keys(began.codebook)) < 1e-4
     assert off(second_keys(state.codebook)) > 1e-3
-    # On eight devices it is the same.
-    spread = jax.device_put(batch, by_rows(data_mesh()))
-    eight = start(CONFIG, TRAIN, state, spread)
-    assert distance(eight.codebook, began.codebook) < 1e-4
 
 
 # Streaming

@@ -163,41 +163,32 @@ def test_muon_makes_matrices_of_units_orthogonal():
 
 
 def test_parts_of_a_batch_add_up_to_the_whole():
-    """Two updates, in float64: parameters, codebook, metrics. The mask makes parts uneven."""
+    """Two updates, in float64: parameters, codebook, metrics; with the memory of a part."""
     with jax.enable_x64(True):
         names = ("compute_dtype", "param_dtype", "state_dtype")
         config = CONFIG.replace(**dict.fromkeys(names, "float64"))
-        batch = one_batch()
-        mask = batch.loss_mask.copy()
-        mask[1, 5:] = False
-        batch = batch._replace(loss_mask=mask)
+        train = replace(TRAIN, batch_size=16)
+        batch = one_batch(train)
+        batch.loss_mask[1, 5:] = False  # parts are uneven
 
-        def result(accumulate, batch):
-            train = replace(TRAIN, accumulate=accumulate)
-            state, metrics = make_train_step(config, train)(START(config, train), batch)
-            return jax.tree.leaves((state, dict(sorted(metrics.items()))))
+        def compiled(accumulate):
+            plan = replace(train, accumulate=accumulate)
+            return make_train_step(config, plan).lower(START(config, plan), batch).compile()
 
-        whole, parts = result(1, batch), result(2, batch)
-        for a, b in zip(whole, parts, strict=True):
-            np.testing.assert_allclose(b, a, rtol=1e-6, atol=1e-10)  # metrics are float32
-        # Controls: a row that is lost or taken twice would be noticed.
-        doubled = jax.tree.map(lambda x: x[np.array([0, 1, 2, 2])], batch)
-        far = [np.abs(a - b).max() for a, b in zip(whole, result(2, doubled), strict=True)]
-        assert max(far[1:-8]) > 1e-4
+        def result(step, batch):
+            state, metrics = step(START(config, train), batch)
+            return jax.tree.leaves((state.params, state.codebook, metrics))
 
-
-def test_accumulation_takes_the_memory_of_a_part():
-    config = CONFIG.replace(d_model=32, block_len=64)
-    train = TrainConfig(batch_size=16, sequence_len=64, steps=4)
-
-    def temporary_bytes(accumulate):
-        plan = replace(train, accumulate=accumulate)
-        state = jax.eval_shape(functools.partial(init_train_state, config, plan))
-        batch = one_batch(plan)
-        compiled = make_train_step(config, plan).lower(state, batch).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    assert temporary_bytes(8) < 0.5 * temporary_bytes(1)
+        whole, parts = compiled(1), compiled(4)
+        expected = result(whole, batch)
+        for a, b in zip(result(parts, batch), expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-10)  # metrics are float32
+        # Control: a row that is lost, and another taken twice, would be noticed.
+        doubled = jax.tree.map(lambda x: x[np.minimum(np.arange(16), 14)], batch)
+        pairs = zip(result(parts, doubled), expected, strict=True)
+        assert max(np.abs(a - b).max() for a, b in pairs) > 1e-4
+        used, least = (x.memory_analysis().temp_size_in_bytes for x in (whole, parts))
+        assert least < 0.7 * used
 
 
 def test_every_part_has_dropout_and_places_of_its_own():

@@ -633,7 +633,7 @@ def test_killed_at_any_moment_and_resumed_is_unbroken(tmp_path, user_env):
         while lines(name) < count:
             assert process.poll() is None
             time.sleep(0.005)
-        time.sleep(random.uniform(0, 0.3))  # in an update, a validation, a save
+        time.sleep(random.uniform(0, 0.1))  # in an update, a validation, a save
         process.send_signal(number)
         return process.communicate()[0], process.returncode
 
