@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from transformer_vq.nn.model import Model, State, init_model, init_state
     from transformer_vq.ops.generate import SamplingParams, Token, generate, stream
     from transformer_vq.ops.sample import SampleConfig, sample_op
+    from transformer_vq.ops.score import score
 
 # Public name: the module it lives in, imported when first asked for. So `tvq --help` and readers of
 # configurations do not wait for JAX.
@@ -20,6 +21,7 @@ _HOMES = {
     "nn.model": ["Model", "State", "init_model", "init_state"],
     "ops.generate": ["SamplingParams", "Token", "generate", "stream"],
     "ops.sample": ["SampleConfig", "sample_op"],
+    "ops.score": ["score"],
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -39,6 +41,7 @@ __all__ = [
     "load_state",
     "sample_op",
     "save_state",
+    "score",
     "stream",
 ]
 

@@ -207,16 +207,7 @@ class Session:
         The pieces of a prompt depend on its length only, so that the same programs make the same
         state of it, to the bit, whatever else is in the batch.
         """
-        batch = self._state.position.shape[0]
-        left = self._unread
-        while any(left):
-            sizes = [_piece(len(prompt)) for prompt in left]
-            size = max(sizes)
-            tokens, lengths = np.zeros((batch, size), np.int32), np.zeros(batch, np.int32)
-            for row, prompt in enumerate(left):
-                if sizes[row] == size:
-                    piece, left[row] = prompt[:size], prompt[size:]
-                    tokens[row, : len(piece)], lengths[row] = piece, len(piece)
+        for tokens, lengths in prompt_pieces(self._unread, self._state.position.shape[0]):
             tokens, lengths = self._place((tokens, lengths))
             self._state = prefill(self.model, self._state, tokens, lengths, mesh=self.mesh)
 
@@ -426,6 +417,22 @@ def _controls(params: list[SamplingParams], batch: int, vocab_size: int) -> Cont
         stop_tokens=jnp.asarray(stops),
         min_tokens=column("min_tokens", np.int32),
     )
+
+
+def prompt_pieces(left: list[Sequence[int]], batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pieces of prompts: tokens `[batch, size]` and how many of each row are real, `[batch]`.
+
+    Takes them off the prompts in `left`. The sizes are few, whatever the lengths.
+    """
+    while any(left):
+        sizes = [_piece(len(prompt)) for prompt in left]
+        size = max(sizes)
+        tokens, lengths = np.zeros((batch, size), np.int32), np.zeros(batch, np.int32)
+        for row, prompt in enumerate(left):
+            if sizes[row] == size:
+                piece, left[row] = prompt[:size], prompt[size:]
+                tokens[row, : len(piece)], lengths[row] = piece, len(piece)
+        yield tokens, lengths
 
 
 def _piece(length: int) -> int:

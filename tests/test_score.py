@@ -1,0 +1,63 @@
+"""Scores of texts: what `extend` says of every token, however long the texts are."""
+
+import jax
+import numpy as np
+import pytest
+
+from test_generate import MODEL, VOCAB, empty_state, random_prompt
+from transformer_vq import SamplingParams, extend, generate, init_state, score
+from transformer_vq.ops import generate as generate_module
+
+
+def plain(model, text, state=None):
+    """The same, one text at a time and from whole logits."""
+    state = init_state(model.config, 1) if state is None else state
+    logits, _ = extend(model, state, np.array([text], np.int32))
+    logits = np.concatenate([np.asarray(state.logits)[:, None], logits[:, :-1]], axis=1)[0]
+    return np.asarray(jax.nn.log_softmax(logits))[np.arange(len(text)), text]
+
+
+def test_scores_of_ragged_texts(monkeypatch):
+    """Texts that take one piece and many; one token; the first of a text has no score."""
+    monkeypatch.setattr(generate_module, "PREFILL_SIZES", (1, 4, 16))
+    rng = np.random.default_rng(3)
+    texts = [rng.integers(0, VOCAB, n).tolist() for n in (1, 5, 16, 37)]
+    for text, scores in zip(texts, score(MODEL, texts), strict=True):
+        assert scores[0] is None and len(scores) == len(text)
+        np.testing.assert_allclose(np.array(scores[1:], float), plain(MODEL, text)[1:], atol=2e-5)
+    wrong = [text[::-1] for text in texts]  # control
+    assert (
+        max(abs(a - b) for a, b in zip(score(MODEL, wrong)[3][1:], scores[1:], strict=True)) > 0.1
+    )
+
+
+def test_scores_continue_a_state():
+    """Of one row for all, as a fork: the first token then has a score too."""
+    rng = np.random.default_rng(4)
+    prompt, texts = random_prompt(rng), [random_prompt(rng) for _ in range(3)]
+    _, state = extend(MODEL, init_state(MODEL.config, 1), np.array([prompt], np.int32))
+    before = [np.array(leaf) for leaf in jax.tree.leaves(state)]
+    for text, scores in zip(texts, score(MODEL, texts, state), strict=True):
+        whole = plain(MODEL, prompt + text)[len(prompt) :]
+        np.testing.assert_allclose(np.array(scores, float), whole, atol=2e-5)
+    for leaf, as_it_was in zip(jax.tree.leaves(state), before, strict=True):
+        np.testing.assert_array_equal(leaf, as_it_was)
+
+
+def test_scores_are_the_log_probabilities_of_sampling():
+    from transformer_vq import stream
+
+    params = SamplingParams(max_tokens=20, logprobs=True, temperature=0.7, seed=3)
+    tokens = list(stream(MODEL, [[5, 6]], params))
+    assert generate(MODEL, [[5, 6]], params)[0] == tokens
+    scores = score(MODEL, [[5, 6, *tokens]])[0][2:]
+    np.testing.assert_allclose(scores, [t.logprob for t in tokens], atol=2e-5)
+
+
+def test_wrong_texts():
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        score(MODEL, [[1], []])
+    with pytest.raises(ValueError, match="prompt 0 has the token 64"):
+        score(MODEL, [[VOCAB]])
+    with pytest.raises(ValueError, match="3 rows for 2 prompts"):
+        score(MODEL, [[1], [2]], empty_state(MODEL, 3))
