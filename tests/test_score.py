@@ -25,10 +25,8 @@ def test_scores_of_ragged_texts(monkeypatch):
     for text, scores in zip(texts, score(MODEL, texts), strict=True):
         assert scores[0] is None and len(scores) == len(text)
         np.testing.assert_allclose(np.array(scores[1:], float), plain(MODEL, text)[1:], atol=2e-5)
-    wrong = [text[::-1] for text in texts]  # control
-    assert (
-        max(abs(a - b) for a, b in zip(score(MODEL, wrong)[3][1:], scores[1:], strict=True)) > 0.1
-    )
+    wrong = score(MODEL, [text[::-1] for text in texts])[3]  # control
+    assert max(abs(a - b) for a, b in zip(wrong[1:], scores[1:], strict=True)) > 0.1
 
 
 def test_scores_continue_a_state():

@@ -419,7 +419,7 @@ def _controls(params: list[SamplingParams], batch: int, vocab_size: int) -> Cont
     )
 
 
-def prompt_pieces(left: list[Sequence[int]], batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def prompt_pieces(left: list[list[int]], batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Pieces of prompts: tokens `[batch, size]` and how many of each row are real, `[batch]`.
 
     Takes them off the prompts in `left`. The sizes are few, whatever the lengths.
