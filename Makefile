@@ -52,8 +52,8 @@ clean: ## remove the environment and the caches; runs/ stays
 # ---------------------------------------------------------------- the environment
 
 $(VENV)/.installed-run:  EXTRAS :=
-$(VENV)/.installed-test: EXTRAS := [test,text]
-$(VENV)/.installed-dev:  EXTRAS := [test,text,dev]
+$(VENV)/.installed-test: EXTRAS := [test,text,parquet]
+$(VENV)/.installed-dev:  EXTRAS := [test,text,parquet,dev]
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	@$(BIN)/python -c '$(SUPPORTED)' || { \

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from transformer_vq.cli.common import progress_bar, run_data
-from transformer_vq.cli.parse import UsageError, option
-from transformer_vq.data import split
+from transformer_vq.cli.parse import DataPaths, UsageError, flat, option
+from transformer_vq.data import ByteTokenizer
 
 if TYPE_CHECKING:
     from transformer_vq import Model
@@ -32,7 +32,9 @@ class Evaluate:
 """
 
     run: Annotated[Path, option("folder of a trained run", "DIR")]
-    data: Annotated[str, option("text to score", "FILE", default="that of the run")] = ""
+    data: Annotated[
+        DataPaths, option("files or folders to score", "PATH", default="those of the run")
+    ] = ()
     split: Annotated[
         str, option("train, validation, test (90, 5 and 5 % of the file) or all", "NAME")
     ] = "test"
@@ -48,16 +50,14 @@ class Evaluate:
         from transformer_vq.ops.run import load_run
 
         model, info = load_run(self.run)
-        path, tokens = run_data(info.data, self.data)
-        tokens = split(tokens, self.split)
+        source = run_data(info.data, flat(self.data), ByteTokenizer())
+        part = source.split(self.split)
         began = time.monotonic()
-        result = score(
-            model, info, tokens, rows=self.rows, chunk_len=self.chunk_len, quiet=self.json
-        )
+        result = score(model, info, part, rows=self.rows, chunk_len=self.chunk_len, quiet=self.json)
         record = {
             "run": str(self.run),
             "step": info.step,
-            "data": str(path),
+            "data": source.path,
             "split": self.split,
             **summary(result),
             "seconds": round(time.monotonic() - began, 3),

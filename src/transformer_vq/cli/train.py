@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
-from transformer_vq.cli.parse import UsageError, as_usage, option, overrides
+from transformer_vq.cli.parse import DataPaths, UsageError, as_usage, flat, option, overrides
 from transformer_vq.config import PRESETS, ModelConfig, TrainConfig
+from transformer_vq.data import ByteTokenizer, OnError, require_length
 
 DEFAULT_PRESET = "tiny"  # minutes on a laptop
 
@@ -26,23 +27,42 @@ else:
 
 @dataclass
 class Train:
-    """Train a model on the bytes of a file, and leave it in a run folder.
+    """Train a model on files, and leave it in a run folder.
 
-    The first 90 % of the file are trained on, the next 5 % are scored now and then (validation),
-    the last 5 % are kept for `tvq eval` (test). The run folder gets config.json, metrics.jsonl
-    and checkpoints. The same command gives the same losses, digit for digit. Ctrl-C saves and
-    stops; --resume goes on.
+    Each file is a document, and so is each line of .jsonl and each row of .parquet; the folders
+    train, validation and test in a folder are its splits. Otherwise the first 90 % are trained on,
+    the next 5 % are scored now and then (validation), the last 5 % are kept for `tvq eval` (test).
+    The run folder gets config.json, metrics.jsonl and checkpoints. The same command gives the same
+    losses, digit for digit. Ctrl-C saves and stops; --resume goes on.
     """
 
     examples: ClassVar[str] = """
   tvq train --data book.txt --out runs/book
   tvq train --data book.txt --out runs/book --resume --steps 4000
+  tvq train --data books/ more.jsonl.gz --out runs/books
   tvq train --data enwik8.gz --out runs/e8 --preset small --config.d-model 384 \\
       --train.batch-size 16 --train.sequence-len 4096 --train.update-len 1024
 """
 
     out: Annotated[Path, option("folder of the run; made if need be", "DIR")]
-    data: Annotated[str, option("any file, .gz too", "FILE", default="that of the run")] = ""
+    data: Annotated[
+        DataPaths,
+        option(
+            "files or folders; .gz, .zst, .jsonl and .parquet too",
+            "PATH",
+            default="those of the run",
+        ),
+    ] = ()
+    text_column: Annotated[
+        str, option("where .jsonl and .parquet have the text", "NAME", default="text")
+    ] = ""
+    on_error: Annotated[
+        OnError | None,
+        option(
+            "at a document that cannot be read: stop or skip it; skipped ones are counted",
+            default="stop",
+        ),
+    ] = None
     preset: Annotated[
         str,
         option(
@@ -66,22 +86,26 @@ class Train:
         if not self.data and saved is None:
             missing = f"there is no run in {self.out} to resume" if self.resume else "no --data"
             raise UsageError(f"{missing}: give --data FILE, the file to train on")
-        path = Path(self.data or (saved or {})["data"]["path"]).resolve()
 
-        from transformer_vq.data import load_bytes, require_length, split
+        from transformer_vq.cli.common import (
+            describe_data,
+            describe_model,
+            open_data,
+            program,
+            train_with_progress,
+        )
 
-        tokens = load_bytes(path)
-        part = split(tokens, "train")
-        require_length(part, train.sequence_len, f"the train split of {path}")
+        paths, how = self._data(saved["data"] if saved else {})
+        source = open_data(paths, tokenizer=ByteTokenizer(), **how)
+        part = source.split("train")
+        require_length(part.tokens, train.sequence_len, f"the train split of {source.path}")
 
-        from transformer_vq.cli.common import describe_model, program, train_with_progress
         from transformer_vq.ops.run import DataSource
 
         print(f"model: {describe_model(config)}")
-        print(f"data: {path}, {len(tokens):,} bytes, of which {len(part):,} to train on")
-        result = train_with_progress(
-            config, train, tokens, self.out, data=DataSource.of(path, tokens), resume=self.resume
-        )
+        print(f"data: {describe_data(source, part)}")
+        data = DataSource.of(paths[0], source, more_paths=tuple(paths[1:]), **how)
+        result = train_with_progress(config, train, source, self.out, data=data, resume=self.resume)
         out = shlex.quote(str(self.out))
         again = f"{program()} train --resume --out {out}"
         if result.status == "interrupted":
@@ -95,6 +119,14 @@ class Train:
         print(f"  {program()} sample --run {out}")
         print(f"  {again} --steps {2 * result.step}")
         return 0
+
+    def _data(self, saved: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+        """Paths, and how to read them: as given, or as the saved run did."""
+        given = flat(self.data) or [saved["path"], *saved.get("more_paths", ())]
+        paths = [str(Path(path).resolve()) for path in given]
+        how = {"text_column": self.text_column, "on_error": self.on_error}
+        defaults = {"text_column": "text", "on_error": "stop"}
+        return paths, {k: v or saved.get(k, defaults[k]) for k, v in how.items()}
 
     def _configs(self, saved: dict[str, Any] | None) -> tuple[ModelConfig, TrainConfig]:
         """Model and run: of the saved run or the preset, with what was given on top."""

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from transformer_vq.config import ModelConfig
-from transformer_vq.data import check_tokens, eval_chunks
+from transformer_vq.data import Source, as_source, check_tokens, eval_chunks
 from transformer_vq.nn.model import DEFAULT_CAPACITY, Model, State, forward, init_state
 from transformer_vq.ops.loss import token_nll
 from transformer_vq.types import PerRow, Tokens
@@ -25,16 +25,17 @@ class Evaluation:
     loss: float  # nats per token
     tokens: int  # that were predicted
     by_position: list[tuple[int, int, float]]  # (start, end, loss): with start <= history < end
+    bytes_per_token: float = 1.0  # of the original data
 
     @property
     def bpb(self) -> float:
-        """Bits per token: bits per byte where a token is a byte."""
-        return self.loss / math.log(2.0)
+        """Bits per byte of the original data."""
+        return self.loss / math.log(2.0) / self.bytes_per_token
 
 
 def evaluate(
     model: Model,
-    tokens: np.ndarray,
+    tokens: np.ndarray | Source,
     *,
     chunk_len: int = 2048,
     rows: int = 1,
@@ -48,7 +49,8 @@ def evaluate(
 
     Args:
       model: neither changed nor donated.
-      tokens: integers `[N]` below `config.vocab_size`. The first of each row is not predicted.
+      tokens: a source, or bare integers `[N]`; below `config.vocab_size`. The first of each row is
+        not predicted.
       chunk_len: tokens of each row in one call: more need more memory.
       rows: streams that the tokens are cut into and that are scored side by side, each with a
         history of its own.
@@ -61,6 +63,8 @@ def evaluate(
       DataError: for fewer than two tokens in a row.
       ValueError: for a token outside of the vocabulary, and for sizes that make no sense.
     """
+    source = as_source(tokens)
+    tokens = source.tokens
     if max_tokens is not None:
         if max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens}: it must be at least 1")
@@ -102,6 +106,7 @@ def evaluate(
             (int(BIN_STARTS[i]), int(ends[i]), float(sums[i] / counts[i]))
             for i in np.flatnonzero(counts)
         ],
+        bytes_per_token=source.bytes_per_token,
     )
 
 

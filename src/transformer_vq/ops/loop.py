@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from transformer_vq.config import ModelConfig, TrainConfig
-from transformer_vq.data import Batch, Batches, check_tokens, require_length
+from transformer_vq.data import Batch, Batches, Source, as_source, check_tokens, require_length
 from transformer_vq.io.checkpoint import Checkpoints
 from transformer_vq.metrics import MetricsLog, Record
 from transformer_vq.nn.model import Model
@@ -41,12 +41,12 @@ class TrainResult:
 def train(
     config: ModelConfig,
     train: TrainConfig,
-    tokens: np.ndarray,
-    validation: np.ndarray | None,
+    tokens: np.ndarray | Source,
+    validation: np.ndarray | Source | None,
     folder: str | os.PathLike,
     *,
     data: DataSource | None = None,
-    tokenizer: str = "bytes",
+    tokenizer: str = "",
     resume: bool = False,
     max_seconds: float | None = None,
     mesh: Mesh | None = None,
@@ -63,11 +63,11 @@ def train(
       config: the model. Its `vocab_size` covers the tokens.
       train: the run. An update is a piece of a batch, so a run ends with the batch that reaches
         `train.steps`. Between sittings, all but the data fields (`run.DATA_FIELDS`) may change.
-      tokens: integers `[N]` to train on, memory-mapped or not.
-      validation: integers `[N]` that are scored every `evaluate_every` updates and at the end.
+      tokens: what to train on: a source, or bare integers `[N]`, memory-mapped or not.
+      validation: the same, scored every `evaluate_every` updates and at the end.
       folder: of the run; made if need be.
       data: what the tokens are part of, for the record; a resumed run must have the same.
-      tokenizer: the name of what made the tokens.
+      tokenizer: the name of what made the tokens; by default that of the source.
       resume: go on from the newest checkpoint, or start if there is none yet.
       max_seconds: stop this sitting after about so long and a batch at least, with a checkpoint.
         The schedule of the learning rate goes by steps all the same.
@@ -83,25 +83,31 @@ def train(
     """
     mesh = mesh or data_mesh()
     require_divisible(train.batch_size, mesh)
-    require_length(tokens, train.sequence_len)
-    for part in (tokens, validation):
+    source = as_source(tokens)
+    held_out = None if validation is None else as_source(validation)
+    require_length(source.tokens, train.sequence_len)
+    for part in (source, held_out):
         _require_in_vocabulary(part, config.vocab_size)
-    if validation is not None and len(validation) < 2:
+    if held_out is not None and len(held_out.tokens) < 2:
         say("the validation split is too short to score: none is made")
-        validation = None
-    data = data or DataSource.of("", tokens)
+        held_out = None
+    data = data or DataSource.of("", source)
     folder = Path(folder)
+    tokenizer = tokenizer or source.tokenizer.name
     info = open_run(folder, RunInfo(config, train, data, tokenizer), resume=resume)
+    if jax.process_index() == 0:
+        source.tokenizer.save(folder)
     step = info.step
     with (
         StopSignals() as stop,
         checkpoints_of(folder, train.keep_checkpoints) as checkpoints,
         contextlib.closing(MetricsLog(folder / "metrics.jsonl", step)) as log,
-        contextlib.closing(_batches(tokens, train, step)) as batches,
+        contextlib.closing(_batches(source, train, step)) as batches,
     ):
         if step:
             say(f"resuming at step {step}")
-        sitting = _Sitting(info, validation, mesh, stop, checkpoints, log, on_record, say)
+        rate = source.bytes_per_token
+        sitting = _Sitting(info, rate, held_out, mesh, stop, checkpoints, log, on_record, say)
         return sitting.run(batches, max_seconds)
 
 
@@ -111,7 +117,8 @@ class _Sitting:
     def __init__(
         self,
         info: RunInfo,
-        validation: np.ndarray | None,
+        bytes_per_token: float,
+        validation: Source | None,
         mesh: Mesh,
         stop: StopSignals,
         checkpoints: Checkpoints,
@@ -120,6 +127,7 @@ class _Sitting:
         say: Callable[[str], None],
     ):
         self.info, self.config, self.train = info, info.config, info.train
+        self.bytes_per_token = bytes_per_token
         self.validation, self.mesh, self.stop = validation, mesh, stop
         self.checkpoints, self.log = checkpoints, log
         self.on_record, self.say = on_record, say
@@ -207,7 +215,7 @@ class _Sitting:
         record = {
             "step": step,
             "loss": (loss := values.pop("loss")),
-            "bpb": loss / math.log(2.0),
+            "bpb": loss / math.log(2.0) / self.bytes_per_token,
             "tokens_per_second": tokens / (time.monotonic() - then),
             "seconds": self.seconds(),
             **values,
@@ -264,10 +272,10 @@ class _Sitting:
             self.say(f"saved step {step} in {self.checkpoints.folder}")
 
 
-def _batches(tokens: np.ndarray, train: TrainConfig, step: int) -> Generator[Batch]:
+def _batches(source: Source, train: TrainConfig, step: int) -> Generator[Batch]:
     """This process's share of the batches from the one that follows `step` updates."""
     batches = Batches(
-        tokens,
+        source.tokens,
         batch_size=train.batch_size,
         sequence_len=train.sequence_len,
         seed=train.seed,
@@ -277,9 +285,10 @@ def _batches(tokens: np.ndarray, train: TrainConfig, step: int) -> Generator[Bat
     yield from batches.iterate(step // train.updates_per_sequence)
 
 
-def _require_in_vocabulary(tokens: np.ndarray | None, vocab_size: int) -> None:
+def _require_in_vocabulary(source: Source | None, vocab_size: int) -> None:
     """Raise `ValueError` naming the first token outside of the vocabulary."""
-    if tokens is None or not len(tokens) or np.iinfo(tokens.dtype).max < vocab_size:
+    tokens = np.zeros(0, np.uint8) if source is None else source.tokens
+    if not len(tokens) or np.iinfo(tokens.dtype).max < vocab_size:
         return  # bytes need no look
     if tokens.min() < 0 or tokens.max() >= vocab_size:
         check_tokens(tokens, vocab_size)

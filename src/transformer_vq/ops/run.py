@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from transformer_vq.config import ModelConfig, TrainConfig
-from transformer_vq.data import fingerprint
+from transformer_vq.data import OnError, Source, as_source
 from transformer_vq.io.checkpoint import Checkpoints
 from transformer_vq.nn.model import Model, init_model
 
@@ -34,14 +34,26 @@ class RunError(ValueError):
 class DataSource:
     """What a run was trained on: where it was, and what identifies it wherever it is now."""
 
-    path: str
+    path: str  # the first of the paths
     size: int  # tokens, all splits together
     fingerprint: str  # SHA-256 of them
+    documents: int = 1
+    more_paths: tuple[str, ...] = ()
+    text_column: str = "text"  # these: how they were read
+    on_error: OnError = "stop"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "more_paths", tuple(self.more_paths))  # JSON knows lists only
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.path, *self.more_paths)
 
     @classmethod
-    def of(cls, path: str | os.PathLike, tokens: np.ndarray) -> "DataSource":
-        """The source `tokens` `[N]`, loaded from `path`. Reads all of them."""
-        return cls(str(path), len(tokens), fingerprint(tokens))
+    def of(cls, path: str | os.PathLike, tokens: np.ndarray | Source, **how: Any) -> "DataSource":
+        """The source `tokens`, loaded from `path`, and how. Reads all of them, if it must."""
+        source = as_source(tokens)
+        return cls(str(path), len(source.tokens), source.fingerprint, len(source.starts), **how)
 
 
 @dataclass(frozen=True)
