@@ -115,7 +115,7 @@ def test_given_splits_as_pg19_has_them(tmp_path):
         assert part.tokens.tobytes() == EOS + text.encode() and part.num_bytes == len(text.encode())
     assert "metadata.csv" in source.notes[0]
     write(tmp_path, "more.txt", "more")
-    with pytest.raises(DataError, match="more.txt belongs to no split"):
+    with pytest.raises(DataError, match=r"more.txt belongs to no split"):
         open_source([tmp_path, tmp_path / "more.txt"])
 
 
@@ -254,7 +254,7 @@ def test_no_data_at_all(tmp_path):
     with pytest.raises(DataError, match="is a directory without files"):
         open_source([tmp_path])
     path = write(tmp_path, "t.jsonl", "nothing\n")
-    with pytest.raises(DataError, match="hold no data: skipped 1 broken record: .*line 1 is not"):
+    with pytest.raises(DataError, match=r"hold no data: skipped 1 broken record: .*line 1 is not"):
         open_source([path], on_error="skip")
 
 

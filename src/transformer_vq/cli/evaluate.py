@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from transformer_vq.cli.common import progress_bar, run_data
 from transformer_vq.cli.parse import DataPaths, UsageError, flat, option
-from transformer_vq.data import ByteTokenizer
+from transformer_vq.data import run_tokenizer
 
 if TYPE_CHECKING:
     from transformer_vq import Model
@@ -50,7 +50,7 @@ class Evaluate:
         from transformer_vq.ops.run import load_run
 
         model, info = load_run(self.run)
-        source = run_data(info.data, flat(self.data), ByteTokenizer())
+        source = run_data(info.data, flat(self.data), run_tokenizer(self.run))
         part = source.split(self.split)
         began = time.monotonic()
         result = score(model, info, part, rows=self.rows, chunk_len=self.chunk_len, quiet=self.json)

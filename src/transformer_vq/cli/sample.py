@@ -13,7 +13,14 @@ from tyro.conf import UseAppendAction
 
 from transformer_vq.cli.common import progress_bar, size
 from transformer_vq.cli.parse import UsageError, as_usage, option
-from transformer_vq.data import ByteTokenizer, StreamDecoder, load_bytes
+from transformer_vq.cli.stops import TextStops
+from transformer_vq.data import (
+    ByteTokenizer,
+    StreamDecoder,
+    Tokenizer,
+    load_bytes,
+    run_tokenizer,
+)
 
 if TYPE_CHECKING:
     from transformer_vq import Model, SamplingParams, State, Token
@@ -82,14 +89,18 @@ class Sample:
                 f"--save-state keeps one state and --num-samples is {self.num_samples}: make it 1"
             )
         _check_folder(self.save_state)
-        prompt = prompt_tokens(self.prompt, self.prompt_file)
+        tokenizer = run_tokenizer(self.run)
+        prompt = prompt_tokens(self.prompt, self.prompt_file, tokenizer)
+        self._params(self.seed, tokenizer)  # wrong ones are refused before anything is read
 
         from transformer_vq.io.state import save_state
 
-        every = [self._params(self.seed + i) for i in range(self.num_samples)]
         model, info, given = open_model(self.run, self.state)
+        several = info.data.documents > 1  # then the model knows where a document ends
+        seeds = range(self.seed, self.seed + self.num_samples)
+        every = [self._params(seed, tokenizer, ends=several) for seed in seeds]
         if not prompt and given is None:
-            prompt = [ByteTokenizer().start_id]
+            prompt = [tokenizer.eos_id if several else tokenizer.start_id]
 
         # What all samples share is read once, unless penalties need to know what the prompt was.
         shared = self.repetition_penalty == 1
@@ -102,8 +113,8 @@ class Sample:
                 header = f"── sample {i + 1} of {self.num_samples}, seed {params.seed} "
                 print(("\n" if i else "") + header.ljust(60, "─"))
             session = _session(model, [] if shared else prompt, params, start)
-            tokens = self._write(session)
-            records.append(self._record(params, tokens))
+            tokens, text = self._write(session, tokenizer)
+            records.append(self._record(params, tokens, text))
             if self.save_state:
                 state = _state_after(model, start, [] if shared else prompt, tokens, session)
         if self.json:
@@ -114,9 +125,13 @@ class Sample:
             print(f"tvq: the state is in {self.save_state}", file=sys.stderr)
         return 0
 
-    def _params(self, seed: int) -> "SamplingParams":
+    def _params(self, seed: int, tokenizer: Tokenizer, *, ends: bool = False) -> "SamplingParams":
+        """`ends`: stop where the model ends a document."""
         from transformer_vq import SamplingParams
 
+        stop: list[list[int]] = [[tokenizer.eos_id]] if ends else []
+        if isinstance(tokenizer, ByteTokenizer):  # else `_write` looks for them in the text
+            stop += [tokenizer.encode(unescape(text)) for text in self.stop]
         try:
             return SamplingParams(
                 max_tokens=self.max_tokens,
@@ -128,31 +143,46 @@ class Sample:
                 presence_penalty=self.presence_penalty,
                 frequency_penalty=self.frequency_penalty,
                 seed=seed,
-                stop=[ByteTokenizer().encode(unescape(text)) for text in self.stop],
+                stop=stop,
                 logprobs=self.logprobs,
             )
         except ValueError as error:
             raise as_usage(error, "--", SamplingParams) from None
 
-    def _write(self, session: Any) -> "list[Token]":
-        """The tokens of a session, each shown on the terminal as it comes."""
-        if self.json:
-            return list(session)
-        decoder, tokens = StreamDecoder(), []
+    def _write(self, session: Any, tokenizer: Tokenizer) -> "tuple[list[Token], str]":
+        """The tokens of a session and their text, shown on the terminal as it comes.
+
+        They end before a stop text: a token that holds its beginning is left out.
+        """
+        decoder, tokens, text = StreamDecoder(tokenizer), [], ""
+        by_text = () if isinstance(tokenizer, ByteTokenizer) else map(unescape, self.stop)
+        stops = TextStops(by_text)
+
+        def show(piece: str) -> None:
+            if not (self.json or self.logprobs):
+                print(printable(piece), end="", flush=True)
+
         try:
             for token in session:
                 tokens.append(token)
-                text = _logprob_line(token) if self.logprobs else printable(decoder.push(token))
-                print(text, end="", flush=True)
+                piece = stops.push(decoder.push(token))
+                text += piece
+                show(piece)
+                if stops.found:
+                    break
+                if self.logprobs and not self.json:
+                    print(_logprob_line(token, tokenizer), end="", flush=True)
         finally:  # also if it is interrupted
-            if not self.logprobs:
-                print(printable(decoder.flush()), flush=True)
-        return tokens
+            rest = stops.flush(decoder.flush())
+            show(rest + "\n")
+        while stops.found and len(tokenizer.decode_text(tokens)) > len(text):
+            tokens.pop()
+        return tokens, text + rest
 
-    def _record(self, params: "SamplingParams", tokens: "list[Token]") -> dict[str, Any]:
+    def _record(self, params: "SamplingParams", tokens: "list[Token]", text: str) -> dict[str, Any]:
         record: dict[str, Any] = {
             "seed": params.seed,
-            "text": ByteTokenizer().decode_text([int(token) for token in tokens]),
+            "text": text,
             "tokens": [int(token) for token in tokens],
             "stopped": len(tokens) < params.max_tokens,
         }
@@ -181,7 +211,7 @@ class Prefill:
 
     def main(self) -> int:
         _check_folder(self.save_state)
-        prompt = prompt_tokens("", self.prompt_file)
+        prompt = prompt_tokens("", self.prompt_file, run_tokenizer(self.run))
         if not prompt:
             raise UsageError("--prompt-file is empty: give a prompt of one byte or more")
 
@@ -221,13 +251,13 @@ def _check_folder(save_state: str) -> None:
         raise UsageError(f"--save-state is {save_state}: there is no such folder, make it first")
 
 
-def prompt_tokens(text: str, file: str) -> list[int]:
+def prompt_tokens(text: str, file: str, tokenizer: Tokenizer) -> list[int]:
     """The prompt given as text or in a file, as tokens."""
     if text and file:
         raise UsageError("--prompt and --prompt-file are both given: give one")
     if file == "-":
-        return list(sys.stdin.buffer.read())
-    return load_bytes(file).tolist() if file else ByteTokenizer().encode(text)
+        return tokenizer.encode(sys.stdin.buffer.read())
+    return tokenizer.encode(load_bytes(file).tobytes() if file else text)
 
 
 def read(
@@ -300,12 +330,15 @@ _CONTROLS = {code: f"^{chr(code ^ 64)}" for code in (*range(32), 127) if chr(cod
 _CONTROLS |= dict.fromkeys(range(0x80, 0xA0), "\ufffd")
 
 
-def _logprob_line(token: "Token") -> str:
+def _logprob_line(token: "Token", tokenizer: Tokenizer) -> str:
     """A token, its log-probability in nats, and the likeliest tokens with their probabilities."""
     best = list((token.top_logprobs or {}).items())[:4]
-    others = "  ".join(f"{_show_byte(t)} {math.exp(p):.3f}" for t, p in best)
-    return f"{_show_byte(token):6} {token.logprob:9.4f}   {others}\n"
+    others = "  ".join(f"{_show_token(t, tokenizer)} {math.exp(p):.3f}" for t, p in best)
+    return f"{_show_token(token, tokenizer):6} {token.logprob:9.4f}   {others}\n"
 
 
-def _show_byte(token: int) -> str:
-    return repr(chr(token)) if 32 <= token < 127 else f"0x{token:02x}"
+def _show_token(token: int, tokenizer: Tokenizer) -> str:
+    content = tokenizer.decode([int(token)])
+    if len(content) == 1 and not 32 <= content[0] < 127:
+        return f"0x{content[0]:02x}"
+    return repr(content.decode(errors="replace"))

@@ -10,7 +10,14 @@ import tyro
 
 from transformer_vq.cli.parse import DataPaths, UsageError, as_usage, flat, option, overrides
 from transformer_vq.config import PRESETS, ModelConfig, TrainConfig
-from transformer_vq.data import ByteTokenizer, OnError, require_length
+from transformer_vq.data import (
+    ByteTokenizer,
+    OnError,
+    Tokenizer,
+    load_tokenizer,
+    require_length,
+    run_tokenizer,
+)
 
 DEFAULT_PRESET = "tiny"  # minutes on a laptop
 
@@ -40,6 +47,7 @@ class Train:
   tvq train --data book.txt --out runs/book
   tvq train --data book.txt --out runs/book --resume --steps 4000
   tvq train --data books/ more.jsonl.gz --out runs/books
+  tvq train --data books/ --tokenizer tokenizer.json --out runs/words
   tvq train --data enwik8.gz --out runs/e8 --preset small --config.d-model 384 \\
       --train.batch-size 16 --train.sequence-len 4096 --train.update-len 1024
 """
@@ -53,6 +61,14 @@ class Train:
             default="those of the run",
         ),
     ] = ()
+    tokenizer: Annotated[
+        str,
+        option(
+            "vocabulary: a tokenizer.json or a SentencePiece .model",
+            "FILE",
+            default="bytes, or that of the run",
+        ),
+    ] = ""
     text_column: Annotated[
         str, option("where .jsonl and .parquet have the text", "NAME", default="text")
     ] = ""
@@ -96,7 +112,10 @@ class Train:
         )
 
         paths, how = self._data(saved["data"] if saved else {})
-        source = open_data(paths, tokenizer=ByteTokenizer(), **how)
+        tokenizer = self._tokenizer(saved)
+        if not saved and "vocab_size" not in self.config:
+            config = config.replace(vocab_size=tokenizer.vocab_size)
+        source = open_data(paths, tokenizer=tokenizer, **how)
         part = source.split("train")
         require_length(part.tokens, train.sequence_len, f"the train split of {source.path}")
 
@@ -119,6 +138,18 @@ class Train:
         print(f"  {program()} sample --run {out}")
         print(f"  {again} --steps {2 * result.step}")
         return 0
+
+    def _tokenizer(self, saved: dict[str, Any] | None) -> Tokenizer:
+        """As given, or as the saved run has it, or bytes."""
+        if not self.tokenizer:
+            return run_tokenizer(self.out) if saved else ByteTokenizer()
+        tokenizer = load_tokenizer(self.tokenizer)
+        if saved and tokenizer.name != saved.get("tokenizer"):
+            raise UsageError(
+                f"--tokenizer is {self.tokenizer}, another vocabulary than that of the run in "
+                f"{self.out}: leave it out, or start another run"
+            )
+        return tokenizer
 
     def _data(self, saved: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
         """Paths, and how to read them: as given, or as the saved run did."""

@@ -15,6 +15,7 @@ from transformer_vq.data.text import (
     split,
 )
 from transformer_vq.data.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer, check_tokens
+from transformer_vq.data.vocabulary import load_tokenizer, run_tokenizer, train_tokenizer
 
 __all__ = [
     "Batch",
@@ -32,7 +33,10 @@ __all__ = [
     "eval_chunks",
     "fingerprint",
     "load_bytes",
+    "load_tokenizer",
     "open_source",
     "require_length",
+    "run_tokenizer",
     "split",
+    "train_tokenizer",
 ]

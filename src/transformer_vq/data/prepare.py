@@ -212,7 +212,7 @@ def _build_text(
                     elif not len(document):
                         empty += 1
                     else:
-                        raw.write(memoryview(document))
+                        raw.write(document if isinstance(document, bytes) else document.data)
                         total += len(document)
                         ends.append(total)
                         sizes[name] += len(document)
