@@ -219,6 +219,7 @@ class TrainConfig:
 
     batch_size: int = _doc(8, "sequences in a batch, over all devices")
     sequence_len: int = _doc(1024, "tokens in a sequence")
+    streaming: bool = _doc(False, "rows go on where they stopped, their state carried over batches")
     update_len: int = _doc(0, "tokens of each sequence per update, its state carried; 0: all")
     steps: int = _doc(1000, "updates")
     learning_rate: float = _doc(1e-3, "peak learning rate")

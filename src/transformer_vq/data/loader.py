@@ -1,4 +1,4 @@
-"""Feeds of fixed-shape arrays: shuffled windows to train on, contiguous chunks to evaluate on."""
+"""Feeds of fixed-shape arrays: rows to train on, contiguous chunks to evaluate on."""
 
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
@@ -32,16 +32,25 @@ class EvalChunk(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Batches:
-    """An endless, shuffled sequence of training batches, addressed by index.
+    """An endless sequence of training batches, addressed by index.
 
     Batch i is a pure function of the fields and i, in any process and at any time, so an index
-    is all that a checkpoint needs. The text is cut into windows of `sequence_len` targets. Every
-    epoch cuts at a new random offset and takes every window once, in a new order; a batch may
-    span epochs, so none is dropped.
+    is all that a checkpoint needs. There are three ways to make rows:
 
-    `tokens` is an integer array `[N]`, memory-mapped or not. `batch_size` is global: of several
-    processes, each gets its own share of the rows. Raises `DataError` if the text is shorter
-    than one window, `ValueError` for sizes that make no sense.
+    - The text is cut into windows of `sequence_len` targets, whatever documents are in them. Every
+      epoch cuts at a new random offset and takes every window once, in a new order; a batch may
+      span epochs, so none is dropped.
+    - `streaming`: the text is cut evenly into `batch_size` streams, and row r of a batch continues
+      row r of the one before. At the end of its stream a row begins anew, as another document.
+    - `whole_documents`: a row is a document (a picture), each once an epoch, in a new order.
+
+    A row that is shorter than `sequence_len` is padded with zeros, which the loss mask leaves out.
+
+    `tokens` is an integer array `[N]`, memory-mapped or not; `starts`, integers `[documents]`, says
+    where documents begin in it, the first at 0. `batch_size` is global: of several processes, each
+    gets its own share of the rows. Raises `DataError` if there are fewer than two tokens (when
+    streaming, two for each row), or a document is too long for a row; `ValueError` for sizes that
+    make no sense.
     """
 
     tokens: np.ndarray
@@ -49,6 +58,9 @@ class Batches:
     batch_size: int
     sequence_len: int
     seed: int
+    starts: np.ndarray | None = None
+    streaming: bool = False
+    whole_documents: bool = False
     process_index: int = 0
     process_count: int = 1
 
@@ -67,25 +79,49 @@ class Batches:
                 f"process_index is {self.process_index}: it must be below {self.process_count}"
             )
         require_length(self.tokens, self.sequence_len)
+        if self.streaming and self.whole_documents:
+            raise ValueError("streaming is for text: whole documents do not go on in the next row")
+        if self.streaming and not self._stream_len:
+            raise DataError(
+                f"there are {len(self.tokens):,} of the {self.batch_size + 1:,} tokens that "
+                f"{self.batch_size:,} streams need: use a smaller batch or a larger file"
+            )
+        if self.whole_documents and (longest := int(self._lengths.max())) > self.sequence_len + 1:
+            raise DataError(
+                f"a document has {longest - 1:,} tokens to predict: sequence_len is "
+                f"{self.sequence_len}, and must be as long"
+            )
 
     @property
     def num_windows(self) -> int:
-        """Windows in an epoch: as many as fit, wherever in the first window the cutting starts."""
+        """Rows in an epoch; of one stream, if there are streams.
+
+        Of text, as many as fit, wherever in the first window the cutting starts.
+        """
+        if self.whole_documents:
+            return len(self._starts)
+        if self.streaming:
+            return max(1, self._stream_len // self.sequence_len)
         return max(1, len(self.tokens) // self.sequence_len - 1)
 
     def batch(self, index: int) -> Batch:
         """This process's rows of batch `index`, [batch_size / process_count, sequence_len]."""
         if index < 0:
             raise ValueError(f"the batch index is {index}: it must be at least 0")
-        rows = self.batch_size // self.process_count
-        first = index * self.batch_size + self.process_index * rows
-        windows = np.stack([self._window(first + row) for row in range(rows)])
-        inputs = windows[:, :-1].astype(np.int32)
+        count = self.batch_size // self.process_count
+        first = self.process_index * count
+        rows = [self._row(index, row) for row in range(first, first + count)]
+        windows = np.zeros((count, self.sequence_len + 1), np.int32)
+        for window, (start, stop, _) in zip(windows, rows, strict=True):
+            window[: stop - start] = self.tokens[start:stop]
+        places = np.arange(self.sequence_len)
+        starts, stops, laps = np.array(rows)[:, :, None].transpose(1, 0, 2)
+        documents = np.searchsorted(self._starts, starts + places, side="right") - 1
         return Batch(
-            inputs=inputs,
-            targets=windows[:, 1:].astype(np.int32),
-            loss_mask=np.ones(inputs.shape, np.bool_),
-            document_ids=np.zeros_like(inputs),
+            inputs=np.ascontiguousarray(windows[:, :-1]),
+            targets=np.ascontiguousarray(windows[:, 1:]),
+            loss_mask=places + 1 < stops - starts,
+            document_ids=(documents + laps * len(self._starts)).astype(np.int32),
         )
 
     def iterate(self, start_index: int = 0) -> Iterator[Batch]:
@@ -109,15 +145,43 @@ class Batches:
         # seed is hashed first, or epoch 1 of seed 0 would have the order of epoch 0 of seed 1.
         return grain.MapDataset.range(self.num_windows).shuffle(_draw(self.seed, 2**32)).repeat()
 
-    def _window(self, position: int) -> np.ndarray:
-        """The tokens `[T + 1]` at a position in the endless sequence of windows."""
-        epoch = position // self.num_windows
-        slack = len(self.tokens) - 1 - self.num_windows * self.sequence_len
-        offset = _draw(self.seed, slack + 1, epoch)
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return np.zeros(1, np.int64) if self.starts is None else np.asarray(self.starts)
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        return np.diff(self._starts, append=len(self.tokens))
+
+    @property
+    def _stream_len(self) -> int:
+        """Targets of each stream."""
+        return (len(self.tokens) - 1) // self.batch_size
+
+    def _row(self, index: int, row: int) -> tuple[int, int, int]:
+        """Where a row of the global batch is in the tokens, from start to stop; and its lap.
+
+        Laps tell the documents of a stream that began anew from those it had before.
+        """
+        if self.streaming:
+            lap, window = divmod(index, self.num_windows)
+            base, end = row * self._stream_len, (row + 1) * self._stream_len
+            start = base + self._offset(self._stream_len, lap) + window * self.sequence_len
+            return start, min(start + self.sequence_len, end) + 1, lap
+        position = index * self.batch_size + row
         window = self._order[position]
         assert window is not None  # grain gives None for what a filter drops: there is no filter
+        if self.whole_documents:
+            start = int(self._starts[window])
+            return start, start + int(self._lengths[window]), 0
+        offset = self._offset(len(self.tokens) - 1, position // self.num_windows)
         start = offset + window * self.sequence_len
-        return self.tokens[start : start + self.sequence_len + 1]
+        return start, min(start + self.sequence_len + 1, len(self.tokens)), 0
+
+    def _offset(self, targets: int, epoch: int) -> int:
+        """Where the cutting of so many targets into windows begins, of those that leave room."""
+        slack = max(0, targets - self.num_windows * self.sequence_len)
+        return _draw(self.seed, slack + 1, epoch)
 
 
 def eval_chunks(tokens: np.ndarray, chunk_len: int, rows: int = 1) -> Iterator[EvalChunk]:

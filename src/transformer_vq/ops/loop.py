@@ -276,6 +276,9 @@ def _batches(source: Source, train: TrainConfig, step: int) -> Generator[Batch]:
     """This process's share of the batches from the one that follows `step` updates."""
     batches = Batches(
         source.tokens,
+        starts=source.starts,
+        whole_documents=source.image_shape is not None,
+        streaming=train.streaming,
         batch_size=train.batch_size,
         sequence_len=train.sequence_len,
         seed=train.seed,

@@ -23,7 +23,7 @@ from transformer_vq.io.checkpoint import Checkpoints
 from transformer_vq.nn.model import Model, init_model
 
 # What decides which data an update sees: a run cannot go on with another value.
-DATA_FIELDS = ("batch_size", "sequence_len", "update_len", "seed")
+DATA_FIELDS = ("batch_size", "sequence_len", "streaming", "update_len", "seed")
 
 
 class RunError(ValueError):
