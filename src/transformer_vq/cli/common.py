@@ -107,6 +107,12 @@ def open_data(paths: Sequence[str | Path], *, tokenizer: Tokenizer, **how: Any) 
 
 def describe_data(source: Source, part: Source) -> str:
     """The data of a run in one line; `part` is what is trained on."""
+    if source.image_shape:
+        shape = " x ".join(map(str, source.image_shape))
+        return (
+            f"{source.path}, {len(source.starts):,} pictures of {shape}, of which "
+            f"{len(part.starts):,} to train on"
+        )
     size = f"{source.num_bytes:,} bytes"
     if len(source.tokens) != source.num_bytes:
         size = f"{len(source.tokens):,} tokens ({source.tokenizer.name}) of {size}"
@@ -120,7 +126,7 @@ def run_data(data: "DataSource", given: Sequence[str], tokenizer: Tokenizer) -> 
 
     Raises `DataError` if the run's own data has gone or changed.
     """
-    how = {"text_column": data.text_column, "on_error": data.on_error}
+    how = {name: getattr(data, name) for name in ("text_column", "image_size", "on_error")}
     if given:
         return open_data(given, tokenizer=tokenizer, **how)
     paths = [Path(path) for path in data.paths]

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Evaluate:
-    """Score a text with a trained model, every byte given the entire history before it.
+    """Score a text with a trained model, every token given the entire history before it.
 
     The state is carried through the whole split. The result is in bits per byte (bpb), the size
-    that the text could be compressed to: xz and bz2 are measured in the same unit. It depends
-    neither on --chunk-len nor on the block length of the model.
+    that the text could be compressed to: xz and bz2 are measured in the same unit, and so is any
+    vocabulary. Pictures are scored one by one, in bits per dimension. The result depends neither on
+    --chunk-len nor on the block length of the model.
     """
 
     examples: ClassVar[str] = """
@@ -36,10 +37,10 @@ class Evaluate:
         DataPaths, option("files or folders to score", "PATH", default="those of the run")
     ] = ()
     split: Annotated[
-        str, option("train, validation, test (90, 5 and 5 % of the file) or all", "NAME")
+        str, option("train, validation, test (90, 5 and 5 %, if not given) or all", "NAME")
     ] = "test"
     rows: Annotated[int, option("streams to cut it into, scored side by side: faster")] = 1
-    chunk_len: Annotated[int, option("bytes of each stream at once: more need more memory")] = 2048
+    chunk_len: Annotated[int, option("tokens of each stream at once: more need more memory")] = 2048
     json: Annotated[bool, option("print JSON")] = False
 
     def main(self) -> int:
@@ -60,6 +61,7 @@ class Evaluate:
             "data": source.path,
             "split": self.split,
             **summary(result),
+            **({"bpd": result.bpb} if part.image_shape else {}),  # a byte is a dimension
             "seconds": round(time.monotonic() - began, 3),
         }
         if self.json:
@@ -102,7 +104,12 @@ def summary(result: "Evaluation") -> dict[str, Any]:
         "bpb": result.bpb,
         "tokens": result.tokens,
         "by_position": [
-            {"start": start, "end": end, "loss": loss, "bpb": loss / math.log(2)}
+            {
+                "start": start,
+                "end": end,
+                "loss": loss,
+                "bpb": loss / math.log(2) / result.bytes_per_token,
+            }
             for start, end, loss in result.by_position
         ],
     }
@@ -114,17 +121,18 @@ def _show(record: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(highlight=False, soft_wrap=True)
+    unit = "bits per dimension" if "bpd" in record else "bpb"
     console.print(
         f"{record['run']} at step {record['step']:,}, on the {record['split']} split of "
         f"{record['data']}",
         markup=False,
     )
     console.print(
-        f"\n  [bold]{record['bpb']:.4f} bpb[/bold]   {record['loss']:.4f} nats per token   "
+        f"\n  [bold]{record['bpb']:.4f} {unit}[/bold]   {record['loss']:.4f} nats per token   "
         f"{record['tokens']:,} tokens in {record['seconds']:.1f} s\n"
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
-    table.add_column("bytes of history", justify="right")
+    table.add_column("tokens of history", justify="right")
     table.add_column("bpb", justify="right")
     table.add_column("nats", justify="right")
     worst = max(row["bpb"] for row in record["by_position"])

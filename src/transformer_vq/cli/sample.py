@@ -1,5 +1,6 @@
 """`tvq sample` writes text; `tvq prefill` reads a prompt once and keeps the state it leaves."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -32,7 +33,7 @@ RunFolder = Annotated[Path, option("folder of a trained run", "DIR")]
 
 @dataclass
 class Sample:
-    """Write text with a trained model, as it comes.
+    """Write text with a trained model, as it comes; or draw pictures, if it was trained on some.
 
     A prompt of any length is read in bounded memory, and every token takes the same time. Bytes
     that are no text show as U+FFFD or as ^A; --json has them exactly, as token ids.
@@ -43,6 +44,7 @@ class Sample:
   tvq sample --run runs/book --prompt-file page.txt --stop '\\n\\n'
   tvq sample --run runs/book --prompt 'It was' --save-state s.tvq
   tvq sample --run runs/book --state s.tvq --prompt ' and so' --json
+  tvq sample --run runs/pictures --num-images 64 --out drawn
 """
 
     run: RunFolder
@@ -66,6 +68,10 @@ class Sample:
     frequency_penalty: Annotated[float, option("the same, for each time it was written")] = 0.0
     seed: Annotated[int, option("of the first sample; the next has the next")] = 0
     num_samples: Annotated[int, option("samples, one after another")] = 1
+    num_images: Annotated[int, option("pictures to draw, by a model of pictures")] = 0
+    out: Annotated[
+        str, option("folder for the pictures and contact.png, a sheet of all", "DIR")
+    ] = "samples"
     stop: Annotated[
         UseAppendAction[tuple[str, ...]],
         option("end before this text; \\n is a line break; can be given several times", "TEXT"),
@@ -84,6 +90,8 @@ class Sample:
     def main(self) -> int:
         if self.num_samples < 1:
             raise UsageError(f"--num-samples is {self.num_samples}: it must be at least 1")
+        if self.num_images < 0:
+            raise UsageError(f"--num-images is {self.num_images}: it must be at least 1")
         if self.save_state and self.num_samples > 1:
             raise UsageError(
                 f"--save-state keeps one state and --num-samples is {self.num_samples}: make it 1"
@@ -96,6 +104,8 @@ class Sample:
         from transformer_vq.io.state import save_state
 
         model, info, given = open_model(self.run, self.state)
+        if info.data.image_shape or self.num_images:
+            return self._draw(model, info)
         several = info.data.documents > 1  # then the model knows where a document ends
         seeds = range(self.seed, self.seed + self.num_samples)
         every = [self._params(seed, tokenizer, ends=several) for seed in seeds]
@@ -123,6 +133,33 @@ class Sample:
         if state is not None:
             save_state(self.save_state, state, model)
             print(f"tvq: the state is in {self.save_state}", file=sys.stderr)
+        return 0
+
+    def _draw(self, model: "Model", info: Any) -> int:
+        """Pictures, each from nothing and with a seed of its own."""
+        from transformer_vq.cli.images import draw_images, write_images
+
+        shape, tokenizer = info.data.image_shape, ByteTokenizer()
+        if not shape:
+            raise UsageError(f"--num-images: the run in {self.run} was not trained on pictures")
+        if not self.num_images:
+            raise UsageError(f"the run in {self.run} draws pictures: give --num-images and --out")
+        if self.prompt or self.prompt_file or self.state or self.save_state or self.stop:
+            raise UsageError("pictures are drawn from nothing: give no prompt, state or stop text")
+        max_tokens = math.prod(shape)
+        params = [
+            dataclasses.replace(self._params(self.seed + i, tokenizer), max_tokens=max_tokens)
+            for i in range(self.num_images)
+        ]
+        with progress_bar("drawing", quiet=self.json) as show:
+            images = draw_images(model, params, shape, tokenizer.eos_id, show)
+        sheet = write_images(images, Path(self.out))
+        if self.json:
+            record = {"run": str(self.run), "step": info.step, "out": self.out, "seed": self.seed}
+            print(json.dumps({**record, "images": len(images), "contact_sheet": str(sheet)}))
+        else:
+            print(f"{len(images)} pictures of {' x '.join(map(str, shape))} are in {self.out}")
+            print(f"all of them: {sheet}")
         return 0
 
     def _params(self, seed: int, tokenizer: Tokenizer, *, ends: bool = False) -> "SamplingParams":

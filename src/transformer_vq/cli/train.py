@@ -1,5 +1,6 @@
 """`tvq train`: a model from a file, in a run folder."""
 
+import dataclasses
 import json
 import shlex
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from transformer_vq.config import PRESETS, ModelConfig, TrainConfig
 from transformer_vq.data import (
     ByteTokenizer,
     OnError,
+    Source,
     Tokenizer,
     load_tokenizer,
     require_length,
@@ -48,6 +50,7 @@ class Train:
   tvq train --data book.txt --out runs/book --resume --steps 4000
   tvq train --data books/ more.jsonl.gz --out runs/books
   tvq train --data books/ --tokenizer tokenizer.json --out runs/words
+  tvq train --data pictures/ --image-size 32 --out runs/pictures
   tvq train --data enwik8.gz --out runs/e8 --preset small --config.d-model 384 \\
       --train.batch-size 16 --train.sequence-len 4096 --train.update-len 1024
 """
@@ -56,7 +59,7 @@ class Train:
     data: Annotated[
         DataPaths,
         option(
-            "files or folders; .gz, .zst, .jsonl and .parquet too",
+            "files or folders: text, .gz, .zst, .jsonl, .parquet, pictures",
             "PATH",
             default="those of the run",
         ),
@@ -72,6 +75,9 @@ class Train:
     text_column: Annotated[
         str, option("where .jsonl and .parquet have the text", "NAME", default="text")
     ] = ""
+    image_size: Annotated[
+        int, option("resize and crop pictures to squares of this side", default="as they are")
+    ] = 0
     on_error: Annotated[
         OnError | None,
         option(
@@ -117,6 +123,7 @@ class Train:
             config = config.replace(vocab_size=tokenizer.vocab_size)
         source = open_data(paths, tokenizer=tokenizer, **how)
         part = source.split("train")
+        train = self._sequences(train, source, saved)
         require_length(part.tokens, train.sequence_len, f"the train split of {source.path}")
 
         from transformer_vq.ops.run import DataSource
@@ -139,6 +146,25 @@ class Train:
         print(f"  {again} --steps {2 * result.step}")
         return 0
 
+    def _sequences(
+        self, train: TrainConfig, source: Source, saved: dict[str, Any] | None
+    ) -> TrainConfig:
+        """Now that the data are known: a sequence is a picture, if they are pictures."""
+        length = source.sequence_len or train.sequence_len
+        if length != train.sequence_len and (saved or "sequence_len" in self.train):
+            shape = " x ".join(map(str, source.image_shape or ()))
+            raise UsageError(
+                f"--train.sequence-len is {train.sequence_len}, and pictures of {shape} are "
+                f"sequences of {length}: leave it out"
+            )
+        if saved:
+            return train
+        pieces = {"sequence_len": length, "update_len": self.train.get("update_len", 0)}
+        try:
+            return TrainConfig(**{**dataclasses.asdict(train), **pieces})
+        except ValueError as error:
+            raise as_usage(error, "--train.", TrainConfig) from None
+
     def _tokenizer(self, saved: dict[str, Any] | None) -> Tokenizer:
         """As given, or as the saved run has it, or bytes."""
         if not self.tokenizer:
@@ -155,8 +181,12 @@ class Train:
         """Paths, and how to read them: as given, or as the saved run did."""
         given = flat(self.data) or [saved["path"], *saved.get("more_paths", ())]
         paths = [str(Path(path).resolve()) for path in given]
-        how = {"text_column": self.text_column, "on_error": self.on_error}
-        defaults = {"text_column": "text", "on_error": "stop"}
+        how = {
+            "text_column": self.text_column,
+            "image_size": self.image_size,
+            "on_error": self.on_error,
+        }
+        defaults = {"text_column": "text", "image_size": 0, "on_error": "stop"}
         return paths, {k: v or saved.get(k, defaults[k]) for k, v in how.items()}
 
     def _configs(self, saved: dict[str, Any] | None) -> tuple[ModelConfig, TrainConfig]:
@@ -166,6 +196,8 @@ class Train:
             raise UsageError(
                 f"--steps is {self.steps} and --train.steps {changes['steps']}: give one"
             )
+        if saved is None:
+            changes.pop("update_len", None)  # of a length that the data may decide
         try:
             train = TrainConfig(**{**(saved["train"] if saved else {}), **changes})
         except (ValueError, TypeError) as error:  # TypeError: a field of another version

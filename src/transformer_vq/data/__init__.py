@@ -3,7 +3,7 @@
 NumPy and grain only: nothing here knows about models or devices.
 """
 
-from transformer_vq.data.loader import Batch, Batches, EvalChunk, eval_chunks
+from transformer_vq.data.loader import Batch, Batches, EvalChunk, eval_chunks, row_starts
 from transformer_vq.data.prepare import OnError, open_source
 from transformer_vq.data.source import Source, as_source
 from transformer_vq.data.text import (
@@ -36,6 +36,7 @@ __all__ = [
     "load_tokenizer",
     "open_source",
     "require_length",
+    "row_starts",
     "run_tokenizer",
     "split",
     "train_tokenizer",

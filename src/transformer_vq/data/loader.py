@@ -184,12 +184,15 @@ class Batches:
         return _draw(self.seed, slack + 1, epoch)
 
 
-def eval_chunks(tokens: np.ndarray, chunk_len: int, rows: int = 1) -> Iterator[EvalChunk]:
+def eval_chunks(
+    tokens: np.ndarray, chunk_len: int, rows: int = 1, starts: np.ndarray | None = None
+) -> Iterator[EvalChunk]:
     """`tokens` `[N]` as `rows` contiguous streams, a chunk of each at a time, in order.
 
     Row r of a chunk continues row r of the one before: carry the state across, and with one row
     the context of a token is the entire history. Every token but the first of each stream is a
-    target exactly once, N - rows in all. Raises `DataError` if a stream has nothing to predict.
+    target exactly once, N - rows in all. The streams begin at `row_starts(N, rows, starts)`.
+    Raises `DataError` if a stream has nothing to predict.
     """
     _require_flat(tokens)
     for name, value in (("chunk_len", chunk_len), ("rows", rows)):
@@ -200,12 +203,25 @@ def eval_chunks(tokens: np.ndarray, chunk_len: int, rows: int = 1) -> Iterator[E
             f"there are {len(tokens):,} of the {2 * rows:,} tokens that evaluation needs, "
             f"two for each of {rows:,} rows: use a larger file"
         )
-    return _chunks(tokens, chunk_len, rows)  # apart, so that errors come now and not at first use
+    streams = np.split(tokens, row_starts(len(tokens), rows, starts)[1:])
+    return _chunks(streams, chunk_len)  # apart, so that errors come now and not at first use
 
 
-def _chunks(tokens: np.ndarray, chunk_len: int, rows: int) -> Iterator[EvalChunk]:
-    streams = np.array_split(tokens, rows)  # views, the longer ones first
-    for start in range(0, len(streams[0]) - 1, chunk_len):
+def row_starts(size: int, rows: int, starts: np.ndarray | None = None) -> np.ndarray:
+    """Where `rows` even parts of `size` tokens begin; with `starts`, each where a document does.
+
+    Raises `DataError` if there are fewer documents than rows.
+    """
+    if starts is None:
+        return np.arange(rows) * (size // rows) + np.minimum(np.arange(rows), size % rows)
+    if len(starts) < rows:
+        raise DataError(f"there are {len(starts):,} documents for {rows:,} rows: use fewer rows")
+    return np.asarray(starts)[np.arange(rows) * len(starts) // rows]
+
+
+def _chunks(streams: list[np.ndarray], chunk_len: int) -> Iterator[EvalChunk]:
+    rows = len(streams)
+    for start in range(0, max(map(len, streams)) - 1, chunk_len):
         inputs = np.zeros((rows, chunk_len), np.int32)
         targets = np.zeros_like(inputs)
         lengths = np.zeros(rows, np.int32)

@@ -8,6 +8,7 @@ is the same text whatever the vocabulary.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -15,10 +16,11 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 
+from transformer_vq.data.images import Shape, common_shape, image_shape, read_images
 from transformer_vq.data.records import (
     SPLIT_FOLDERS,
     Files,
@@ -35,6 +37,7 @@ OnError = Literal["stop", "skip"]
 _VERSION = 1  # of what is in the cache
 _PIECE = 1 << 20  # bytes of a document that are made tokens at once
 _BATCH = 64  # pieces at once
+_IMAGE_BYTES = 1 << 24  # of pictures that are written at once
 
 
 def open_source(
@@ -42,6 +45,7 @@ def open_source(
     *,
     tokenizer: Tokenizer | None = None,
     text_column: str = "text",
+    image_size: int = 0,
     on_error: OnError = "stop",
     cache: Path | None = None,
 ) -> Source:
@@ -51,6 +55,7 @@ def open_source(
       paths: one or many.
       tokenizer: makes tokens of text; bytes by default.
       text_column: where a line of .jsonl or a row of .parquet has its text.
+      image_size: side of the square that each picture is made into; 0: as they are, all equal.
       on_error: stop at a document that cannot be read, or skip it; `Source.notes` counts these.
       cache: folder that keeps what took time to make. Without, it is made in a temporary one.
 
@@ -63,14 +68,20 @@ def open_source(
     if only and isinstance(tokenizer, ByteTokenizer) and is_text_file(only) and not files.left_out:
         return Source.of(load_bytes(only), label, tokenizer)
 
+    if files.images and not isinstance(tokenizer, ByteTokenizer):
+        raise DataError(f"{label} holds pictures, which are bytes: train without a vocabulary")
+
     def build(folder: Path) -> None:
+        if files.images:
+            _build_images(files, folder, image_size, on_error)
+            return
         _build_text(files, folder, tokenizer, text_column, on_error)
 
     if cache is None or not _can_write(cache):
         with tempfile.TemporaryDirectory() as scratch:
             build(Path(scratch))
             return _open(Path(scratch), tokenizer, label)  # stays mapped when the folder goes
-    folder = cache / _key(files, [tokenizer.name, text_column, on_error])
+    folder = cache / _key(files, [tokenizer.name, text_column, image_size, on_error])
     if not (folder / "source.json").is_file():
         scratch = tempfile.mkdtemp(dir=cache, prefix=".making-")
         try:
@@ -116,13 +127,14 @@ def _open(folder: Path, tokenizer: Tokenizer, label: str) -> Source:
         tokenizer=tokenizer,
         path=label,
         spans={name: Span(*span) for name, span in values["spans"].items()},
+        image_shape=tuple(values["image_shape"]) if values["image_shape"] else None,
         notes=tuple(values["notes"]),
         digest=values["digest"],
     )
 
 
 class TokenFile:
-    """The tokens, starts and description of a source, on their way to disk."""
+    """The tokens, starts and description of a source, on their way to disk; a context manager."""
 
     def __init__(self, folder: Path, vocab_size: int):
         self.folder, self.dtype = folder, np.dtype(np.min_scalar_type(vocab_size - 1))
@@ -138,15 +150,24 @@ class TokenFile:
         self._digest.update(content.data)
         self.size += content.size
 
-    def close(self, spans: Mapping[str, Span], notes: Sequence[str]) -> None:
-        """Write what is left: then, and only then, the folder is whole."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
         self._file.close()
+
+    def finish(
+        self, spans: Mapping[str, Span], notes: Sequence[str], shape: Shape | None = None
+    ) -> None:
+        """Write what is left: then, and only then, the folder is whole."""
+        self._file.flush()
         np.save(self.folder / "starts.npy", np.array(self.starts, np.int64))
         content = {
             "dtype": self.dtype.name,
             "spans": spans,
             "notes": list(notes),
             "digest": self._digest.hexdigest(),
+            "image_shape": shape,
         }
         (self.folder / "source.json").write_text(json.dumps(content))
 
@@ -192,6 +213,43 @@ def cut(sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
     return bounds
 
 
+# Pictures.
+
+
+def _build_images(files: Files, folder: Path, image_size: int, on_error: OnError) -> None:
+    """Every picture is a document: a start token, then its bytes. Splits are cut between them."""
+    broken = Broken(on_error)
+    shapes: dict[Path, Shape] = {}
+    for path in files.all:
+        try:
+            shapes[path] = image_shape(path)
+        except DataError as error:
+            broken.add(error)
+    if not shapes:
+        raise DataError(f"there is no picture that can be read: {broken.first}")
+    shape = common_shape(list(shapes), list(shapes.values()), image_size)
+    size, counts = math.prod(shape), dict.fromkeys(files.splits, 0)
+    with TokenFile(folder, 256) as file:
+        for name, paths in files.splits.items():
+            for path in filter(shapes.get, paths):
+                try:
+                    rows = read_images(path, shape, image_size).reshape(-1, size)
+                except DataError as error:
+                    broken.add(error)
+                    continue
+                for some in np.array_split(rows, -(-rows.nbytes // _IMAGE_BYTES)):
+                    start = ByteTokenizer().eos_id
+                    file.write(np.pad(some, ((0, 0), (1, 0)), constant_values=start))
+                counts[name] += len(rows)
+        file.starts.extend(range(0, file.size, size + 1))
+        spans = {
+            name: Span(start * (size + 1), stop * (size + 1), (stop - start) * size)
+            for name, (start, stop) in cut(counts).items()
+        }
+        notes = [*broken.notes(), *([_left_out(files)] if files.left_out else [])]
+        file.finish(spans, notes, shape)
+
+
 # Text.
 
 
@@ -225,14 +283,15 @@ def _build_text(
         why = f": {notes[0]}" if notes else ""
         raise DataError(f"{files.all[0]} and what is with it hold no data{why}")
     content = np.memmap(raw_path, np.uint8, mode="r")
-    file, spans = TokenFile(folder, tokenizer.vocab_size), {}
-    for name, (start, stop) in cut(sizes).items():
-        if as_text:
-            start, stop = (_character_start(content, place) for place in (start, stop))
-        begin = file.size
-        _write_tokens(file, content, np.array(ends), start, stop, tokenizer)
-        spans[name] = Span(begin, file.size, stop - start)
-    file.close(spans, notes)
+    spans = {}
+    with TokenFile(folder, tokenizer.vocab_size) as file:
+        for name, (start, stop) in cut(sizes).items():
+            if as_text:
+                start, stop = (_character_start(content, place) for place in (start, stop))
+            begin = file.size
+            _write_tokens(file, content, np.array(ends), start, stop, tokenizer)
+            spans[name] = Span(begin, file.size, stop - start)
+        file.finish(spans, notes)
     del content
     raw_path.unlink()
 

@@ -19,7 +19,7 @@ SPLIT_FOLDERS = ("train", "validation", "test")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _LINES = (".jsonl", ".ndjson")
 _TABLES = (".parquet",)
-_IMAGE_ARRAYS = re.compile(r"idx[34]-ubyte$|\.npz$")
+_IMAGE_ARRAYS = re.compile(r"idx[34]-ubyte(\.gz|\.zst)?$|\.npz$")
 # Arrays of pictures say in their names what they are for: train-images-idx3-ubyte, val_data.npz.
 _ARRAY_SPLITS = (("train", "train"), ("val", "validation"), ("test", "test"), ("t10k", "test"))
 _NEWLINE_SEARCH = 1 << 24  # bytes checked at once
@@ -91,7 +91,7 @@ def is_picture(path: Path) -> bool:
 
 def is_image_array(path: Path) -> bool:
     """Whether its name is that of many pictures in one file: IDX or npz."""
-    return bool(_IMAGE_ARRAYS.search(_bare(path)))
+    return bool(_IMAGE_ARRAYS.search(path.name.lower()))
 
 
 def is_image(path: Path) -> bool:

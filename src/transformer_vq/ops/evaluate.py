@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from transformer_vq.config import ModelConfig
-from transformer_vq.data import Source, as_source, check_tokens, eval_chunks
+from transformer_vq.data import Source, as_source, check_tokens, eval_chunks, row_starts
 from transformer_vq.nn.model import DEFAULT_CAPACITY, Model, State, forward, init_state
 from transformer_vq.ops.loss import token_nll
 from transformer_vq.types import PerRow, Tokens
@@ -46,6 +46,8 @@ def evaluate(
     """Score `tokens`, a chunk at a time, with the state carried through all of them.
 
     Up to float rounding, the numbers depend neither on `chunk_len` nor on `config.block_len`.
+    Where the model resets at documents, and for pictures in any case, a token's history begins
+    with its document. The start tokens of pictures are given, and not predicted.
 
     Args:
       model: neither changed nor donated.
@@ -64,24 +66,42 @@ def evaluate(
       ValueError: for a token outside of the vocabulary, and for sizes that make no sense.
     """
     source = as_source(tokens)
-    tokens = source.tokens
+    tokens, starts, pictures = source.tokens, source.starts, source.image_shape is not None
+    if pictures:
+        config = model.config.replace(reset_at_document=True)
+        model = Model(model.params, model.codebook, config)
+        if config.attention == "full":
+            chunk_len = context_len = int(np.diff(starts, append=len(tokens)).max())
     if max_tokens is not None:
         if max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens}: it must be at least 1")
         tokens = tokens[: max_tokens + rows]
+        starts = starts[starts < len(tokens)]
+    resets = model.config.reset_at_document and (pictures or len(starts) > 1)
     check_tokens(tokens, model.config.vocab_size)
-    longest, total = max(-(-len(tokens) // max(rows, 1)) - 1, 1), len(tokens) - rows
-    chunks = eval_chunks(tokens, min(chunk_len, longest), rows)  # padding costs as tokens do
+    cuts = starts if pictures else None  # rows of text are cut anywhere
+    first = row_starts(len(tokens), max(rows, 1), cuts)[:, None]
+    longest = max(int(np.diff(first[:, 0], append=len(tokens)).max()) - 1, 1)
+    total = len(tokens) - (len(starts) if pictures else rows)
+    chunks = eval_chunks(tokens, min(chunk_len, longest), rows, cuts)  # padding costs as tokens do
     context_len = _check_context(model.config, context_len, chunk_len, longest)
     new_state = _state_maker(model, rows, min(context_len, longest))
     sums, counts = np.zeros(len(BIN_STARTS)), np.zeros(len(BIN_STARTS), np.int64)
 
-    def read(nll: jax.Array, lengths: np.ndarray, history: int) -> None:
-        """Add the losses `[rows, chunk_len]` of the chunk that starts after so much history."""
-        places = np.arange(nll.shape[1])
-        real = places < lengths[:, None]
-        bins = np.searchsorted(BIN_STARTS, history + places, side="right") - 1
-        bins = np.broadcast_to(bins, real.shape)[real]
+    def documents(places: np.ndarray) -> np.ndarray:
+        """Which document each place is in."""
+        return np.searchsorted(starts, places, side="right") - 1
+
+    def read(nll: jax.Array, lengths: np.ndarray, chunk: int, history: int) -> None:
+        """Add the losses `[rows, chunk_len]` of a chunk, which starts after so much history."""
+        columns = np.arange(nll.shape[1])
+        real = columns < lengths[:, None]
+        seen = np.broadcast_to(history + columns, real.shape)
+        if pictures:
+            places = first + chunk * chunk_len + columns
+            seen = places - starts[documents(places)]
+            real &= documents(places) == documents(places + 1)
+        bins = (np.searchsorted(BIN_STARTS, seen, side="right") - 1)[real]
         sums[:] += np.bincount(bins, np.asarray(nll, np.float64)[real], len(sums))
         counts[:] += np.bincount(bins, minlength=len(sums))
         if on_progress is not None:
@@ -92,12 +112,16 @@ def evaluate(
         history = i * chunk_len % context_len
         if i and not history:
             state = new_state()
-        nll, state = _score(model, state, *chunk)
+        places = first + i * chunk_len + np.arange(chunk.inputs.shape[1])
+        ids = documents(places).astype(np.int32) if resets else None
+        nll, state = _score(model, state, *chunk, ids)
         if unread is not None:  # the device is busy with this chunk while the last one is read
             read(*unread)
-        unread = nll, chunk.lengths, history
+        unread = nll, chunk.lengths, i, history
     assert unread is not None  # eval_chunks gives one chunk at least
     read(*unread)
+    if pictures:
+        longest = int(np.diff(starts, append=len(tokens)).max()) - 1
     ends = np.minimum(BIN_STARTS[1:], min(context_len, longest))
     return Evaluation(
         loss=float(sums.sum() / counts.sum()),
@@ -112,10 +136,15 @@ def evaluate(
 
 @functools.partial(jax.jit, donate_argnames="state")
 def _score(
-    model: Model, state: State, inputs: Tokens, targets: Tokens, lengths: PerRow
+    model: Model,
+    state: State,
+    inputs: Tokens,
+    targets: Tokens,
+    lengths: PerRow,
+    document_ids: Tokens | None,
 ) -> tuple[jax.Array, State]:
     """Losses `[rows, chunk_len]` in nats, meaningless beyond the length of a row; the new state."""
-    features, state, _ = forward(model, state, inputs, lengths=lengths)
+    features, state, _ = forward(model, state, inputs, lengths=lengths, document_ids=document_ids)
     return token_nll(model, features, targets), state
 
 

@@ -40,10 +40,14 @@ class DataSource:
     documents: int = 1
     more_paths: tuple[str, ...] = ()
     text_column: str = "text"  # these: how they were read
+    image_size: int = 0
     on_error: OnError = "stop"
+    image_shape: tuple[int, int, int] | None = None  # height, width, channels; None for text
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "more_paths", tuple(self.more_paths))  # JSON knows lists only
+        if self.image_shape is not None:
+            object.__setattr__(self, "image_shape", tuple(self.image_shape))
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -53,7 +57,14 @@ class DataSource:
     def of(cls, path: str | os.PathLike, tokens: np.ndarray | Source, **how: Any) -> "DataSource":
         """The source `tokens`, loaded from `path`, and how. Reads all of them, if it must."""
         source = as_source(tokens)
-        return cls(str(path), len(source.tokens), source.fingerprint, len(source.starts), **how)
+        return cls(
+            str(path),
+            len(source.tokens),
+            source.fingerprint,
+            documents=len(source.starts),
+            image_shape=source.image_shape,
+            **how,
+        )
 
 
 @dataclass(frozen=True)
