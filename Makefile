@@ -52,8 +52,8 @@ clean: ## remove the environment and the caches; runs/ stays
 # ---------------------------------------------------------------- the environment
 
 $(VENV)/.installed-run:  EXTRAS :=
-$(VENV)/.installed-test: EXTRAS := [test,text,tensorboard]
-$(VENV)/.installed-dev:  EXTRAS := [test,text,tensorboard,dev]
+$(VENV)/.installed-test: EXTRAS := [test,text,parquet,tensorboard]
+$(VENV)/.installed-dev:  EXTRAS := [test,text,parquet,tensorboard,dev]
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	@$(BIN)/python -c '$(SUPPORTED)' || { \

@@ -233,7 +233,7 @@ class TrainConfig:
     revive_below: float = _doc(
         0.0, "set codewords used less than this part of the mean to keys; 0: none"
     )
-    streaming: bool = _doc(False, "a row goes on where it stopped in the batch before")
+    streaming: bool = _doc(False, "rows go on where they stopped, their state carried over batches")
     remat: bool = _doc(True, "recompute units in the backward pass: less memory, a little slower")
     seed: int = _doc(0, "of parameters, data order and dropout")
     log_every: int = _doc(10, "updates between lines of metrics.jsonl")

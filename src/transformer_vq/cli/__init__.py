@@ -23,6 +23,7 @@ COMMANDS = {
     "train": ("train", "Train", "train a model on a file, or go on with a run"),
     "eval": ("evaluate", "Evaluate", "how well a model predicts a text: bits per byte"),
     "sample": ("sample", "Sample", "write text"),
+    "tokenizer": ("tokenizer", "Tokenizer", "make a vocabulary from text"),
     "prefill": ("sample", "Prefill", "read a long prompt once and keep the state it leaves"),
     "bench": ("bench", "Bench", "how fast this machine runs a model, beside what it can do"),
     "info": ("info", "Info", "what a run is: sizes, costs, data, losses, checkpoints"),
@@ -47,7 +48,8 @@ examples:
   tvq sample --run runs/book --prompt 'It was' --temperature 0.8
 
 environment:
-  TVQ_CACHE        folder of compiled programs, so that a second start is fast; empty: none
+  TVQ_CACHE        folder of compiled programs, so that a second start is fast, and of data made
+                   into tokens; empty: none
                    (default: {cache})
   TVQ_TRACEBACK    1: show where an error came from
 """

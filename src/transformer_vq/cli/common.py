@@ -14,12 +14,12 @@ from transformer_vq import costs
 from transformer_vq.cli.parse import UsageError, option
 from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.data import (
-    ByteTokenizer,
     DataError,
+    Source,
+    Tokenizer,
+    as_source,
     bundled_corpus,
-    fingerprint,
-    load_bytes,
-    split,
+    open_source,
 )
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def join_processes(coordinator: str, num_processes: int | None, process_id: int 
 def train_with_progress(
     config: ModelConfig,
     train: TrainConfig,
-    tokens: np.ndarray,
+    tokens: np.ndarray | Source,
     folder: Path,
     *,
     data: "DataSource",
@@ -102,18 +102,19 @@ def train_with_progress(
     from transformer_vq.metrics import Progress
     from transformer_vq.ops import loop
 
+    source = as_source(tokens)
     tokens_per_step = train.batch_size * train.update_len
     with Progress(train.steps, tokens_per_step, max_seconds=max_seconds) as progress:
         return loop.train(
             config,
             train,
-            split(tokens, "train"),
-            split(tokens, "validation"),
+            source.split("train"),
+            source.split("validation") if "validation" in source.spans else None,
             folder,
             data=data,
             resume=resume,
             max_seconds=max_seconds,
-            decode=ByteTokenizer().decode_text,
+            decode=None if source.image_shape else source.tokenizer.decode_text,
             trackers=trackers,
             mesh=mesh,
             on_record=progress.show,
@@ -122,29 +123,64 @@ def train_with_progress(
         )
 
 
-def run_data(data: "DataSource", given: str) -> tuple[Path, np.ndarray]:
-    """The file a run was trained on, or the one given instead: its path and its tokens.
+def data_cache() -> Path | None:
+    """Where tokens are kept that took time to make; None if `TVQ_CACHE` is empty."""
+    given = os.environ.get("TVQ_CACHE")
+    if given is not None:
+        return Path(given) / "data" if given else None
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "transformer-vq" / "data"
 
-    Raises `DataError` if the run's own file has gone or changed.
+
+def open_data(paths: Sequence[str | Path], *, tokenizer: Tokenizer, **how: Any) -> Source:
+    """`open_source` with the cache of this user; says on standard error what was left out."""
+    source = open_source(paths, tokenizer=tokenizer, cache=data_cache(), **how)
+    for note in source.notes:
+        print(f"tvq: {note}", file=sys.stderr)
+    return source
+
+
+def describe_data(source: Source, part: Source) -> str:
+    """The data of a run in one line; `part` is what is trained on."""
+    if source.image_shape:
+        shape = " x ".join(map(str, source.image_shape))
+        return (
+            f"{source.path}, {len(source.starts):,} pictures of {shape}, of which "
+            f"{len(part.starts):,} to train on"
+        )
+    size = f"{source.num_bytes:,} bytes"
+    if len(source.tokens) != source.num_bytes:
+        size = f"{len(source.tokens):,} tokens ({source.tokenizer.name}) of {size}"
+    if len(source.starts) > 1:
+        size += f" in {len(source.starts):,} documents"
+    return f"{source.path}, {size}, of which {len(part.tokens):,} to train on"
+
+
+def run_data(data: "DataSource", given: Sequence[str], tokenizer: Tokenizer) -> Source:
+    """The data a run was trained on, or that given instead, read in the same way.
+
+    Raises `DataError` if the run's own data has gone or changed.
     """
+    how = {name: getattr(data, name) for name in ("text_column", "image_size", "on_error")}
     if given:
-        return Path(given), load_bytes(given)
-    path = Path(data.path)
-    if not path.is_file() and path.name == bundled_corpus().name:
-        path = bundled_corpus()  # this program may have moved since
-    if not path.is_file():
+        return open_data(given, tokenizer=tokenizer, **how)
+    paths = [Path(path) for path in data.paths]
+    if not paths[0].exists() and paths[0].name == bundled_corpus().name:
+        paths[0] = bundled_corpus()  # this program may have moved since
+    for path in paths:
+        if not path.exists():
+            raise DataError(
+                f"{path}, which the run was trained on, is not there any more: say where it is "
+                f"with --data PATH"
+            )
+    source = open_data(paths, tokenizer=tokenizer, **how)
+    if source.fingerprint != data.fingerprint:
         raise DataError(
-            f"{path}, which the run was trained on, is not there any more: say where it is with "
-            f"--data FILE"
+            f"{source.path} has changed since the run was trained on it ({len(source.tokens):,} "
+            f"tokens, not the {data.size:,} of then, or other ones): give --data PATH, of the same "
+            f"name if you mean it"
         )
-    tokens = load_bytes(path)
-    if fingerprint(tokens) != data.fingerprint:
-        raise DataError(
-            f"{path} has changed since the run was trained on it ({len(tokens):,} bytes, not the "
-            f"{data.size:,} of then, or other ones): give --data FILE, of the same name if you "
-            f"mean it"
-        )
-    return path, tokens
+    return source
 
 
 @contextmanager

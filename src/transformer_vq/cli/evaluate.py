@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from transformer_vq.cli.common import CheckpointOption, progress_bar, run_data
-from transformer_vq.cli.parse import UsageError, option
-from transformer_vq.data import split
+from transformer_vq.cli.parse import DataPaths, UsageError, flat, option
+from transformer_vq.data import run_tokenizer
 
 if TYPE_CHECKING:
     from transformer_vq import Model
@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Evaluate:
-    """Score a text with a trained model, every byte given the entire history before it.
+    """Score a text with a trained model, every token given the entire history before it.
 
     The state is carried through the whole split. The result is in bits per byte (bpb), the size
-    that the text could be compressed to: xz and bz2 are measured in the same unit. It depends
-    neither on --chunk-len nor on the block length of the model.
+    that the text could be compressed to: xz and bz2 are measured in the same unit, and so is any
+    vocabulary. Pictures are scored one by one, in bits per dimension. The result depends neither on
+    --chunk-len nor on the block length of the model.
     """
 
     examples: ClassVar[str] = """
@@ -34,12 +35,14 @@ class Evaluate:
 
     run: Annotated[Path, option("folder of a trained run", "DIR")]
     checkpoint: CheckpointOption = "latest"
-    data: Annotated[str, option("text to score", "FILE", default="that of the run")] = ""
+    data: Annotated[
+        DataPaths, option("files or folders to score", "PATH", default="those of the run")
+    ] = ()
     split: Annotated[
-        str, option("train, validation, test (90, 5 and 5 % of the file) or all", "NAME")
+        str, option("train, validation, test (90, 5 and 5 %, if not given) or all", "NAME")
     ] = "test"
     rows: Annotated[int, option("streams to cut it into, scored side by side: faster")] = 1
-    chunk_len: Annotated[int, option("bytes of each stream at once: more need more memory")] = 2048
+    chunk_len: Annotated[int, option("tokens of each stream at once: more need more memory")] = 2048
     json: Annotated[bool, option("print JSON")] = False
 
     def main(self) -> int:
@@ -50,18 +53,17 @@ class Evaluate:
         from transformer_vq.ops.run import find_step, load_run
 
         model, info = load_run(self.run, find_step(self.run, self.checkpoint))
-        path, tokens = run_data(info.data, self.data)
-        tokens = split(tokens, self.split)
+        source = run_data(info.data, flat(self.data), run_tokenizer(self.run))
+        part = source.split(self.split)
         began = time.monotonic()
-        result = score(
-            model, info, tokens, rows=self.rows, chunk_len=self.chunk_len, quiet=self.json
-        )
+        result = score(model, info, part, rows=self.rows, chunk_len=self.chunk_len, quiet=self.json)
         record = {
             "run": str(self.run),
             "step": info.step,
-            "data": str(path),
+            "data": source.path,
             "split": self.split,
             **summary(result),
+            **({"bpd": result.bpb} if part.image_shape else {}),  # a byte is a dimension
             "seconds": round(time.monotonic() - began, 3),
         }
         if self.json:
@@ -78,6 +80,7 @@ def score(
     *,
     rows: int = 1,
     chunk_len: int = 2048,
+    max_tokens: int | None = None,
     quiet: bool = False,
 ) -> "Evaluation":
     """`ops.evaluate.evaluate` with progress on the terminal."""
@@ -92,6 +95,7 @@ def score(
             tokens,
             rows=rows,
             chunk_len=chunk_len,
+            max_tokens=max_tokens,
             context_len=context_len,
             on_progress=show,
         )
@@ -104,7 +108,12 @@ def summary(result: "Evaluation") -> dict[str, Any]:
         "bpb": result.bpb,
         "tokens": result.tokens,
         "by_position": [
-            {"start": start, "end": end, "loss": loss, "bpb": loss / math.log(2)}
+            {
+                "start": start,
+                "end": end,
+                "loss": loss,
+                "bpb": loss / math.log(2) / result.bytes_per_token,
+            }
             for start, end, loss in result.by_position
         ],
     }
@@ -116,17 +125,18 @@ def _show(record: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(highlight=False, soft_wrap=True)
+    unit = "bits per dimension" if "bpd" in record else "bpb"
     console.print(
         f"{record['run']} at step {record['step']:,}, on the {record['split']} split of "
         f"{record['data']}",
         markup=False,
     )
     console.print(
-        f"\n  [bold]{record['bpb']:.4f} bpb[/bold]   {record['loss']:.4f} nats per token   "
+        f"\n  [bold]{record['bpb']:.4f} {unit}[/bold]   {record['loss']:.4f} nats per token   "
         f"{record['tokens']:,} tokens in {record['seconds']:.1f} s\n"
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
-    table.add_column("bytes of history", justify="right")
+    table.add_column("tokens of history", justify="right")
     table.add_column("bpb", justify="right")
     table.add_column("nats", justify="right")
     worst = max(row["bpb"] for row in record["by_position"])

@@ -18,6 +18,15 @@ class UsageError(ValueError):
     """The options make no sense; one sentence names the option, its value and what to do."""
 
 
+# Paths after one --data, and in several of them: `--data a b --data c`.
+DataPaths = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]
+
+
+def flat(paths: tuple[tuple[str, ...], ...]) -> list[str]:
+    """All paths that were given."""
+    return [path for group in paths for path in group]
+
+
 def option(help: str, metavar: str | None = None, *, default: str | None = None) -> Any:
     """What an option of a command says in its help. `default`: in words, where that is clearer."""
     return arg(help=help, metavar=metavar, help_behavior_hint=default and f"(default: {default})")

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from transformer_vq.charts import Series, heat_map, line_chart
 from transformer_vq.cli.common import describe_model, number, run_data, size
-from transformer_vq.cli.parse import UsageError, option
+from transformer_vq.cli.parse import DataPaths, UsageError, flat, option
 from transformer_vq.config import ModelConfig
-from transformer_vq.data import DataError, split
+from transformer_vq.data import DataError, run_tokenizer
 
 if TYPE_CHECKING:
     from transformer_vq.metrics import Record
@@ -33,7 +33,7 @@ class Report:
     """Write one HTML page about a run: curves, speed, codebooks, samples, configuration.
 
     The page needs nothing but a browser, offline, and may be made while the run is going on. For
-    the loss by position in context, the newest checkpoint scores the start of the validation text.
+    the loss by position in context, the newest checkpoint scores the start of the validation split.
     """
 
     examples: ClassVar[str] = """
@@ -43,7 +43,9 @@ class Report:
 
     run: Annotated[Path, option("folder of a trained run", "DIR")]
     out: Annotated[str, option("where to write it", "FILE", default="report.html of the run")] = ""
-    data: Annotated[str, option("where its text is now", "FILE", default="that of the run")] = ""
+    data: Annotated[
+        DataPaths, option("where its data are now", "PATH", default="those of the run")
+    ] = ()
     no_eval: Annotated[bool, option("do not score any text: an instant instead of seconds")] = False
 
     def main(self) -> int:
@@ -77,8 +79,8 @@ class Report:
         from transformer_vq.ops.run import load_run
 
         model, info = load_run(self.run)
-        _, tokens = run_data(info.data, self.data)
-        return score(model, info, split(tokens, "validation")[: EVAL_TOKENS + 1])
+        source = run_data(info.data, flat(self.data), run_tokenizer(self.run))
+        return score(model, info, source.split("validation"), max_tokens=EVAL_TOKENS)
 
 
 def page(
@@ -91,7 +93,7 @@ def page(
     """The page as HTML, all of it from these values.
 
     `run`: of `cli.info.describe`. `records`, `samples`: of metrics.jsonl and samples.jsonl.
-    `environment`: versions by name. `evaluation`: of validation text, or why there is none.
+    `environment`: versions by name. `evaluation`: of the validation split, or why there is none.
     """
     files = importlib.resources.files("transformer_vq.cli")
     style, script = ((files / f"report.{kind}").read_text() for kind in ("css", "js"))
@@ -215,21 +217,22 @@ def _codebooks(run: Mapping[str, Any], records: Sequence["Record"]) -> str:
 def _positions(run: Mapping[str, Any], evaluation: "Evaluation | str") -> str:
     if isinstance(evaluation, str):
         return f'<p class="soft">{escape(evaluation)}</p>'
-    bins = evaluation.by_position
-    points = [(math.sqrt(max(start, 16) * end), loss / math.log(2)) for start, end, loss in bins]
+    byte = math.log(2) * evaluation.bytes_per_token
+    bins = [(start, end, loss / byte) for start, end, loss in evaluation.by_position]
+    points = [(math.sqrt(max(start, 16) * end), bits) for start, end, bits in bins]
     chart = line_chart(
         f"Loss by tokens of history, {_bits(run)}",
-        [Series("validation text", points, dots=True)],
+        [Series("validation split", points, dots=True)],
         x_label="tokens before (logarithmic)",
         log_x=True,
     )
     rows = "".join(
-        f"<tr><td>{start:,} to {end - 1:,}</td><td>{loss / math.log(2):.4f}</td></tr>"
-        for start, end, loss in bins
+        f"<tr><td>{start:,} to {end - 1:,}</td><td>{bits:.4f}</td></tr>"
+        for start, end, bits in bins
     )
     table = f"<table><tr><td>tokens before</td><td>{_bits(run)}</td></tr>{rows}</table>"
     text = (
-        f"{evaluation.tokens:,} tokens of the validation text in one stream, by the newest "
+        f"{evaluation.tokens:,} tokens of the validation split in one stream, by the newest "
         f"checkpoint: {evaluation.bpb:.4f} {_bits(run)}."
     )
     return f'<p class="soft">{escape(text)}</p>{_cards([chart, table])}'
@@ -299,7 +302,7 @@ def _rows(values: Iterable[tuple[str, Any]]) -> str:
 
 
 def _bits(run: Mapping[str, Any]) -> str:
-    return "bits per byte" if run["data"]["tokenizer"] == "bytes" else "bits per token"
+    return "bits per dimension" if run["data"]["image_shape"] else "bits per byte"
 
 
 def _shown(text: str) -> str:

@@ -1,5 +1,6 @@
 """`tvq sample` writes text; `tvq prefill` reads a prompt once and keeps the state it leaves."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -13,7 +14,14 @@ from tyro.conf import UseAppendAction
 
 from transformer_vq.cli.common import CheckpointOption, progress_bar, size
 from transformer_vq.cli.parse import UsageError, as_usage, option
-from transformer_vq.data import ByteTokenizer, StreamDecoder, load_bytes
+from transformer_vq.cli.stops import TextStops
+from transformer_vq.data import (
+    ByteTokenizer,
+    StreamDecoder,
+    Tokenizer,
+    load_bytes,
+    run_tokenizer,
+)
 
 if TYPE_CHECKING:
     from transformer_vq import Model, SamplingParams, State, Token
@@ -25,7 +33,7 @@ RunFolder = Annotated[Path, option("folder of a trained run", "DIR")]
 
 @dataclass
 class Sample:
-    """Write text with a trained model, as it comes.
+    """Write text with a trained model, as it comes; or draw pictures, if it was trained on some.
 
     A prompt of any length is read in bounded memory, and every token takes the same time. Bytes
     that are no text show as U+FFFD or as ^A; --json has them exactly, as token ids.
@@ -36,6 +44,7 @@ class Sample:
   tvq sample --run runs/book --prompt-file page.txt --stop '\\n\\n'
   tvq sample --run runs/book --prompt 'It was' --save-state s.tvq
   tvq sample --run runs/book --state s.tvq --prompt ' and so' --json
+  tvq sample --run runs/pictures --num-images 64 --out drawn
 """
 
     run: RunFolder
@@ -60,6 +69,10 @@ class Sample:
     frequency_penalty: Annotated[float, option("the same, for each time it was written")] = 0.0
     seed: Annotated[int, option("of the first sample; the next has the next")] = 0
     num_samples: Annotated[int, option("samples, one after another")] = 1
+    num_images: Annotated[int, option("pictures to draw, by a model of pictures")] = 0
+    out: Annotated[
+        str, option("folder for the pictures and contact.png, a sheet of all", "DIR")
+    ] = "samples"
     stop: Annotated[
         UseAppendAction[tuple[str, ...]],
         option("end before this text; \\n is a line break; can be given several times", "TEXT"),
@@ -78,19 +91,27 @@ class Sample:
     def main(self) -> int:
         if self.num_samples < 1:
             raise UsageError(f"--num-samples is {self.num_samples}: it must be at least 1")
+        if self.num_images < 0:
+            raise UsageError(f"--num-images is {self.num_images}: it must be at least 1")
         if self.save_state and self.num_samples > 1:
             raise UsageError(
                 f"--save-state keeps one state and --num-samples is {self.num_samples}: make it 1"
             )
         _check_folder(self.save_state)
-        prompt = prompt_tokens(self.prompt, self.prompt_file)
+        tokenizer = run_tokenizer(self.run)
+        prompt = prompt_tokens(self.prompt, self.prompt_file, tokenizer)
+        self._params(self.seed, tokenizer)  # wrong ones are refused before anything is read
 
         from transformer_vq.io.state import save_state
 
-        every = [self._params(self.seed + i) for i in range(self.num_samples)]
         model, info, given = open_model(self.run, self.state, self.checkpoint)
+        if info.data.image_shape or self.num_images:
+            return self._draw(model, info)
+        several = info.data.documents > 1  # then the model knows where a document ends
+        seeds = range(self.seed, self.seed + self.num_samples)
+        every = [self._params(seed, tokenizer, ends=several) for seed in seeds]
         if not prompt and given is None:
-            prompt = [ByteTokenizer().start_id]
+            prompt = [tokenizer.eos_id if several else tokenizer.start_id]
 
         # What all samples share is read once, unless penalties need to know what the prompt was.
         shared = self.repetition_penalty == 1
@@ -103,8 +124,8 @@ class Sample:
                 header = f"── sample {i + 1} of {self.num_samples}, seed {params.seed} "
                 print(("\n" if i else "") + header.ljust(60, "─"))
             session = _session(model, [] if shared else prompt, params, start)
-            tokens = self._write(session)
-            records.append(self._record(params, tokens))
+            tokens, text = self._write(session, tokenizer)
+            records.append(self._record(params, tokens, text))
             if self.save_state:
                 state = _state_after(model, start, [] if shared else prompt, tokens, session)
         if self.json:
@@ -115,9 +136,40 @@ class Sample:
             print(f"tvq: the state is in {self.save_state}", file=sys.stderr)
         return 0
 
-    def _params(self, seed: int) -> "SamplingParams":
+    def _draw(self, model: "Model", info: Any) -> int:
+        """Pictures, each from nothing and with a seed of its own."""
+        from transformer_vq.cli.images import draw_images, write_images
+
+        shape, tokenizer = info.data.image_shape, ByteTokenizer()
+        if not shape:
+            raise UsageError(f"--num-images: the run in {self.run} was not trained on pictures")
+        if not self.num_images:
+            raise UsageError(f"the run in {self.run} draws pictures: give --num-images and --out")
+        if self.prompt or self.prompt_file or self.state or self.save_state or self.stop:
+            raise UsageError("pictures are drawn from nothing: give no prompt, state or stop text")
+        max_tokens = math.prod(shape)
+        params = [
+            dataclasses.replace(self._params(self.seed + i, tokenizer), max_tokens=max_tokens)
+            for i in range(self.num_images)
+        ]
+        with progress_bar("drawing", quiet=self.json) as show:
+            images = draw_images(model, params, shape, tokenizer.eos_id, show)
+        sheet = write_images(images, Path(self.out))
+        if self.json:
+            record = {"run": str(self.run), "step": info.step, "out": self.out, "seed": self.seed}
+            print(json.dumps({**record, "images": len(images), "contact_sheet": str(sheet)}))
+        else:
+            print(f"{len(images)} pictures of {' x '.join(map(str, shape))} are in {self.out}")
+            print(f"all of them: {sheet}")
+        return 0
+
+    def _params(self, seed: int, tokenizer: Tokenizer, *, ends: bool = False) -> "SamplingParams":
+        """`ends`: stop where the model ends a document."""
         from transformer_vq import SamplingParams
 
+        stop: list[list[int]] = [[tokenizer.eos_id]] if ends else []
+        if isinstance(tokenizer, ByteTokenizer):  # else `_write` looks for them in the text
+            stop += [tokenizer.encode(unescape(text)) for text in self.stop]
         try:
             return SamplingParams(
                 max_tokens=self.max_tokens,
@@ -129,31 +181,46 @@ class Sample:
                 presence_penalty=self.presence_penalty,
                 frequency_penalty=self.frequency_penalty,
                 seed=seed,
-                stop=[ByteTokenizer().encode(unescape(text)) for text in self.stop],
+                stop=stop,
                 logprobs=self.logprobs,
             )
         except ValueError as error:
             raise as_usage(error, "--", SamplingParams) from None
 
-    def _write(self, session: Any) -> "list[Token]":
-        """The tokens of a session, each shown on the terminal as it comes."""
-        if self.json:
-            return list(session)
-        decoder, tokens = StreamDecoder(), []
+    def _write(self, session: Any, tokenizer: Tokenizer) -> "tuple[list[Token], str]":
+        """The tokens of a session and their text, shown on the terminal as it comes.
+
+        They end before a stop text: a token that holds its beginning is left out.
+        """
+        decoder, tokens, text = StreamDecoder(tokenizer), [], ""
+        by_text = () if isinstance(tokenizer, ByteTokenizer) else map(unescape, self.stop)
+        stops = TextStops(by_text)
+
+        def show(piece: str) -> None:
+            if not (self.json or self.logprobs):
+                print(printable(piece), end="", flush=True)
+
         try:
             for token in session:
                 tokens.append(token)
-                text = _logprob_line(token) if self.logprobs else printable(decoder.push(token))
-                print(text, end="", flush=True)
+                piece = stops.push(decoder.push(token))
+                text += piece
+                show(piece)
+                if stops.found:
+                    break
+                if self.logprobs and not self.json:
+                    print(_logprob_line(token, tokenizer), end="", flush=True)
         finally:  # also if it is interrupted
-            if not self.logprobs:
-                print(printable(decoder.flush()), flush=True)
-        return tokens
+            rest = stops.flush(decoder.flush())
+            show(rest + "\n")
+        while stops.found and len(tokenizer.decode_text(tokens)) > len(text):
+            tokens.pop()
+        return tokens, text + rest
 
-    def _record(self, params: "SamplingParams", tokens: "list[Token]") -> dict[str, Any]:
+    def _record(self, params: "SamplingParams", tokens: "list[Token]", text: str) -> dict[str, Any]:
         record: dict[str, Any] = {
             "seed": params.seed,
-            "text": ByteTokenizer().decode_text([int(token) for token in tokens]),
+            "text": text,
             "tokens": [int(token) for token in tokens],
             "stopped": len(tokens) < params.max_tokens,
         }
@@ -183,7 +250,7 @@ class Prefill:
 
     def main(self) -> int:
         _check_folder(self.save_state)
-        prompt = prompt_tokens("", self.prompt_file)
+        prompt = prompt_tokens("", self.prompt_file, run_tokenizer(self.run))
         if not prompt:
             raise UsageError("--prompt-file is empty: give a prompt of one byte or more")
 
@@ -225,13 +292,13 @@ def _check_folder(save_state: str) -> None:
         raise UsageError(f"--save-state is {save_state}: there is no such folder, make it first")
 
 
-def prompt_tokens(text: str, file: str) -> list[int]:
+def prompt_tokens(text: str, file: str, tokenizer: Tokenizer) -> list[int]:
     """The prompt given as text or in a file, as tokens."""
     if text and file:
         raise UsageError("--prompt and --prompt-file are both given: give one")
     if file == "-":
-        return list(sys.stdin.buffer.read())
-    return load_bytes(file).tolist() if file else ByteTokenizer().encode(text)
+        return tokenizer.encode(sys.stdin.buffer.read())
+    return tokenizer.encode(load_bytes(file).tobytes() if file else text)
 
 
 def read(
@@ -304,12 +371,15 @@ _CONTROLS = {code: f"^{chr(code ^ 64)}" for code in (*range(32), 127) if chr(cod
 _CONTROLS |= dict.fromkeys(range(0x80, 0xA0), "\ufffd")
 
 
-def _logprob_line(token: "Token") -> str:
+def _logprob_line(token: "Token", tokenizer: Tokenizer) -> str:
     """A token, its log-probability in nats, and the likeliest tokens with their probabilities."""
     best = list((token.top_logprobs or {}).items())[:4]
-    others = "  ".join(f"{_show_byte(t)} {math.exp(p):.3f}" for t, p in best)
-    return f"{_show_byte(token):6} {token.logprob:9.4f}   {others}\n"
+    others = "  ".join(f"{_show_token(t, tokenizer)} {math.exp(p):.3f}" for t, p in best)
+    return f"{_show_token(token, tokenizer):6} {token.logprob:9.4f}   {others}\n"
 
 
-def _show_byte(token: int) -> str:
-    return repr(chr(token)) if 32 <= token < 127 else f"0x{token:02x}"
+def _show_token(token: int, tokenizer: Tokenizer) -> str:
+    content = tokenizer.decode([int(token)])
+    if len(content) == 1 and not 32 <= content[0] < 127:
+        return f"0x{content[0]:02x}"
+    return repr(content.decode(errors="replace"))

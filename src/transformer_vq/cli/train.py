@@ -1,5 +1,6 @@
 """`tvq train`: a model from a file, in a run folder."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -9,8 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
-from transformer_vq.cli.parse import UsageError, as_usage, option, overrides
+from transformer_vq.cli.parse import DataPaths, UsageError, as_usage, flat, option, overrides
 from transformer_vq.config import PRESETS, TRAIN_PRESETS, MeshConfig, ModelConfig, TrainConfig
+from transformer_vq.data import (
+    ByteTokenizer,
+    OnError,
+    Source,
+    Tokenizer,
+    load_tokenizer,
+    require_length,
+    run_tokenizer,
+)
 
 DEFAULT_PRESET = "tiny"  # minutes on a laptop
 
@@ -31,17 +41,21 @@ else:
 
 @dataclass
 class Train:
-    """Train a model on the bytes of a file, and leave it in a run folder.
+    """Train a model on files, and leave it in a run folder.
 
-    The first 90 % of the file are trained on, the next 5 % are scored now and then (validation),
-    the last 5 % are kept for `tvq eval` (test). The run folder gets config.json, metrics.jsonl
-    and checkpoints. The same command gives the same losses, digit for digit. Ctrl-C saves and
-    stops; --resume goes on.
+    Each file is a document, and so is each line of .jsonl and each row of .parquet; the folders
+    train, validation and test in a folder are its splits. Otherwise the first 90 % are trained on,
+    the next 5 % are scored now and then (validation), the last 5 % are kept for `tvq eval` (test).
+    The run folder gets config.json, metrics.jsonl and checkpoints. The same command gives the same
+    losses, digit for digit. Ctrl-C saves and stops; --resume goes on.
     """
 
     examples: ClassVar[str] = """
   tvq train --data book.txt --out runs/book
   tvq train --data book.txt --out runs/book --resume --steps 4000
+  tvq train --data books/ more.jsonl.gz --out runs/books
+  tvq train --data books/ --tokenizer tokenizer.json --out runs/words
+  tvq train --data pictures/ --image-size 32 --out runs/pictures
   tvq train --data enwik8.gz --out runs/e8 --preset small --config.d-model 384 \\
       --train.batch-size 16 --train.sequence-len 4096 --train.update-len 1024
   tvq train --preset enwik8 --dry-run
@@ -51,7 +65,35 @@ class Train:
     out: Annotated[
         Path | None, option("folder of the run; made if need be", "DIR", default="required")
     ] = None
-    data: Annotated[str, option("any file, .gz too", "FILE", default="that of the run")] = ""
+    data: Annotated[
+        DataPaths,
+        option(
+            "files or folders: text, .gz, .zst, .jsonl, .parquet, pictures",
+            "PATH",
+            default="those of the run",
+        ),
+    ] = ()
+    tokenizer: Annotated[
+        str,
+        option(
+            "vocabulary: a tokenizer.json or a SentencePiece .model",
+            "FILE",
+            default="bytes, or that of the run",
+        ),
+    ] = ""
+    text_column: Annotated[
+        str, option("where .jsonl and .parquet have the text", "NAME", default="text")
+    ] = ""
+    image_size: Annotated[
+        int, option("resize and crop pictures to squares of this side", default="as they are")
+    ] = 0
+    on_error: Annotated[
+        OnError | None,
+        option(
+            "at a document that cannot be read: stop or skip it; skipped ones are counted",
+            default="stop",
+        ),
+    ] = None
     preset: Annotated[
         str,
         option(
@@ -100,20 +142,26 @@ class Train:
         if not self.data and saved is None:
             missing = f"there is no run in {self.out} to resume" if self.resume else "no --data"
             raise UsageError(f"{missing}: give --data FILE, the file to train on")
-        path = Path(self.data or (saved or {})["data"]["path"]).resolve()
 
         from transformer_vq.cli.common import (
+            describe_data,
             describe_model,
             join_processes,
+            open_data,
             program,
             train_with_progress,
         )
-        from transformer_vq.data import load_bytes, require_length, split
 
         trackers = self._trackers()
-        tokens = load_bytes(path)
-        part = split(tokens, "train")
-        require_length(part, train.sequence_len, f"the train split of {path}")
+        paths, how = self._data(saved["data"] if saved else {})
+        tokenizer = self._tokenizer(saved)
+        if not saved and "vocab_size" not in self.config:
+            config = config.replace(vocab_size=tokenizer.vocab_size)
+        source = open_data(paths, tokenizer=tokenizer, **how)
+        part = source.split("train")
+        if not saved:
+            train = self._sequences(train, source)
+        require_length(part.tokens, train.sequence_len, f"the train split of {source.path}")
 
         if self.distributed or self.coordinator:
             join_processes(self.coordinator, self.num_processes, self.process_id)
@@ -122,13 +170,13 @@ class Train:
         from transformer_vq.sharding import make_mesh
 
         print(f"model: {describe_model(config)}")
-        print(f"data: {path}, {len(tokens):,} bytes, of which {len(part):,} to train on")
+        print(f"data: {describe_data(source, part)}")
         result = train_with_progress(
             config,
             train,
-            tokens,
+            source,
             self.out,
-            data=DataSource.of(path, tokens),
+            data=DataSource.of(paths[0], source, more_paths=tuple(paths[1:]), **how),
             resume=self.resume,
             trackers=trackers,
             mesh=make_mesh(mesh),
@@ -156,10 +204,12 @@ class Train:
         return [*trackers, WandB(self.wandb)] if self.wandb else trackers
 
     def _plan(self) -> int:
-        """What training would take; nothing is read, written or allocated."""
+        """What training would take; no data are read, nothing is written or allocated."""
         if self.resume:
             raise UsageError("--dry-run is for a run from the start: leave out --resume")
         config, train = self._configs(None)
+        if self.tokenizer and "vocab_size" not in self.config:
+            config = config.replace(vocab_size=load_tokenizer(self.tokenizer).vocab_size)
 
         from transformer_vq.cli.common import describe_model, number, size
         from transformer_vq.ops.dry_run import plan
@@ -205,6 +255,47 @@ class Train:
         except ValueError as error:
             raise as_usage(error, "--mesh.", MeshConfig) from None
 
+    def _sequences(self, train: TrainConfig, source: Source) -> TrainConfig:
+        """A new run, now that the data are known: a sequence is a picture, if they are pictures."""
+        length = source.sequence_len or train.sequence_len
+        if length != train.sequence_len and "sequence_len" in self.train:
+            shape = " x ".join(map(str, source.image_shape or ()))
+            raise UsageError(
+                f"--train.sequence-len is {train.sequence_len}, and pictures of {shape} are "
+                f"sequences of {length}: leave it out"
+            )
+        usual = TRAIN_PRESETS.get(self.preset, {}) if length == train.sequence_len else {}
+        update_len = self.train.get("update_len", usual.get("update_len", 0))
+        pieces = {"sequence_len": length, "update_len": update_len}
+        try:
+            return TrainConfig(**{**dataclasses.asdict(train), **pieces})
+        except ValueError as error:
+            raise as_usage(error, "--train.", TrainConfig) from None
+
+    def _tokenizer(self, saved: dict[str, Any] | None) -> Tokenizer:
+        """As given, or as the saved run has it, or bytes."""
+        if not self.tokenizer:
+            return run_tokenizer(self.out) if saved and self.out else ByteTokenizer()
+        tokenizer = load_tokenizer(self.tokenizer)
+        if saved and tokenizer.name != saved.get("tokenizer"):
+            raise UsageError(
+                f"--tokenizer is {self.tokenizer}, another vocabulary than that of the run in "
+                f"{self.out}: leave it out, or start another run"
+            )
+        return tokenizer
+
+    def _data(self, saved: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+        """Paths, and how to read them: as given, or as the saved run did."""
+        given = flat(self.data) or [saved["path"], *saved.get("more_paths", ())]
+        paths = [str(Path(path).resolve()) for path in given]
+        how = {
+            "text_column": self.text_column,
+            "image_size": self.image_size,
+            "on_error": self.on_error,
+        }
+        defaults = {"text_column": "text", "image_size": 0, "on_error": "stop"}
+        return paths, {k: v or saved.get(k, defaults[k]) for k, v in how.items()}
+
     def _configs(self, saved: dict[str, Any] | None) -> tuple[ModelConfig, TrainConfig]:
         """Model and run: of the saved run or the preset, with what was given on top."""
         changes = dict(self.train)
@@ -212,8 +303,10 @@ class Train:
             raise UsageError(
                 f"--steps is {self.steps} and --train.steps {changes['steps']}: give one"
             )
+        recipe = saved["train"] if saved else TRAIN_PRESETS.get(self.preset, {})
+        if not saved and not self.dry_run:
+            changes["update_len"] = 0  # of a length that the data may decide: see `_sequences`
         try:
-            recipe = saved["train"] if saved else TRAIN_PRESETS.get(self.preset, {})
             train = TrainConfig(**{**recipe, **changes})
         except (ValueError, TypeError) as error:  # TypeError: a field of another version
             raise as_usage(error, "--train.", TrainConfig) from None

@@ -3,7 +3,9 @@
 NumPy and grain only: nothing here knows about models or devices.
 """
 
-from transformer_vq.data.loader import Batch, Batches, EvalChunk, eval_chunks
+from transformer_vq.data.loader import Batch, Batches, EvalChunk, eval_chunks, row_starts
+from transformer_vq.data.prepare import OnError, open_source
+from transformer_vq.data.source import Source, as_source
 from transformer_vq.data.text import (
     DataError,
     bundled_corpus,
@@ -12,7 +14,8 @@ from transformer_vq.data.text import (
     require_length,
     split,
 )
-from transformer_vq.data.tokenizer import ByteTokenizer, StreamDecoder, check_tokens
+from transformer_vq.data.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer, check_tokens
+from transformer_vq.data.vocabulary import load_tokenizer, run_tokenizer, train_tokenizer
 
 __all__ = [
     "Batch",
@@ -20,12 +23,21 @@ __all__ = [
     "ByteTokenizer",
     "DataError",
     "EvalChunk",
+    "OnError",
+    "Source",
     "StreamDecoder",
+    "Tokenizer",
+    "as_source",
     "bundled_corpus",
     "check_tokens",
     "eval_chunks",
     "fingerprint",
     "load_bytes",
+    "load_tokenizer",
+    "open_source",
     "require_length",
+    "row_starts",
+    "run_tokenizer",
     "split",
+    "train_tokenizer",
 ]

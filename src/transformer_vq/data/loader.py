@@ -1,4 +1,4 @@
-"""Feeds of fixed-shape arrays: shuffled windows to train on, contiguous chunks to evaluate on."""
+"""Feeds of fixed-shape arrays: rows to train on, contiguous chunks to evaluate on."""
 
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
@@ -19,7 +19,7 @@ class Batch(NamedTuple):
     inputs: np.ndarray  # int32 [B, T]
     targets: np.ndarray  # int32 [B, T]: the token after each input
     loss_mask: np.ndarray  # bool [B, T]: which targets count
-    document_ids: np.ndarray  # int32 [B, T]: never falling along a row
+    document_ids: np.ndarray  # int32 [B, T]: which document of the data; never falling along a row
     starts: np.ndarray | None = None  # bool [B]: rows that do not go on where they were; None: all
 
 
@@ -33,16 +33,25 @@ class EvalChunk(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Batches:
-    """An endless, shuffled sequence of training batches, addressed by index.
+    """An endless sequence of training batches, addressed by index.
 
     Batch i is a pure function of the fields and i, in any process and at any time, so an index
-    is all that a checkpoint needs. The text is cut into windows of `sequence_len` targets. Every
-    epoch cuts at a new random offset and takes every window once, in a new order; a batch may
-    span epochs, so none is dropped.
+    is all that a checkpoint needs. There are three ways to make rows:
 
-    `tokens` is an integer array `[N]`, memory-mapped or not. `batch_size` is global: of several
-    processes, each gets its own share of the rows. Raises `DataError` if the text is shorter
-    than one window, `ValueError` for sizes that make no sense.
+    - The text is cut into windows of `sequence_len` targets, whatever documents are in them. Every
+      epoch cuts at a new random offset and takes every window once, in a new order; a batch may
+      span epochs, so none is dropped.
+    - `streaming`: the text is cut evenly into `batch_size` streams, and row r of a batch continues
+      row r of the one before, but at the end of its stream, where it begins anew (`starts`).
+    - `whole_documents`: a row is a document (a picture), each once an epoch, in a new order.
+
+    A row that is shorter than `sequence_len` is padded with zeros, which the loss mask leaves out.
+
+    `tokens` is an integer array `[N]`, memory-mapped or not; `starts`, integers `[documents]`, says
+    where documents begin in it, the first at 0. `batch_size` is global: of several processes, each
+    gets its own share of the rows. Raises `DataError` if there are fewer than two tokens (when
+    streaming, two for each row), or a document is too long for a row; `ValueError` for sizes that
+    make no sense.
     """
 
     tokens: np.ndarray
@@ -50,6 +59,9 @@ class Batches:
     batch_size: int
     sequence_len: int
     seed: int
+    starts: np.ndarray | None = None
+    streaming: bool = False
+    whole_documents: bool = False
     process_index: int = 0
     process_count: int = 1
 
@@ -68,26 +80,50 @@ class Batches:
                 f"process_index is {self.process_index}: it must be below {self.process_count}"
             )
         require_length(self.tokens, self.sequence_len)
+        if self.streaming and self.whole_documents:
+            raise ValueError("streaming is for text: whole documents do not go on in the next row")
+        if self.streaming and not self._stream_len:
+            raise DataError(
+                f"there are {len(self.tokens):,} of the {self.batch_size + 1:,} tokens that "
+                f"{self.batch_size:,} streams need: use a smaller batch or a larger file"
+            )
+        if self.whole_documents and (longest := int(self._lengths.max())) > self.sequence_len + 1:
+            raise DataError(
+                f"a document has {longest - 1:,} tokens to predict: sequence_len is "
+                f"{self.sequence_len}, and must be as long"
+            )
 
     @property
     def num_windows(self) -> int:
-        """Windows in an epoch: as many as fit, wherever in the first window the cutting starts."""
+        """Rows in an epoch; of one stream, if there are streams.
+
+        Of text, as many as fit, wherever in the first window the cutting starts.
+        """
+        if self.whole_documents:
+            return len(self._starts)
+        if self.streaming:
+            return max(1, self._stream_len // self.sequence_len)
         return max(1, len(self.tokens) // self.sequence_len - 1)
 
     def batch(self, index: int) -> Batch:
         """This process's rows of batch `index`, [batch_size / process_count, sequence_len]."""
         if index < 0:
             raise ValueError(f"the batch index is {index}: it must be at least 0")
-        rows = self.batch_size // self.process_count
-        first = index * self.batch_size + self.process_index * rows
-        windows = np.stack([self._window(first + row) for row in range(rows)])
-        inputs = windows[:, :-1].astype(np.int32)
+        count = self.batch_size // self.process_count
+        first = self.process_index * count
+        rows = [self._row(index, row) for row in range(first, first + count)]
+        windows = np.zeros((count, self.sequence_len + 1), np.int32)
+        for window, (start, stop) in zip(windows, rows, strict=True):
+            window[: stop - start] = self.tokens[start:stop]
+        places = np.arange(self.sequence_len)
+        starts, stops = np.array(rows)[:, :, None].transpose(1, 0, 2)
+        documents = np.searchsorted(self._starts, starts + places, side="right") - 1
         return Batch(
-            inputs=inputs,
-            targets=windows[:, 1:].astype(np.int32),
-            loss_mask=np.ones(inputs.shape, np.bool_),
-            document_ids=np.zeros_like(inputs),
-            starts=np.ones(rows, np.bool_),
+            inputs=np.ascontiguousarray(windows[:, :-1]),
+            targets=np.ascontiguousarray(windows[:, 1:]),
+            loss_mask=places + 1 < stops - starts,
+            document_ids=documents.astype(np.int32),
+            starts=np.full(count, not self.streaming or index % self.num_windows == 0),
         )
 
     def iterate(self, start_index: int = 0) -> Iterator[Batch]:
@@ -111,23 +147,51 @@ class Batches:
         # seed is hashed first, or epoch 1 of seed 0 would have the order of epoch 0 of seed 1.
         return grain.MapDataset.range(self.num_windows).shuffle(_draw(self.seed, 2**32)).repeat()
 
-    def _window(self, position: int) -> np.ndarray:
-        """The tokens `[T + 1]` at a position in the endless sequence of windows."""
-        epoch = position // self.num_windows
-        slack = len(self.tokens) - 1 - self.num_windows * self.sequence_len
-        offset = _draw(self.seed, slack + 1, epoch)
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return np.zeros(1, np.int64) if self.starts is None else np.asarray(self.starts)
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        return np.diff(self._starts, append=len(self.tokens))
+
+    @property
+    def _stream_len(self) -> int:
+        """Targets of each stream."""
+        return (len(self.tokens) - 1) // self.batch_size
+
+    def _row(self, index: int, row: int) -> tuple[int, int]:
+        """Where a row of the global batch is in the tokens, from start to stop."""
+        if self.streaming:
+            lap, window = divmod(index, self.num_windows)
+            base, end = row * self._stream_len, (row + 1) * self._stream_len
+            start = base + self._offset(self._stream_len, lap) + window * self.sequence_len
+            return start, min(start + self.sequence_len, end) + 1
+        position = index * self.batch_size + row
         window = self._order[position]
         assert window is not None  # grain gives None for what a filter drops: there is no filter
+        if self.whole_documents:
+            start = int(self._starts[window])
+            return start, start + int(self._lengths[window])
+        offset = self._offset(len(self.tokens) - 1, position // self.num_windows)
         start = offset + window * self.sequence_len
-        return self.tokens[start : start + self.sequence_len + 1]
+        return start, min(start + self.sequence_len + 1, len(self.tokens))
+
+    def _offset(self, targets: int, epoch: int) -> int:
+        """Where the cutting of so many targets into windows begins, of those that leave room."""
+        slack = max(0, targets - self.num_windows * self.sequence_len)
+        return _draw(self.seed, slack + 1, epoch)
 
 
-def eval_chunks(tokens: np.ndarray, chunk_len: int, rows: int = 1) -> Iterator[EvalChunk]:
+def eval_chunks(
+    tokens: np.ndarray, chunk_len: int, rows: int = 1, starts: np.ndarray | None = None
+) -> Iterator[EvalChunk]:
     """`tokens` `[N]` as `rows` contiguous streams, a chunk of each at a time, in order.
 
     Row r of a chunk continues row r of the one before: carry the state across, and with one row
     the context of a token is the entire history. Every token but the first of each stream is a
-    target exactly once, N - rows in all. Raises `DataError` if a stream has nothing to predict.
+    target exactly once, N - rows in all. The streams begin at `row_starts(N, rows, starts)`.
+    Raises `DataError` if a stream has nothing to predict.
     """
     _require_flat(tokens)
     for name, value in (("chunk_len", chunk_len), ("rows", rows)):
@@ -138,12 +202,25 @@ def eval_chunks(tokens: np.ndarray, chunk_len: int, rows: int = 1) -> Iterator[E
             f"there are {len(tokens):,} of the {2 * rows:,} tokens that evaluation needs, "
             f"two for each of {rows:,} rows: use a larger file"
         )
-    return _chunks(tokens, chunk_len, rows)  # apart, so that errors come now and not at first use
+    streams = np.split(tokens, row_starts(len(tokens), rows, starts)[1:])
+    return _chunks(streams, chunk_len)  # apart, so that errors come now and not at first use
 
 
-def _chunks(tokens: np.ndarray, chunk_len: int, rows: int) -> Iterator[EvalChunk]:
-    streams = np.array_split(tokens, rows)  # views, the longer ones first
-    for start in range(0, len(streams[0]) - 1, chunk_len):
+def row_starts(size: int, rows: int, starts: np.ndarray | None = None) -> np.ndarray:
+    """Where `rows` even parts of `size` tokens begin; with `starts`, each where a document does.
+
+    Raises `DataError` if there are fewer documents than rows.
+    """
+    if starts is None:
+        return np.arange(rows) * (size // rows) + np.minimum(np.arange(rows), size % rows)
+    if len(starts) < rows:
+        raise DataError(f"there are {len(starts):,} documents for {rows:,} rows: use fewer rows")
+    return np.asarray(starts)[np.arange(rows) * len(starts) // rows]
+
+
+def _chunks(streams: list[np.ndarray], chunk_len: int) -> Iterator[EvalChunk]:
+    rows = len(streams)
+    for start in range(0, max(map(len, streams)) - 1, chunk_len):
         inputs = np.zeros((rows, chunk_len), np.int32)
         targets = np.zeros_like(inputs)
         lengths = np.zeros(rows, np.int32)

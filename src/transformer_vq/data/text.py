@@ -2,9 +2,11 @@
 
 import gzip
 import hashlib
+import io
 import stat
 import zlib
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -22,7 +24,7 @@ def bundled_corpus() -> Path:
 
 
 def load_bytes(path: str | Path) -> np.ndarray:
-    """The bytes of any file, uint8 `[N]`, read-only; `.gz` is decompressed.
+    """The bytes of any file, uint8 `[N]`, read-only; `.gz` and `.zst` are decompressed.
 
     A plain file is mapped, not read: it costs no memory and no time, and must not change
     underneath. Raises `DataError` if the file is missing, empty, unreadable or not a file.
@@ -36,18 +38,91 @@ def load_bytes(path: str | Path) -> np.ndarray:
             raise DataError(f"{path} is not a regular file: copy its content to one")
         if path.suffix == ".gz":
             data = np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8)
+        elif path.suffix == ".zst":
+            with open_binary(path) as file:
+                data = np.frombuffer(file.read(), np.uint8)
         elif info.st_size:
             data = np.asarray(np.memmap(path, np.uint8, mode="r"))
         else:
             data = np.zeros(0, np.uint8)  # an empty file cannot be mapped
     except FileNotFoundError:
         raise DataError(f"there is no file {path}") from None
-    except (OSError, EOFError, zlib.error) as error:
+    except read_errors() as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"cannot read {path}: {reason}") from None
     if not data.size:
         raise DataError(f"{path} is empty: give a file with data in it")
     return data
+
+
+def open_binary(path: Path) -> BinaryIO:
+    """A file open for reading, decompressed as its name says (`.gz`, `.zst`).
+
+    Raises `DataError` if it cannot be opened. What is wrong inside shows when it is read, as one of
+    `read_errors()`.
+    """
+    try:
+        if path.suffix == ".gz":
+            return cast(BinaryIO, gzip.open(path))
+        if path.suffix == ".zst":
+            return cast(BinaryIO, io.BufferedReader(_ZstdFile(path), 1 << 20))
+        return path.open("rb")
+    except FileNotFoundError:
+        raise DataError(f"there is no file {path}") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def read_errors() -> tuple[type[Exception], ...]:
+    """What reading a file raises when it is damaged."""
+    try:
+        from zstandard import ZstdError
+    except ImportError:
+        return OSError, EOFError, zlib.error
+    return OSError, EOFError, zlib.error, ZstdError
+
+
+class _ZstdFile(io.RawIOBase):
+    """The content of a `.zst`, all frames of it. Raises `EOFError` where a frame is cut short.
+
+    The library's own reader takes such an end for that of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            from zstandard import ZstdDecompressor
+        except ImportError:
+            raise DataError(
+                f"{path} needs zstandard to be read: pip install 'transformer-vq[text]'"
+            ) from None
+        self._new_frame = ZstdDecompressor().decompressobj
+        self._file = path.open("rb")
+        self._frame: Any = None
+        self._compressed = self._content = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._content:
+            self._compressed = self._compressed or self._file.read(1 << 20)
+            if not self._compressed:
+                if self._frame is not None:
+                    raise EOFError("the compressed file ends within a frame")
+                return 0
+            self._frame = self._frame or self._new_frame()
+            self._content = self._frame.decompress(self._compressed)
+            self._compressed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        size = min(len(buffer), len(self._content))
+        buffer[:size], self._content = self._content[:size], self._content[size:]
+        return size
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
 
 
 def split(tokens: np.ndarray, name: str) -> np.ndarray:
@@ -62,18 +137,16 @@ def split(tokens: np.ndarray, name: str) -> np.ndarray:
 
 
 def require_length(tokens: np.ndarray, sequence_len: int, name: str = "the data") -> None:
-    """Raises `DataError` unless `tokens` holds one training sequence, its last target included.
+    """Raises `DataError` unless `tokens` holds something to predict, and something before it.
 
-    `name` says whose tokens they are, for the message: "the train split of book.txt".
+    Fewer than a sequence are padded. `name` says whose tokens they are, for the message: "the train
+    split of book.txt".
     """
-    size = len(tokens)
-    if size > sequence_len:
-        return
-    shorter = f"--train.sequence-len {size - 1} or less, or " if size > 1 else ""
-    raise DataError(
-        f"{name} has {size:,} of the {sequence_len + 1:,} tokens that a sequence of "
-        f"{sequence_len:,} needs: use {shorter}a larger file"
-    )
+    if len(tokens) < 2:
+        raise DataError(
+            f"{name} has {len(tokens)} of the {sequence_len + 1:,} tokens that a sequence of "
+            f"{sequence_len:,} needs, and two are the least: use a larger file"
+        )
 
 
 def fingerprint(array: np.ndarray) -> str:

@@ -2,20 +2,69 @@
 
 import codecs
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 Tokens = Sequence[int] | np.ndarray
 
 
+class Tokenizer(Protocol):
+    """What a vocabulary can do. Others than bytes are in `vocabulary.py`."""
+
+    @property
+    def name(self) -> str:
+        """What tells it from others: a run does not go on with another one."""
+        ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def start_id(self) -> int:
+        """What stands before a text that has no prompt."""
+        ...
+
+    @property
+    def eos_id(self) -> int:
+        """What stands between documents. It decodes to nothing, but for bytes."""
+        ...
+
+    @property
+    def by_bytes(self) -> bool:
+        """Whether every token is always the same bytes, whatever is around it."""
+        ...
+
+    def encode(self, text: str | bytes) -> list[int]:
+        """The tokens of `text`. Raises `ValueError` for what the vocabulary cannot express."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each: of many at once it is faster."""
+        ...
+
+    def decode(self, tokens: Tokens) -> bytes:
+        """The bytes that `tokens` stand for. Raises `ValueError` as `check_tokens` does."""
+        ...
+
+    def decode_text(self, tokens: Tokens) -> str:
+        """`decode` as text; what is not UTF-8 becomes U+FFFD."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Leave in `folder` what `run_tokenizer` makes it from."""
+        ...
+
+
 @dataclass(frozen=True)
 class ByteTokenizer:
     """Every byte is its own token, so any file can be modelled and nothing is out of vocabulary."""
 
-    name: ClassVar[str] = "bytes"
-    vocab_size: ClassVar[int] = 256
+    name: str = field(default="bytes", init=False)
+    vocab_size: int = field(default=256, init=False)
+    by_bytes: bool = field(default=True, init=False)
     start_id: int = 10  # a newline: what stands before a text that has no prompt
     eos_id: int = 0  # NUL: the one byte that ordinary text never holds
 
@@ -28,6 +77,10 @@ class ByteTokenizer:
         """
         return list(text.encode(errors="surrogateescape") if isinstance(text, str) else text)
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each."""
+        return [self.encode(text) for text in texts]
+
     def decode(self, tokens: Tokens) -> bytes:
         """The bytes that `tokens` stand for. Raises `ValueError` as `check_tokens` does."""
         return check_tokens(tokens, self.vocab_size).astype(np.uint8).tobytes()
@@ -36,6 +89,9 @@ class ByteTokenizer:
         """`decode` as text; what is not UTF-8 becomes U+FFFD."""
         return self.decode(tokens).decode(errors="replace")
 
+    def save(self, folder: Path) -> None:
+        """Nothing: bytes need no file."""
+
 
 class StreamDecoder:
     """Text from tokens one at a time: a character appears when its last byte does.
@@ -43,10 +99,14 @@ class StreamDecoder:
     All pieces joined, `flush` included, equal `decode_text` of all the tokens.
     """
 
-    def __init__(self, tokenizer: ByteTokenizer = ByteTokenizer()) -> None:
+    def __init__(self, tokenizer: Tokenizer = ByteTokenizer()) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._position = 0
+        # For vocabularies whose tokens mean other things in other places: those shown last, and
+        # then those that wait for the rest of a character.
+        self._tokens: list[int] = []
+        self._shown = 0
 
     def push(self, token: int) -> str:
         """The characters that `token` completes: often one, maybe none.
@@ -55,12 +115,26 @@ class StreamDecoder:
         """
         tokens = check_tokens([token], self._tokenizer.vocab_size, self._position)
         self._position += 1
-        return self._utf8.decode(self._tokenizer.decode(tokens))
+        if self._tokenizer.by_bytes:
+            return self._utf8.decode(self._tokenizer.decode(tokens))
+        self._tokens.append(int(token))
+        text = self._unseen()
+        if text.endswith("\ufffd"):
+            return ""
+        self._tokens = self._tokens[self._shown :]
+        self._shown = len(self._tokens)
+        return text
 
     def flush(self) -> str:
         """U+FFFD if the stream stopped inside a character; the decoder is as new afterwards."""
-        self._position = 0
-        return self._utf8.decode(b"", final=True)
+        text = self._utf8.decode(b"", final=True) + self._unseen()
+        self._position, self._tokens, self._shown = 0, [], 0
+        return text
+
+    def _unseen(self) -> str:
+        """What the waiting tokens add to the text of those before them."""
+        before = self._tokenizer.decode_text(self._tokens[: self._shown])
+        return self._tokenizer.decode_text(self._tokens)[len(before) :]
 
 
 def check_tokens(tokens: Tokens, vocab_size: int, first_position: int = 0) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from transformer_vq.config import ModelConfig
-from transformer_vq.data import check_tokens, eval_chunks
+from transformer_vq.data import Source, as_source, check_tokens, eval_chunks, row_starts
 from transformer_vq.nn.model import DEFAULT_CAPACITY, Model, State, forward, init_state
 from transformer_vq.ops.loss import token_nll
 from transformer_vq.sharding import replicated, rows_or_whole, traced_on
@@ -27,16 +27,17 @@ class Evaluation:
     loss: float  # nats per token
     tokens: int  # that were predicted
     by_position: list[tuple[int, int, float]]  # (start, end, loss): with start <= history < end
+    bytes_per_token: float = 1.0  # of the original data
 
     @property
     def bpb(self) -> float:
-        """Bits per token: bits per byte where a token is a byte."""
-        return self.loss / math.log(2.0)
+        """Bits per byte of the original data."""
+        return self.loss / math.log(2.0) / self.bytes_per_token
 
 
 def evaluate(
     model: Model,
-    tokens: np.ndarray,
+    tokens: np.ndarray | Source,
     *,
     chunk_len: int = 2048,
     rows: int = 1,
@@ -47,11 +48,14 @@ def evaluate(
     """Score `tokens`, a chunk at a time, with the state carried through all of them.
 
     Up to float rounding, the numbers depend neither on `chunk_len` nor on `config.block_len`.
+    Where the model resets at documents, and for pictures in any case, a token's history begins
+    with its document. The start tokens of pictures are given, and not predicted.
 
     Args:
       model: neither changed nor donated. If it lives on a mesh, so does the work: rows are spread
         over the devices if their number divides, and done by all alike if not.
-      tokens: integers `[N]` below `config.vocab_size`. The first of each row is not predicted.
+      tokens: a source, or bare integers `[N]`; below `config.vocab_size`. The first of each row is
+        not predicted.
       chunk_len: tokens of each row in one call: more need more memory.
       rows: streams that the tokens are cut into and that are scored side by side, each with a
         history of its own.
@@ -64,13 +68,25 @@ def evaluate(
       DataError: for fewer than two tokens in a row.
       ValueError: for a token outside of the vocabulary, and for sizes that make no sense.
     """
+    source = as_source(tokens)
+    tokens, starts, pictures = source.tokens, source.starts, source.image_shape is not None
+    if pictures:
+        config = model.config.replace(reset_at_document=True)
+        model = Model(model.params, model.codebook, config)
+        if config.attention == "full":
+            chunk_len = context_len = int(np.diff(starts, append=len(tokens)).max())
     if max_tokens is not None:
         if max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens}: it must be at least 1")
         tokens = tokens[: max_tokens + rows]
+        starts = starts[starts < len(tokens)]
+    resets = model.config.reset_at_document and (pictures or len(starts) > 1)
     check_tokens(tokens, model.config.vocab_size)
-    longest, total = max(-(-len(tokens) // max(rows, 1)) - 1, 1), len(tokens) - rows
-    chunks = eval_chunks(tokens, min(chunk_len, longest), rows)  # padding costs as tokens do
+    cuts = starts if pictures else None  # rows of text are cut anywhere
+    first = row_starts(len(tokens), max(rows, 1), cuts)[:, None]
+    longest = max(int(np.diff(first[:, 0], append=len(tokens)).max()) - 1, 1)
+    total = len(tokens) - (len(starts) if pictures else rows)
+    chunks = eval_chunks(tokens, min(chunk_len, longest), rows, cuts)  # padding costs as tokens do
     context_len = _check_context(model.config, context_len, chunk_len, longest)
     where = getattr(model.params["embedding"], "sharding", None)
     mesh = None
@@ -79,12 +95,20 @@ def evaluate(
     new_state = _state_maker(model, rows, min(context_len, longest), mesh)
     sums, counts = np.zeros(len(BIN_STARTS)), np.zeros(len(BIN_STARTS), np.int64)
 
-    def read(nll: jax.Array, lengths: np.ndarray, history: int) -> None:
-        """Add the losses `[rows, chunk_len]` of the chunk that starts after so much history."""
-        places = np.arange(nll.shape[1])
-        real = places < lengths[:, None]
-        bins = np.searchsorted(BIN_STARTS, history + places, side="right") - 1
-        bins = np.broadcast_to(bins, real.shape)[real]
+    def documents(places: np.ndarray) -> np.ndarray:
+        """Which document each place is in."""
+        return np.searchsorted(starts, places, side="right") - 1
+
+    def read(nll: jax.Array, lengths: np.ndarray, chunk: int, history: int) -> None:
+        """Add the losses `[rows, chunk_len]` of a chunk, which starts after so much history."""
+        columns = np.arange(nll.shape[1])
+        real = columns < lengths[:, None]
+        seen = np.broadcast_to(history + columns, real.shape)
+        if pictures:
+            places = first + chunk * chunk_len + columns
+            seen = places - starts[documents(places)]
+            real &= documents(places) == documents(places + 1)
+        bins = (np.searchsorted(BIN_STARTS, seen, side="right") - 1)[real]
         sums[:] += np.bincount(bins, np.asarray(nll, np.float64)[real], len(sums))
         counts[:] += np.bincount(bins, minlength=len(sums))
         if on_progress is not None:
@@ -95,12 +119,16 @@ def evaluate(
         history = i * chunk_len % context_len
         if i and not history:
             state = new_state()
-        nll, state = _score(model, state, *chunk, mesh)
+        places = first + i * chunk_len + np.arange(chunk.inputs.shape[1])
+        ids = documents(places).astype(np.int32) if resets else None
+        nll, state = _score(model, state, *chunk, ids, mesh)
         if unread is not None:  # the device is busy with this chunk while the last one is read
             read(*unread)
-        unread = nll, chunk.lengths, history
+        unread = nll, chunk.lengths, i, history
     assert unread is not None  # eval_chunks gives one chunk at least
     read(*unread)
+    if pictures:
+        longest = int(np.diff(starts, append=len(tokens)).max()) - 1
     ends = np.minimum(BIN_STARTS[1:], min(context_len, longest))
     return Evaluation(
         loss=float(sums.sum() / counts.sum()),
@@ -109,6 +137,7 @@ def evaluate(
             (int(BIN_STARTS[i]), int(ends[i]), float(sums[i] / counts[i]))
             for i in np.flatnonzero(counts)
         ],
+        bytes_per_token=source.bytes_per_token,
     )
 
 
@@ -119,11 +148,14 @@ def _score(
     inputs: Tokens,
     targets: Tokens,
     lengths: PerRow,
+    document_ids: Tokens | None,
     mesh: Mesh | None,
 ) -> tuple[jax.Array, State]:
     """Losses `[rows, chunk_len]` in nats, meaningless beyond the length of a row; the new state."""
     with traced_on(mesh):
-        features, state, _ = forward(model, state, inputs, lengths=lengths)
+        features, state, _ = forward(
+            model, state, inputs, lengths=lengths, document_ids=document_ids
+        )
         nll = token_nll(model, features, targets)
     if mesh is None:
         return nll, state

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from transformer_vq import costs
 from transformer_vq.config import ModelConfig, TrainConfig
-from transformer_vq.data import Batch, Batches, check_tokens, require_length
+from transformer_vq.data import Batch, Batches, Source, as_source, check_tokens, require_length
 from transformer_vq.io.checkpoint import CheckpointError, Checkpoints
 from transformer_vq.metrics import MetricsLog, Record, Tracker
 from transformer_vq.ops.evaluate import evaluate
@@ -60,12 +60,12 @@ class TrainResult:
 def train(
     config: ModelConfig,
     train: TrainConfig,
-    tokens: np.ndarray,
-    validation: np.ndarray | None,
+    tokens: np.ndarray | Source,
+    validation: np.ndarray | Source | None,
     folder: str | os.PathLike,
     *,
     data: DataSource | None = None,
-    tokenizer: str = "bytes",
+    tokenizer: str = "",
     resume: bool = False,
     max_seconds: float | None = None,
     mesh: Mesh | None = None,
@@ -88,11 +88,11 @@ def train(
       config: the model. Its `vocab_size` covers the tokens.
       train: the run. An update is a piece of a batch, so a run ends with the batch that reaches
         `train.steps`. Between sittings, all but the data fields (`run.DATA_FIELDS`) may change.
-      tokens: integers `[N]` to train on, memory-mapped or not.
-      validation: integers `[N]` that are scored every `evaluate_every` updates and at the end.
+      tokens: what to train on: a source, or bare integers `[N]`, memory-mapped or not.
+      validation: the same, scored every `evaluate_every` updates and at the end.
       folder: of the run; made if need be.
       data: what the tokens are part of, for the record; a resumed run must have the same.
-      tokenizer: the name of what made the tokens.
+      tokenizer: the name of what made the tokens; by default that of the source.
       resume: go on from the newest checkpoint, or start if there is none yet.
       max_seconds: stop this sitting after about so long and a batch at least, with a checkpoint.
         The schedule of the learning rate goes by steps all the same.
@@ -114,32 +114,38 @@ def train(
     """
     mesh = mesh or data_mesh()
     require_trainable(config, train, mesh)
-    require_length(tokens, train.sequence_len)
-    for part in (tokens, validation):
+    source = as_source(tokens)
+    held_out = None if validation is None else as_source(validation)
+    require_length(source.tokens, train.sequence_len)
+    for part in (source, held_out):
         _require_in_vocabulary(part, config.vocab_size)
-    if validation is not None and len(validation) < 2:
+    if held_out is not None and len(held_out.tokens) < 2:
         say("the validation split is too short to score: none is made")
-        validation = None
-    data = data or DataSource.of("", tokens)
+        held_out = None
+    data = data or DataSource.of("", source)
     folder = Path(folder)
+    tokenizer = tokenizer or source.tokenizer.name
     info = open_run(folder, RunInfo(config, train, data, tokenizer), resume=resume)
     step, first = info.step, jax.process_index() == 0
     require_same(step, f"the checkpoints in {folder}")
-    if not first:
+    if first:
+        source.tokenizer.save(folder)
+    else:
         trackers, on_record, say = (), (lambda record: None), (lambda text: None)
     metrics = folder / "metrics.jsonl"
     with (
         StopSignals() as stop,
         checkpoints_of(folder, train.keep_checkpoints) as checkpoints,
         contextlib.closing(MetricsLog(metrics, step, trackers, writes=first)) as log,
-        _sample_log(folder, info, validation, decode) as samples,
-        contextlib.closing(_batches(tokens, train, step, mesh)) as batches,
+        _sample_log(folder, info, held_out, decode) as samples,
+        contextlib.closing(_batches(source, train, step, mesh)) as batches,
     ):
         if step:
             say(f"resuming at step {step}")
         sitting = _Sitting(
             info,
-            validation,
+            source.bytes_per_token,
+            held_out,
             mesh,
             stop,
             max_seconds,
@@ -164,7 +170,8 @@ class _Sitting:
     def __init__(
         self,
         info: RunInfo,
-        validation: np.ndarray | None,
+        bytes_per_token: float,
+        validation: Source | None,
         mesh: Mesh,
         stop: StopSignals,
         max_seconds: float | None,
@@ -176,6 +183,7 @@ class _Sitting:
         say: Callable[[str], None],
     ):
         self.info, self.config, self.train = info, info.config, info.train
+        self.bytes_per_token = bytes_per_token
         self.validation, self.mesh, self.stop = validation, mesh, stop
         self.checkpoints, self.log, self.samples = checkpoints, log, samples
         self.on_record, self.on_save, self.say = on_record, on_save, say
@@ -308,7 +316,7 @@ class _Sitting:
         record = {
             "step": step,
             "loss": (loss := values.pop("loss")),
-            "bpb": loss / math.log(2.0),
+            "bpb": loss / math.log(2.0) / self.bytes_per_token,
             "tokens_per_second": speed,
             "gflops": flops / 1e9,
             "mfu": flops / self.peak,
@@ -395,24 +403,27 @@ class _Sitting:
 def _sample_log(
     folder: Path,
     info: RunInfo,
-    validation: np.ndarray | None,
+    validation: Source | None,
     decode: Callable[[Sequence[int]], str] | None,
 ) -> Generator[SampleLog | None]:
     """samples.jsonl while it is open; None where no samples are kept."""
-    tokens = info.train.sample_tokens
-    if not tokens or validation is None or decode is None or jax.process_count() > 1:
+    length = info.train.sample_tokens
+    if not length or validation is None or decode is None or jax.process_count() > 1:
         yield None
         return
-    path = folder / "samples.jsonl"
-    with contextlib.closing(SampleLog(path, info.step, validation, tokens, decode)) as samples:
+    path, tokens = folder / "samples.jsonl", validation.tokens
+    with contextlib.closing(SampleLog(path, info.step, tokens, length, decode)) as samples:
         yield samples
 
 
-def _batches(tokens: np.ndarray, train: TrainConfig, step: int, mesh: Mesh) -> Generator[Batch]:
+def _batches(source: Source, train: TrainConfig, step: int, mesh: Mesh) -> Generator[Batch]:
     """This process's share of the batches from the one that follows `step` updates."""
     share, shares = process_share(mesh)
     batches = Batches(
-        tokens,
+        source.tokens,
+        starts=source.starts,
+        whole_documents=source.image_shape is not None,
+        streaming=train.streaming,
         batch_size=train.batch_size,
         sequence_len=train.sequence_len,
         seed=train.seed,
@@ -422,9 +433,10 @@ def _batches(tokens: np.ndarray, train: TrainConfig, step: int, mesh: Mesh) -> G
     yield from batches.iterate(step // train.updates_per_sequence)
 
 
-def _require_in_vocabulary(tokens: np.ndarray | None, vocab_size: int) -> None:
+def _require_in_vocabulary(source: Source | None, vocab_size: int) -> None:
     """Raise `ValueError` naming the first token outside of the vocabulary."""
-    if tokens is None or not len(tokens) or np.iinfo(tokens.dtype).max < vocab_size:
+    tokens = np.zeros(0, np.uint8) if source is None else source.tokens
+    if not len(tokens) or np.iinfo(tokens.dtype).max < vocab_size:
         return  # bytes need no look
     if tokens.min() < 0 or tokens.max() >= vocab_size:
         check_tokens(tokens, vocab_size)

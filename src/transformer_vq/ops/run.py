@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from transformer_vq.config import ModelConfig, TrainConfig
-from transformer_vq.data import fingerprint
+from transformer_vq.data import OnError, Source, as_source
 from transformer_vq.io.checkpoint import Checkpoints
 from transformer_vq.nn.layers import wide
 from transformer_vq.nn.model import Model, init_model
@@ -42,14 +42,37 @@ class RunError(ValueError):
 class DataSource:
     """What a run was trained on: where it was, and what identifies it wherever it is now."""
 
-    path: str
+    path: str  # the first of the paths
     size: int  # tokens, all splits together
     fingerprint: str  # SHA-256 of them
+    documents: int = 1
+    more_paths: tuple[str, ...] = ()
+    text_column: str = "text"  # these: how they were read
+    image_size: int = 0
+    on_error: OnError = "stop"
+    image_shape: tuple[int, int, int] | None = None  # height, width, channels; None for text
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "more_paths", tuple(self.more_paths))  # JSON knows lists only
+        if self.image_shape is not None:
+            object.__setattr__(self, "image_shape", tuple(self.image_shape))
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.path, *self.more_paths)
 
     @classmethod
-    def of(cls, path: str | os.PathLike, tokens: np.ndarray) -> "DataSource":
-        """The source `tokens` `[N]`, loaded from `path`. Reads all of them."""
-        return cls(str(path), len(tokens), fingerprint(tokens))
+    def of(cls, path: str | os.PathLike, tokens: np.ndarray | Source, **how: Any) -> "DataSource":
+        """The source `tokens`, loaded from `path`, and how. Reads all of them, if it must."""
+        source = as_source(tokens)
+        return cls(
+            str(path),
+            len(source.tokens),
+            source.fingerprint,
+            documents=len(source.starts),
+            image_shape=source.image_shape,
+            **how,
+        )
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,9 @@ class SampleLog:
         for token in stream(model, [self._prompt], self._params):
             check()
             tokens.append(int(token))
-        texts = {"prompt": self._decode(self._prompt), "text": self._decode(tokens)}
-        self._lines.write({"step": step, **texts})
+        prompt, whole = self._decode(self._prompt), self._decode([*self._prompt, *tokens])
+        # What is decoded on its own may lose the space before its first word.
+        self._lines.write({"step": step, "prompt": prompt, "text": whole[len(prompt) :]})
 
     def close(self) -> None:
         self._lines.close()

@@ -1,0 +1,49 @@
+"""`tvq tokenizer train`: a vocabulary from text."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from tyro.conf import Positional
+
+from transformer_vq.cli.common import open_data, size
+from transformer_vq.cli.parse import DataPaths, UsageError, flat, option
+from transformer_vq.data import ByteTokenizer, OnError, train_tokenizer
+
+
+@dataclass
+class Tokenizer:
+    """Make a vocabulary from text, for `tvq train --tokenizer`.
+
+    A name that ends with .json gives byte-level BPE of Hugging Face's tokenizers, which any bytes
+    can be made of; .model gives SentencePiece's BPE. Only the training split is looked at.
+    """
+
+    examples: ClassVar[str] = """
+  tvq tokenizer train --data book.txt --out tokenizer.json --vocab-size 4096
+  tvq train --data book.txt --tokenizer tokenizer.json --out runs/book
+"""
+
+    action: Annotated[Positional[Literal["train"]], option("what to do")]
+    data: Annotated[DataPaths, option("files or folders, as for tvq train", "PATH")]
+    out: Annotated[Path, option("where to write it: .json or .model", "FILE")]
+    vocab_size: Annotated[int, option("tokens, at most")] = 8192
+    text_column: Annotated[str, option("where .jsonl and .parquet have the text", "NAME")] = "text"
+    on_error: Annotated[OnError, option("at a document that cannot be read")] = "stop"
+
+    def main(self) -> int:
+        if not self.out.parent.is_dir():
+            raise UsageError(f"--out is {self.out}: there is no such folder, make it first")
+        source = open_data(
+            flat(self.data),
+            tokenizer=ByteTokenizer(),
+            text_column=self.text_column,
+            on_error=self.on_error,
+        )
+        tokenizer = train_tokenizer(source, self.out, self.vocab_size)
+        sample = source.split("validation").tokens[: 1 << 20].tobytes().decode(errors="ignore")
+        count = len(tokenizer.encode(sample))
+        print(f"{self.out}: {tokenizer.vocab_size:,} tokens, made of {size(source.num_bytes)}")
+        if count:
+            print(f"{len(sample.encode()) / count:.2f} bytes of held-out text per token")
+        return 0

@@ -1,0 +1,370 @@
+"""From paths to a `Source`: read, cut into splits, made tokens, and kept for the next time.
+
+A plain file of bytes is mapped as it is. Everything else is written once, as one flat array, into a
+folder of the cache, whose name follows from the files (path, size, time of change) and from how
+they are read. The splits are cut in the original data, before there are tokens: so the test split
+is the same text whatever the vocabulary.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from transformer_vq.data.images import Shape, common_shape, image_shape, read_images
+from transformer_vq.data.records import (
+    SPLIT_FOLDERS,
+    Files,
+    find_files,
+    is_text_file,
+    read_documents,
+)
+from transformer_vq.data.source import Source, Span
+from transformer_vq.data.text import SPLITS, DataError, load_bytes
+from transformer_vq.data.tokenizer import ByteTokenizer, Tokenizer
+
+OnError = Literal["stop", "skip"]
+
+_VERSION = 1  # of what is in the cache
+_PIECE = 1 << 20  # bytes of a document that are made tokens at once
+_BATCH = 64  # pieces at once
+_IMAGE_BYTES = 1 << 24  # of pictures that are written at once
+
+
+def open_source(
+    paths: Sequence[str | Path],
+    *,
+    tokenizer: Tokenizer | None = None,
+    text_column: str = "text",
+    image_size: int = 0,
+    on_error: OnError = "stop",
+    cache: Path | None = None,
+) -> Source:
+    """The data in files and folders (see `find_files`), ready to be trained on or scored.
+
+    Args:
+      paths: one or many.
+      tokenizer: makes tokens of text; bytes by default.
+      text_column: where a line of .jsonl or a row of .parquet has its text.
+      image_size: side of the square that each picture is made into; 0: as they are, all equal.
+      on_error: stop at a document that cannot be read, or skip it; `Source.notes` counts these.
+      cache: folder that keeps what took time to make. Without, it is made in a temporary one.
+
+    Raises `DataError`, naming file and line, for what cannot be read; for no data at all too.
+    """
+    tokenizer = tokenizer or ByteTokenizer()
+    files = find_files(paths)
+    label = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+    only = files.all[0] if len(files.all) == 1 and "" in files.splits else None
+    if only and isinstance(tokenizer, ByteTokenizer) and is_text_file(only) and not files.left_out:
+        return Source.of(load_bytes(only), label, tokenizer)
+
+    if files.images and not isinstance(tokenizer, ByteTokenizer):
+        raise DataError(f"{label} holds pictures, which are bytes: train without a vocabulary")
+
+    def build(folder: Path) -> None:
+        if files.images:
+            _build_images(files, folder, image_size, on_error)
+            return
+        _build_text(files, folder, tokenizer, text_column, on_error)
+
+    if cache is None or not _can_write(cache):
+        with tempfile.TemporaryDirectory() as scratch:
+            build(Path(scratch))
+            return _open(Path(scratch), tokenizer, label)  # stays mapped when the folder goes
+    folder = cache / _key(files, [tokenizer.name, text_column, image_size, on_error])
+    if not (folder / "source.json").is_file():
+        scratch = tempfile.mkdtemp(dir=cache, prefix=".making-")
+        try:
+            build(Path(scratch))
+            _rename(scratch, folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return _open(folder, tokenizer, label)
+
+
+def _rename(scratch: str, folder: Path) -> None:
+    try:
+        os.rename(scratch, folder)
+    except OSError:  # another process was first: what it made is the same
+        if not (folder / "source.json").is_file():
+            raise
+
+
+def _can_write(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def _key(files: Files, how: list[Any]) -> str:
+    """Changes with the files and with how they are read."""
+    stats = [(path, path.stat()) for path in files.all if path.exists()]
+    which = [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+    splits = {name: len(paths) for name, paths in files.splits.items()}
+    content = json.dumps([_VERSION, how, splits, which])
+    return hashlib.sha256(content.encode()).hexdigest()[:24]
+
+
+def _open(folder: Path, tokenizer: Tokenizer, label: str) -> Source:
+    values = json.loads((folder / "source.json").read_text())
+    tokens = np.asarray(np.memmap(folder / "tokens.bin", values["dtype"], mode="r"))
+    return Source(
+        tokens=tokens,
+        starts=np.load(folder / "starts.npy", mmap_mode="r"),
+        num_bytes=sum(span[2] for span in values["spans"].values()),
+        tokenizer=tokenizer,
+        path=label,
+        spans={name: Span(*span) for name, span in values["spans"].items()},
+        image_shape=tuple(values["image_shape"]) if values["image_shape"] else None,
+        notes=tuple(values["notes"]),
+        digest=values["digest"],
+    )
+
+
+class TokenFile:
+    """The tokens, starts and description of a source, on their way to disk; a context manager."""
+
+    def __init__(self, folder: Path, vocab_size: int):
+        self.folder, self.dtype = folder, np.dtype(np.min_scalar_type(vocab_size - 1))
+        self.size = 0
+        self.starts = array("q")
+        self._file = (folder / "tokens.bin").open("wb")
+        self._digest = hashlib.sha256()
+
+    def write(self, tokens: Any) -> None:
+        """Add tokens `[n]`."""
+        content = np.ascontiguousarray(tokens, self.dtype)
+        self._file.write(content.data)
+        self._digest.update(content.data)
+        self.size += content.size
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._file.close()
+
+    def finish(
+        self, spans: Mapping[str, Span], notes: Sequence[str], shape: Shape | None = None
+    ) -> None:
+        """Write what is left: then, and only then, the folder is whole."""
+        self._file.flush()
+        np.save(self.folder / "starts.npy", np.array(self.starts, np.int64))
+        content = {
+            "dtype": self.dtype.name,
+            "spans": spans,
+            "notes": list(notes),
+            "digest": self._digest.hexdigest(),
+            "image_shape": shape,
+        }
+        (self.folder / "source.json").write_text(json.dumps(content))
+
+
+class Broken:
+    """What cannot be read: stop at the first, or count them and go on."""
+
+    def __init__(self, on_error: OnError):
+        self.on_error, self.count, self.first = on_error, 0, ""
+
+    def add(self, error: DataError) -> None:
+        if self.on_error == "stop":
+            raise DataError(f"{error} (or leave out what is broken with --on-error skip)")
+        self.count += 1
+        self.first = self.first or str(error)
+
+    def notes(self) -> list[str]:
+        if not self.count:
+            return []
+        what = "broken record" if self.count == 1 else "broken records, the first"
+        return [f"skipped {self.count:,} {what}: {self.first}"]
+
+
+def cut(sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Where the splits begin and end, by position, in data of these sizes, one after another.
+
+    `sizes`: of each given split; of all data under "" where none is given, which is cut 90/5/5. If
+    there is a test split and none for validation, that is the end of the training data, 5 of 95.
+    """
+    if "" in sizes:
+        total = sizes[""]
+        return {
+            name: (total * low // 100, total * high // 100)
+            for name, (low, high) in SPLITS.items()
+            if name in SPLIT_FOLDERS
+        }
+    ends = np.cumsum([0, *sizes.values()]).tolist()
+    bounds = dict(zip(sizes, pairwise(ends), strict=True))
+    if "train" in bounds and "test" in bounds and "validation" not in bounds:
+        end = bounds["train"][1]
+        middle = end * 90 // 95
+        bounds = {"train": (0, middle), "validation": (middle, end), "test": bounds["test"]}
+    return bounds
+
+
+# Pictures.
+
+
+def _build_images(files: Files, folder: Path, image_size: int, on_error: OnError) -> None:
+    """Every picture is a document: a start token, then its bytes. Splits are cut between them."""
+    broken = Broken(on_error)
+    shapes: dict[Path, Shape] = {}
+    for path in files.all:
+        try:
+            shapes[path] = image_shape(path)
+        except DataError as error:
+            broken.add(error)
+    if not shapes:
+        raise DataError(f"there is no picture that can be read: {broken.first}")
+    shape = common_shape(list(shapes), list(shapes.values()), image_size)
+    size, counts = math.prod(shape), dict.fromkeys(files.splits, 0)
+    with TokenFile(folder, 256) as file:
+        for name, paths in files.splits.items():
+            for path in filter(shapes.get, paths):
+                try:
+                    rows = read_images(path, shape, image_size).reshape(-1, size)
+                except DataError as error:
+                    broken.add(error)
+                    continue
+                for some in np.array_split(rows, -(-rows.nbytes // _IMAGE_BYTES)):
+                    start = ByteTokenizer().eos_id
+                    file.write(np.pad(some, ((0, 0), (1, 0)), constant_values=start))
+                counts[name] += len(rows)
+        file.starts.extend(range(0, file.size, size + 1))
+        spans = {
+            name: Span(start * (size + 1), stop * (size + 1), (stop - start) * size)
+            for name, (start, stop) in cut(counts).items()
+        }
+        notes = [*broken.notes(), *([_left_out(files)] if files.left_out else [])]
+        file.finish(spans, notes, shape)
+
+
+# Text.
+
+
+def _build_text(
+    files: Files, folder: Path, tokenizer: Tokenizer, text_column: str, on_error: OnError
+) -> None:
+    """Make tokens of documents: first all of them as bytes, one after another, then cut these."""
+    broken, empty = Broken(on_error), 0
+    as_text = not isinstance(tokenizer, ByteTokenizer)
+    ends, sizes, total = array("q"), dict.fromkeys(files.splits, 0), 0
+    raw_path = folder / "raw.bin"
+    with raw_path.open("wb") as raw:
+        for name, paths in files.splits.items():
+            for path in paths:
+                for _, document in read_documents(path, text_column, as_text=as_text):
+                    if isinstance(document, DataError):
+                        broken.add(document)
+                    elif not len(document):
+                        empty += 1
+                    else:
+                        raw.write(document if isinstance(document, bytes) else document.data)
+                        total += len(document)
+                        ends.append(total)
+                        sizes[name] += len(document)
+    notes = broken.notes()
+    if files.left_out:
+        notes.append(_left_out(files))
+    if empty:
+        notes.append(f"left out {empty:,} empty {'document' if empty == 1 else 'documents'}")
+    if not total:
+        why = f": {notes[0]}" if notes else ""
+        raise DataError(f"{files.all[0]} and what is with it hold no data{why}")
+    content = np.memmap(raw_path, np.uint8, mode="r")
+    spans = {}
+    with TokenFile(folder, tokenizer.vocab_size) as file:
+        for name, (start, stop) in cut(sizes).items():
+            if as_text:
+                start, stop = (_character_start(content, place) for place in (start, stop))
+            begin = file.size
+            _write_tokens(file, content, np.array(ends), start, stop, tokenizer)
+            spans[name] = Span(begin, file.size, stop - start)
+        file.finish(spans, notes)
+    del content
+    raw_path.unlink()
+
+
+def _left_out(files: Files) -> str:
+    names = ", ".join(path.name for path in files.left_out[:3])
+    more = ", …" if len(files.left_out) > 3 else ""
+    count, kind = len(files.left_out), "picture" if files.images else "text"
+    what = f"1 file, which is no {kind}" if count == 1 else f"{count:,} files, each no {kind}"
+    return f"left out {what}: {names}{more}"
+
+
+def _write_tokens(
+    file: TokenFile,
+    content: np.ndarray,
+    ends: np.ndarray,
+    start: int,
+    stop: int,
+    tokenizer: Tokenizer,
+) -> None:
+    """Add the tokens of content[start:stop], in which documents end at `ends`.
+
+    A single document has no token before it; nor has the rest of one that begins before `start`.
+    """
+    separator = [tokenizer.eos_id] if len(ends) > 1 else []
+    waiting: list[tuple[bool, str]] = []  # pieces of text, and whether they begin a document
+
+    def flush() -> None:
+        encoded = tokenizer.encode_batch([text for _, text in waiting])
+        for (begins, _), tokens in zip(waiting, encoded, strict=True):
+            if begins:
+                begin()
+            file.write(tokens)
+        waiting.clear()
+
+    def begin() -> None:
+        file.starts.append(file.size)
+        file.write(separator)
+
+    first, last = np.searchsorted(ends, (start, stop), "left")
+    begins = start == 0 or bool(ends[first] == start)
+    for end in (*ends[first:last].tolist(), stop):
+        if end <= start:
+            continue
+        if isinstance(tokenizer, ByteTokenizer):
+            if begins:
+                begin()
+            file.write(content[start:end])
+        else:
+            for piece in _pieces(content, start, end):
+                waiting.append((begins, piece.decode()))
+                begins = False
+                if len(waiting) == _BATCH:
+                    flush()
+        start, begins = end, True
+    flush()
+
+
+def _pieces(content: np.ndarray, start: int, end: int) -> Iterator[bytes]:
+    """A long document as pieces that end with a line, or at least not within a character."""
+    while start < end:
+        stop = min(start + _PIECE, end)
+        piece = content[start:stop].tobytes()
+        if stop < end:
+            line = piece.rfind(b"\n") + 1
+            stop = start + line if line else _character_start(content, stop)
+            piece = content[start:stop].tobytes()
+        yield piece
+        start = stop
+
+
+def _character_start(content: np.ndarray, place: int) -> int:
+    """The first place from `place` on where a UTF-8 character begins, or the end."""
+    while place < len(content) and content[place] & 0xC0 == 0x80:
+        place += 1
+    return place

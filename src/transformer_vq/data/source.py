@@ -1,0 +1,110 @@
+"""What is trained on, scored and sampled: tokens, where documents begin, and who made them.
+
+`Source` is the one thing that training, evaluation and sampling know of data. Whoever has other
+data makes one of these: `Source.of(tokens)` will do.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from transformer_vq.data.text import SPLITS, DataError, fingerprint, split
+from transformer_vq.data.tokenizer import ByteTokenizer, Tokenizer
+
+
+class Span(NamedTuple):
+    """Where a split lies in the tokens."""
+
+    start: int
+    stop: int
+    num_bytes: int  # of the original data that these tokens stand for
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Tokens and what they are: all of the data, or one split of it.
+
+    Where there are several documents, each begins with `tokenizer.eos_id`, which is also what
+    ends the one before. A single document has no such token. Pictures are documents of their own:
+    each is that start token and then its bytes, and is never predicted from another.
+    """
+
+    tokens: np.ndarray  # integers [N], memory-mapped or not
+    starts: np.ndarray  # int64 [documents]: where each begins; the first is 0
+    num_bytes: int  # of the original data
+    tokenizer: Tokenizer = ByteTokenizer()
+    path: str = ""  # where it is from, for people
+    spans: Mapping[str, Span] = field(default_factory=dict)  # of the splits; of a split none
+    image_shape: tuple[int, int, int] | None = None  # height, width, channels; None for text
+    notes: tuple[str, ...] = ()  # what was left out, a sentence each
+    digest: str = ""  # SHA-256 of the tokens, if it is known
+
+    @classmethod
+    def of(cls, tokens: np.ndarray, path: str = "", tokenizer: Tokenizer | None = None) -> "Source":
+        """Tokens `[N]` of one document, split 90/5/5 by position, a byte each."""
+        spans, start = {}, 0
+        for name in ("train", "validation", "test"):
+            stop = start + len(split(tokens, name))
+            spans[name], start = Span(start, stop, stop - start), stop
+        starts = np.zeros(1, np.int64)
+        tokenizer = tokenizer or ByteTokenizer()
+        return cls(tokens, starts, len(tokens), tokenizer, path, spans)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Turns bits per token into bits per byte of the original data.
+
+        Exactly 1 for bytes of one document, and for pictures, whose start tokens are not predicted.
+        """
+        return 1.0 if self.image_shape else self.num_bytes / max(len(self.tokens), 1)
+
+    @property
+    def sequence_len(self) -> int | None:
+        """The tokens of a picture, which are a training sequence; None for text."""
+        return int(np.prod(self.image_shape)) if self.image_shape else None
+
+    @property
+    def start_id(self) -> int:
+        """What stands before a text that has no prompt, or before the first byte of a picture."""
+        several = len(self.starts) > 1
+        return self.tokenizer.eos_id if several else self.tokenizer.start_id
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the tokens, in hex. Reads all of them, unless it is known."""
+        return self.digest or fingerprint(self.tokens)
+
+    def split(self, name: str) -> "Source":
+        """The part called train, validation, test or all: a view.
+
+        Raises `DataError` for another name, and for a split that the data does not have.
+        """
+        if name not in SPLITS:
+            raise DataError(f"unknown split {name!r}: the splits are {', '.join(SPLITS)}")
+        if name == "all":
+            return self
+        if name not in self.spans:
+            raise DataError(
+                f"{self.path} has no {name} split: it has {', '.join(self.spans)}, and all"
+            )
+        start, stop, num_bytes = self.spans[name]
+        first, last = np.searchsorted(self.starts, (start, stop))
+        starts = self.starts[first:last] - start
+        if not len(starts) or starts[0]:  # it begins within a document
+            starts = np.concatenate([np.zeros(1, np.int64), starts])
+        return replace(
+            self,
+            tokens=self.tokens[start:stop],
+            starts=starts,
+            num_bytes=num_bytes,
+            spans={},
+            digest="",
+        )
+
+
+def as_source(data: np.ndarray | Source) -> Source:
+    """A `Source`, also of bare tokens `[N]`."""
+    return data if isinstance(data, Source) else Source.of(data)
