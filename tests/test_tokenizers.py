@@ -239,13 +239,11 @@ def test_a_run_keeps_its_vocabulary(folder, tmp_path, monkeypatch, capsys):
     (short,) = json.loads(capsys.readouterr().out)["samples"]
     assert short["text"] == sample["text"].partition(stop)[0] and short["stopped"]
     assert short["tokens"] == sample["tokens"][: len(short["tokens"])]
-    assert main([*ask, "--logprobs"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) >= 30
     assert main(["sample", "--run", str(out), "--max-tokens", "3"]) == 0
     assert main(["info", "--run", str(out)]) == 0
     assert "tokenizer.json" in capsys.readouterr().out
 
-    assert main(["train", "--out", str(out), "--resume", "--steps", "4"]) == 0
+    assert main(["train", "--out", str(out), "--resume"]) == 0
     other = ["--tokenizer", str(folder / "bpe.json"), "--resume"]
     assert main(["train", "--out", str(out), *other]) == 2
     assert "bpe.json, another vocabulary than that of the run" in capsys.readouterr().err

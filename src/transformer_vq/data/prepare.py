@@ -61,6 +61,8 @@ def open_source(
 
     Raises `DataError`, naming file and line, for what cannot be read; for no data at all too.
     """
+    if image_size < 0:
+        raise DataError(f"the image size is {image_size}: it must be 1 or more, or 0 for as it is")
     tokenizer = tokenizer or ByteTokenizer()
     files = find_files(paths)
     label = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
@@ -159,7 +161,12 @@ class TokenFile:
     def finish(
         self, spans: Mapping[str, Span], notes: Sequence[str], shape: Shape | None = None
     ) -> None:
-        """Write what is left: then, and only then, the folder is whole."""
+        """Write what is left: then, and only then, the folder is whole.
+
+        Raises `DataError` if there are no tokens.
+        """
+        if not self.size:
+            raise DataError(f"the data hold no tokens{': ' if notes else ''}{'; '.join(notes)}")
         self._file.flush()
         np.save(self.folder / "starts.npy", np.array(self.starts, np.int64))
         content = {
