@@ -286,6 +286,7 @@ SIZES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_train_score_and_draw(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TVQ_CACHE", "")
     data, out = write_pictures(tmp_path / "a", pixels(40)), str(tmp_path / "run")

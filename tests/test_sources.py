@@ -280,6 +280,7 @@ def test_enwik8_is_cut_at_its_bytes(shared_data):
 # The command line
 
 
+@pytest.mark.slow
 def test_train_and_eval_take_many_paths(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TVQ_CACHE", "")
     write(tmp_path, "a.txt", "the first book. " * 40)

@@ -205,6 +205,7 @@ SIZES = [
 ]
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_vocabulary(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TVQ_CACHE", "")
     vocabulary, out = tmp_path / "tokenizer.json", tmp_path / "run"
