@@ -226,11 +226,11 @@ def _covers_once(starts: np.ndarray, batches: Batches) -> bool:
 
 def test_batch_shapes_and_types():
     batch = _batches().batch(5)
-    assert [a.shape for a in batch] == [(4, 7)] * 4
-    assert [a.dtype.name for a in batch] == ["int32", "int32", "bool", "int32"]
+    assert [a.shape for a in batch] == [(4, 7)] * 4 + [(4,)]
+    assert [a.dtype.name for a in batch] == ["int32", "int32", "bool", "int32", "bool"]
     np.testing.assert_array_equal(batch.targets, batch.inputs + 1)  # the next position
     np.testing.assert_array_equal(batch.inputs[:, :1] + np.arange(7), batch.inputs)  # unbroken
-    assert batch.loss_mask.all() and not batch.document_ids.any()
+    assert batch.loss_mask.all() and not batch.document_ids.any() and batch.starts.all()
     assert all(a.flags.c_contiguous for a in batch)
 
 
