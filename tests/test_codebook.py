@@ -115,6 +115,7 @@ def test_revive_by_hand():
             assert revived["count"][unit, 0, code] == (mean if dead else count[unit, 0, code])
 
 
+@pytest.mark.slow
 def test_revival_on_eight_devices_is_that_of_one_device_in_parts():
     reviving = replace(TRAIN, revive_below=0.9)
 
