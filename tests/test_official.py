@@ -96,7 +96,7 @@ def test_new_codebook(case):
     state = init_state(model.config, 2)
     batch = [jnp.asarray(case[k]) for k in ("inputs", "targets", "loss_mask")]
     _, terms = loss_fn(model.params, model, state, *batch)
-    new = vq.update_codebook(model.codebook, terms.statistics.codebook, model.config.codebook_decay)
+    new = vq.update_codebook(model.codebook, terms.codebook, model.config.codebook_decay)
     expected = from_official(
         {
             k: v - case["grads/" + k] if "quantizer" in k else v
