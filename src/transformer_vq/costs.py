@@ -97,18 +97,18 @@ def train_flops(config: ModelConfig, length: int | None = None) -> int:
 
     The forward pass goes by blocks of L tokens (or `length`, if pieces are shorter). Per unit and
     token it takes the projections; scores and values over M + L keys and S codes, 2 H (K + V) each;
-    position biases, 2 H K W; codes, 2 G K S; and 2 G S V to add the keys that leave to the cache.
-    Recomputing units (`TrainConfig.remat`) comes on top, another forward pass.
+    position biases, 2 H K W; and codes, 2 G K S. Keys that leave join the cache by additions, which
+    count nothing (devices that add by products make 2 G S V more). Recomputing units
+    (`TrainConfig.remat`) comes on top, another forward pass.
     """
     if config.attention == "full":
         return full_attention_train_flops(config, length or _CAPACITY)
-    heads, groups, k, v = config.num_heads, config.num_kv_heads, config.d_k, config.d_v
+    heads, k, v = config.num_heads, config.d_k, config.d_v
     block = min(config.block_len, length or config.block_len)
     columns = config.window_len + block
     attention = 2 * heads * k * config.ring_len + _assign_flops(config)
     if config.use_cache:
         columns += config.codebook_size
-        attention += 2 * groups * config.codebook_size * v
     attention += 2 * heads * columns * (k + v)
     unit = _projection_flops(config) + attention
     return 3 * (config.num_units * unit + _output_flops(config))
