@@ -297,7 +297,9 @@ def test_train_score_and_draw(tmp_path, monkeypatch, capsys):
     assert "not a multiple of update_len, 50" in capsys.readouterr().err
     assert not Path(out).exists()
     assert main(train) == 0
-    assert "40 pictures of 4 x 6 x 3, of which 36 to train on" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "40 pictures of 4 x 6 x 3, of which 36 to train on" in told
+    assert f"sample --run {out} --num-images 25" in told
     assert main(["eval", "--run", out, "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["tokens"] == 2 * 72 and record["bpd"] == record["loss"] / np.log(2)

@@ -191,7 +191,8 @@ class Train:
             return 130
         print(f"done: {result.step} steps. The run is in {self.out}. What now:")
         print(f"  {program()} eval --run {out}")
-        print(f"  {program()} sample --run {out}")
+        pictures = " --num-images 25 --out drawn" if source.image_shape else ""
+        print(f"  {program()} sample --run {out}{pictures}")
         print(f"  {program()} report --run {out}")
         print(f"  {again} --steps {2 * result.step}")
         return 0
