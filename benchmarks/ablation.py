@@ -1,4 +1,4 @@
-"""What each part brings: `python benchmarks/ablation.py --data enwik8.gz [--steps 300 --seeds 2]`.
+"""What each part brings: `python benchmarks/ablation.py --data enwik8.gz [--steps 150 --seeds 1]`.
 
 Models of equal size see the same batches in the same order; only what a row names differs. Prints
 a markdown table: bits per byte of held-out text in windows of the training length, each from an
@@ -28,7 +28,7 @@ CONFIG = ModelConfig(
     d_model=128, d_k=64, num_layers=2, codebook_size=128, block_len=64, window_len=64
 )
 TRAIN = TrainConfig(
-    batch_size=8, sequence_len=512, learning_rate=4e-3, warmup_steps=50, remat=False
+    batch_size=4, sequence_len=512, learning_rate=4e-3, warmup_steps=30, remat=False
 )
 VARIANTS = {  # model, recipe
     "VQ, first codebook random": ({}, {"codebook_init": "random"}),
@@ -69,9 +69,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True)
     parser.add_argument("--megabytes", type=float, default=8.0)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--held-out", type=int, default=100_000)
+    parser.add_argument("--held-out", type=int, default=50_000)
     parser.add_argument("--only", nargs="*", default=[], help="part of the name of a variant")
     args = parser.parse_args()
     tokens = load_bytes(args.data)[: int(args.megabytes * 1e6)]
