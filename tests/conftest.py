@@ -1,5 +1,6 @@
 """What every test stands on: eight virtual CPU devices, checked shapes, and the shared folder."""
 
+import gc
 import os
 import signal
 import sys
@@ -38,6 +39,7 @@ install_import_hook("transformer_vq.nn", "beartype.beartype")
 
 # ---------------------------------------------------------------- the rest
 
+import jax
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -61,6 +63,17 @@ def _shared(name: str) -> Path:
             f"the checkout, or set TVQ_SHARED to it."
         )
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Each compiled program holds a few memory maps, of which Linux gives a process 65,530.
+
+    Without this XLA fails with a segmentation fault after some hundred tests in one process.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
+from transformer_vq import costs
 from transformer_vq.cli.common import number, size
 from transformer_vq.cli.parse import UsageError, as_usage, option, overrides
 from transformer_vq.config import PRESETS, ModelConfig, TrainConfig
@@ -21,8 +22,8 @@ class Bench:
     """Measure decoding, prompt reading (prefill), sample_op, training or evaluation.
 
     Warm medians with their spread; compilation apart; the machine's own speed (bytes read or
-    operations of a product per second) measured in the same process, in turns. Leave the machine
-    alone while it runs.
+    operations of a product per second) measured in the same process. Leave the machine alone
+    while it runs.
     """
 
     examples: ClassVar[str] = """
@@ -70,7 +71,7 @@ class Bench:
         about = bench.device_info()
         if not self.json:
             print(
-                f"{self.what}, {self.preset}: {number(_parameters(config))} parameters, "
+                f"{self.what}, {self.preset}: {number(costs.parameter_count(config))} parameters, "
                 f"{config.compute_dtype}; jax {about['jax']} on {about['devices']} x "
                 f"{about['device']}"
             )
@@ -96,8 +97,8 @@ class Bench:
                 yield bench.bench_prefill(config, length, repeats=self.repeats)
         elif self.what == "sample":
             for batch in self.batch or (1, 8, 32):
-                length = (self.length or (128,))[0]
-                yield bench.bench_sample(config, batch, length=length, repeats=self.repeats)
+                for length in self.length or (128,):
+                    yield bench.bench_sample(config, batch, length=length, repeats=self.repeats)
         elif self.what == "evaluate":
             for length in self.length or (8192,):
                 yield bench.bench_evaluate(config, length, repeats=self.repeats)
@@ -108,12 +109,6 @@ class Bench:
                         train = TrainConfig(batch_size=batch, sequence_len=length)
                         kind = config.replace(attention=attention)
                         yield bench.bench_train(kind, train, repeats=self.repeats)
-
-
-def _parameters(config: ModelConfig) -> int:
-    from transformer_vq.costs import parameter_count
-
-    return parameter_count(config)
 
 
 # A line for each measurement.

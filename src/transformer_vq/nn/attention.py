@@ -302,7 +302,8 @@ class _Eviction:
 
         def over(keep: jax.Array, x: jax.Array) -> jax.Array:
             """Products, here and in the backward pass: XLA's sums over blocks are slow on a CPU."""
-            flat = keep[:, None] @ x.reshape(*x.shape[:3], -1)
+            flat = x.reshape(*x.shape[:3], -1)
+            flat = jnp.matmul(keep[:, None], flat, precision="highest")
             return flat.reshape(*flat.shape[:3], *x.shape[3:])
 
         sums, added = over(keep[:, :, 1:], sums), over(keep[:, :, 1:], added)

@@ -75,7 +75,7 @@ def _spread(vector: jax.Array, x: jax.Array) -> jax.Array:
     times slower than a product on a CPU.
     """
     ones = jnp.ones((math.prod(x.shape[:-1]), 1), vector.dtype)
-    return (ones @ vector[None]).reshape(x.shape)
+    return jnp.matmul(ones, vector[None], precision="highest").reshape(x.shape)
 
 
 def norm_specs(lead: tuple[int, ...], width: int) -> Params:

@@ -81,7 +81,7 @@ def sum_by_code(values: jax.Array, codes: jax.Array, size: int) -> jax.Array:
 
     def by_product(values: jax.Array, codes: jax.Array) -> jax.Array:
         hits = jax.nn.one_hot(codes, size, dtype=values.dtype)
-        return jnp.einsum("...js,...jv->...sv", hits, values)
+        return jnp.einsum("...js,...jv->...sv", hits, values, precision="highest")
 
     return jax.lax.platform_dependent(values, codes, cpu=by_rows, default=by_product)
 

@@ -1,8 +1,8 @@
 """Measurements of speed and memory: what `tvq bench` prints.
 
 Every measurement warms up first, keeps compilation apart, and gives a median with its spread. What
-the machine can do (bytes read, operations of a product) is measured beside it in the same process,
-in turns, because a shared machine is not the same from one minute to the next.
+the machine can do (bytes read, operations of a product) is measured in the same process, because a
+shared machine is not the same from one hour to the next.
 """
 
 import contextlib
@@ -28,13 +28,14 @@ from transformer_vq.data import Batch
 from transformer_vq.nn.model import init_model
 from transformer_vq.ops.evaluate import evaluate
 from transformer_vq.ops.generate import SamplingParams, Session
+from transformer_vq.ops.peak import peak_flops
 from transformer_vq.ops.sample import SampleConfig, sample_op
-from transformer_vq.ops.train import init_train_state, make_train_step
+from transformer_vq.ops.train import init_train_state, make_train_step, require_trainable
 from transformer_vq.sharding import data_mesh, shard_rows
 
 DISPATCH = 32  # decoding steps between looks at the clock
 PROBE_BYTES = 2**30  # what the bandwidth probe reads
-PROBE_SIZE = 4096  # of the square matrices of both probes
+PROBE_SIZE = 4096  # of its square matrices
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def _read_by_sum(row: jax.Array, matrices: list[jax.Array]) -> jax.Array:
 
 
 class Probe:
-    """Measures how fast the device reads memory and multiplies, in a dtype."""
+    """Measures how fast the device reads memory, in a dtype."""
 
     def __init__(self, dtype: str):
         self.dtype = jnp.dtype(dtype)
@@ -89,12 +90,6 @@ class Probe:
         ways = (_read_by_product, _read_by_sum)
         seconds = [_seconds(lambda way=way: way(self.row, matrices), repeats=5) for way in ways]
         return PROBE_BYTES / min(s.median for s in seconds)
-
-    def product_rate(self) -> float:
-        """Operations per second of a large matrix product."""
-        matrix = jnp.ones((PROBE_SIZE, PROBE_SIZE), self.dtype)
-        product = jax.jit(jnp.matmul)
-        return 2 * PROBE_SIZE**3 / _seconds(lambda: product(matrix, matrix), repeats=5).median
 
 
 def _seconds(call: Callable[[], Any], repeats: int) -> Seconds:
@@ -151,7 +146,7 @@ class PeakMemory:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-# The four benchmarks. Each returns a record: one row of a table, one object of the JSON.
+# The benchmarks. Each returns a record: one row of a table, one object of the JSON.
 
 
 def bench_decode(
@@ -160,7 +155,8 @@ def bench_decode(
     """Seconds of a decoding step of `stream`, from a prompt of `position` tokens on.
 
     The clock runs from the first token of a dispatch to that of the next: everything is in it, the
-    hand-over to the host too. The bandwidth is measured between the rounds.
+    hand-over to the host too. The bandwidth is measured between the rounds. Compile times are of
+    all that a first request needs: its prompt's program and the decoding loop.
     """
     probe, peak = Probe(config.compute_dtype), PeakMemory()
     model = init_model(config, 0)
@@ -263,8 +259,9 @@ def bench_sample(
 
 def bench_train(config: ModelConfig, train: TrainConfig, *, repeats: int = 5) -> dict[str, Any]:
     """Seconds of the public train step: one batch, `updates_per_sequence` updates."""
-    probe, peak = Probe(config.compute_dtype), PeakMemory()
-    mesh = data_mesh()
+    mesh, peak = data_mesh(), PeakMemory()
+    require_trainable(config, train, mesh)
+    rate = peak_flops(mesh, config.compute_dtype)
     rows, length = train.batch_size, train.sequence_len
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (rows, length + 1), np.int32)
     batch = shard_rows(
@@ -281,14 +278,13 @@ def bench_train(config: ModelConfig, train: TrainConfig, *, repeats: int = 5) ->
     step = make_train_step(config, train, mesh).lower(train_state, batch).compile()
     compile_seconds = time.perf_counter() - start
     memory = step.memory_analysis()
-    rates, seconds = [], []
+    seconds = []
     for i in range(repeats + 1):
-        rates.append(probe.product_rate())
         start = time.perf_counter()
         train_state, metrics = step(train_state, batch)
         jax.block_until_ready((train_state, metrics))
         seconds += [time.perf_counter() - start] if i else []
-    time_of, rate = Seconds.of(seconds), statistics.median(rates)
+    time_of = Seconds.of(seconds)
     flops = costs.train_flops(config, train.update_len)
     speed = rows * length / time_of.median
     return {
