@@ -121,7 +121,8 @@ def attend_blocks(
     per_group, num_groups = _grouping(length, block, batch * heads * (window + block + size))
     if not config.grad_through_cache:  # blocks that exchange no gradient go one by one
         per_group, num_groups = 1, -(-length // block)
-    padded = per_group * num_groups * block
+    tokens = per_group * block  # of each row in a group
+    padded = num_groups * tokens
 
     codes = checkpoint_name(vq.assign(k, words), "codes")
     near_keys = vq.straight_through(k, vq.look_up(words, codes)).astype(q.dtype)
@@ -137,7 +138,7 @@ def attend_blocks(
     def by_group(x: jax.Array) -> jax.Array:
         """`[B, T, ...]` as `[num_groups, B, tokens of a group, ...]`, padded at the end."""
         x = jnp.pad(x, [(0, 0), (0, padded - length)] + [(0, 0)] * (x.ndim - 2))
-        x = x.reshape(batch, num_groups, per_group * block, *x.shape[2:])
+        x = x.reshape(batch, num_groups, tokens, *x.shape[2:])
         return jnp.moveaxis(x, 1, 0)
 
     def by_head(x: jax.Array) -> jax.Array:
@@ -148,11 +149,18 @@ def attend_blocks(
         """Keys `[B, T', G, ...]` as `[B, G, T', ...]`."""
         return jnp.moveaxis(x, 2, 1)
 
-    def before(x: jax.Array) -> jax.Array:
-        """Of keys `[B, G, window + tokens, ...]`, the `window` before each block of the tokens."""
+    def pushed_out(recent: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The window's keys `[B, G, window, ...]` and new ones, in time order, cut in two: as many
+        as are new, which leave the window, and those that stay."""
+        stay = max(tokens - window, 0)
+        leave = jnp.concatenate([recent[:, :, :tokens], new[:, :, :stay]], axis=2)
+        return leave, jnp.concatenate([recent[:, :, tokens:], new[:, :, stay:]], axis=2)
+
+    def before(recent: jax.Array, new: jax.Array) -> jax.Array:
+        """The `window` keys before each block of the new ones: `[B, G, n, window, ...]`."""
         if window == block:
-            x = x[:, :, : per_group * block]
-            return x.reshape(*x.shape[:2], per_group, block, *x.shape[3:])
+            return own(pushed_out(recent, new)[0])
+        x = jnp.concatenate([recent, new], axis=2)
         starts = [i * block for i in range(per_group)]
         return jnp.stack([x[:, :, start : start + window] for start in starts], axis=2)
 
@@ -172,11 +180,10 @@ def attend_blocks(
             carry = jax.lax.stop_gradient(carry)
         recent, cache = carry
         new = (by_block(codes), by_block(keys), by_block(values))
-        together = [jnp.concatenate(pair, axis=2) for pair in zip(recent, new, strict=True)]
-        near_keys, near_values = (
-            (before(x), own(y)) for x, y in zip(together[1:], new[1:], strict=True)
-        )
-        start = 1 + i * per_group * block  # timeline index of the first key here
+        pairs = list(zip(recent, new, strict=True))
+        near_keys, near_values = ((before(x, y), own(y)) for x, y in pairs[1:])
+        leaving, recent = zip(*(pushed_out(x, y) for x, y in pairs), strict=True)
+        start = 1 + i * tokens  # timeline index of the first key here
         first = first.reshape(batch, per_group, block)
         index = start + jnp.arange(per_group)[:, None, None] * block + column
         visible = in_reach & (index >= first[..., None])  # [B, n, c, j]
@@ -184,9 +191,7 @@ def attend_blocks(
         near = Near(near_keys, near_values, biases, visible)
         far = None
         if config.use_cache:
-            caches, cache = cache_of.blocks(
-                cache, together[0], together[2], start, block, per_group
-            )
+            caches, cache = cache_of.blocks(cache, leaving[0], leaving[2], start, block)
             counts, means, cache_first = caches
             sees_cache = first == cache_first[..., None]
             log_counts = _log_counts(counts, means.dtype)
@@ -195,8 +200,7 @@ def attend_blocks(
         q = jnp.moveaxis(q.reshape(*q.shape[:3], per_group, block, d_k), 3, 2)
         out = blockwise.attend(q + u[:, None, :, None], q + w[:, None, :, None], near, far)
         out = jnp.moveaxis(out, (2, 4), (1, 2))  # [B, n, c, G, R, V]
-        recent = tuple(x[:, :, per_group * block :] for x in together)
-        return (recent, cache), out.reshape(batch, per_group * block, heads, d_v)
+        return (recent, cache), out.reshape(batch, tokens, heads, d_v)
 
     cache = (state.counts, wide(state.values[:, :, ring:]), timeline.first_before)
     if config.use_cache:  # the oldest slot is beyond the window of every query to come
@@ -275,26 +279,26 @@ class _Eviction:
 
         codes `[B, G, keys]`, values `[B, G, keys, V]`.
         """
-        return self.blocks(cache, codes, values, start, codes.shape[2], 1)[1]
+        return self.blocks(cache, codes, values, start, codes.shape[2])[1]
 
-    def blocks(self, cache, codes, values, start, block, num_blocks):
+    def blocks(self, cache, codes, values, start, block):
         """The caches that each block sees, stacked along a new axis, and the one after them.
 
-        Keys of block i leave before block i + 1: codes `[B, G, keys]` begin at index `start`.
+        Keys of block i leave before block i + 1: codes `[B, G, keys]` and values
+        `[B, G, keys, V]` begin at index `start`.
         """
         counts, means, cache_first = cache
-        keys = num_blocks * block
-        codes = codes[:, :, :keys].reshape(*codes.shape[:2], num_blocks, block)
-        values = values[:, :, :keys].reshape(*codes.shape, -1)
-        index = start + jnp.arange(keys).reshape(num_blocks, block)
+        codes = codes.reshape(*codes.shape[:2], -1, block)
+        values = values.reshape(*codes.shape, -1)
+        index = start + jnp.arange(codes[0, 0].size).reshape(-1, block)
         length = self.length[:, None]
         newest = jnp.minimum(index[:, -1], length - 1)  # [B, n]
         firsts = jnp.where(start < length, self.first_at(newest), cache_first[:, None])
         joins = (index < length[..., None]) & (index >= firsts[..., None])  # [B, n, j]
-        weights = joins[:, None, ..., None].astype(means.dtype)
-        weights = jnp.broadcast_to(weights, (*codes.shape, 1))
-        sums = vq.sum_by_code(values.astype(means.dtype) * weights, codes, self.size)
-        added = vq.sum_by_code(weights, codes, self.size)  # [B, G, n, S, 1]
+        codes = jnp.where(joins[:, None], codes, self.size)  # of no code
+        sums = vq.sum_by_code(values.astype(means.dtype), codes, self.size)
+        ones = jnp.ones((*codes.shape, 1), means.dtype)
+        added = vq.sum_by_code(ones, codes, self.size)  # [B, G, n, S, 1]
 
         # Cache i holds the cache at first and what blocks 0 to i - 1 added, of its own document.
         firsts = jnp.concatenate([cache_first[:, None], firsts], axis=1)  # [B, n + 1]

@@ -133,10 +133,10 @@ def _project_in(
     if "w_q" in unit:
         q, k, v = (x @ unit[name] for name in ("w_q", "w_k", "w_v"))
         return (q, k, jax.nn.silu(v), jax.nn.silu(x @ unit["w_g"])) if gated else (q, k, v, None)
-    ends = (heads * d_k, (heads + groups) * d_k)
-    q, k, v = jnp.split(project(unit, "w_in", x), ends, axis=-1)
+    ends = (heads * d_k, (heads + groups) * d_k, (heads + groups) * d_k + groups * d_v)
+    q, k, v, *gate = jnp.split(project(unit, "w_in", x), ends[: 2 + gated], axis=-1)
     if not gated:
         return q, k, v, None
-    # One silu for values and gates: used twice, XLA computes it once and by itself.
-    v, gate = jnp.split(jax.nn.silu(v), [groups * d_v], axis=-1)
-    return q, k, v, gate
+    # Made once: XLA would make them again wherever they are used.
+    v = jax.lax.optimization_barrier(jax.nn.silu(v))
+    return q, k, v, jax.nn.silu(gate[0])

@@ -40,12 +40,16 @@ def assign(keys: jax.Array, words: jax.Array) -> jax.Array:
     |k|^2 is the same for every codeword and is left out.
     """
     keys, words = wide(jax.lax.stop_gradient(keys)), wide(words)
-    products = jnp.einsum("btgk,gsk->btgs", keys, words)
-    distances = jnp.sum(jnp.square(words), axis=-1) - 2.0 * products
+    batch, length, groups, width = keys.shape
+    size = words.shape[1]
+    # A product of matrices with the keys first: einsum would swap them and transpose the result.
+    flat = jnp.moveaxis(keys, 2, 0).reshape(groups, batch * length, width)
+    products = jnp.matmul(flat, jnp.swapaxes(words, 1, 2))
+    distances = jnp.sum(jnp.square(words), axis=-1)[:, None] - 2.0 * products  # [G, B T, S]
     # The first of the nearest. Two reductions: XLA runs them much faster than an argmin.
     nearest = distances == jnp.min(distances, axis=-1, keepdims=True)
-    size = words.shape[1]
-    return jnp.min(jnp.where(nearest, jnp.arange(size, dtype=jnp.int32), size - 1), axis=-1)
+    codes = jnp.min(jnp.where(nearest, jnp.arange(size, dtype=jnp.int32), size - 1), axis=-1)
+    return jnp.moveaxis(codes.reshape(groups, batch, length), 0, 2)
 
 
 def look_up(words: jax.Array, codes: jax.Array) -> jax.Array:
@@ -66,6 +70,8 @@ def commitment(keys: jax.Array, quantized: jax.Array, weights: jax.Array) -> jax
 
 def sum_by_code(values: jax.Array, codes: jax.Array, size: int) -> jax.Array:
     """The sum of the values of each code: `[..., j, V]` and `[..., j]` to `[..., S, V]`.
+
+    A value of code S belongs to none and is left out.
 
     On a CPU by adding rows one after the other, elsewhere by a product, whose order of additions
     does not change from run to run.
