@@ -17,7 +17,7 @@ import pytest
 from test_prob import hugging_face
 from transformer_vq import SamplingParams
 from transformer_vq.nn.prob import REMOVED
-from transformer_vq.ops.generate import _controls
+from transformer_vq.ops.requests import as_controls
 from transformer_vq.ops.sample import Rows, controlled_logits
 
 DATA = Path(__file__).with_name("data")
@@ -65,7 +65,7 @@ def controlled(recording, params) -> np.ndarray:
         remaining=jnp.ones(rows, jnp.int32),
         active=jnp.ones(rows, bool),
     )
-    return np.asarray(CONTROLLED(logits, _controls([params] * rows, rows, vocab), before))
+    return np.asarray(CONTROLLED(logits, as_controls([params] * rows, rows, vocab), before))
 
 
 def same(ours, theirs) -> bool:

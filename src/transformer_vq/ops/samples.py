@@ -1,14 +1,18 @@
 """samples.jsonl: what a model writes as it learns, the same prompt and seed at every validation."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from transformer_vq.data import Source
 from transformer_vq.metrics import JsonLines
 from transformer_vq.nn.model import Model
-from transformer_vq.ops.generate import SamplingParams, stream
+from transformer_vq.ops.generate import stream
+from transformer_vq.ops.requests import SamplingParams
+from transformer_vq.ops.run import RunInfo
 
 PROMPT_TOKENS = 16  # from the beginning of the validation data
 TOP_P = 0.9
@@ -45,3 +49,20 @@ class SampleLog:
 
     def close(self) -> None:
         self._lines.close()
+
+
+@contextlib.contextmanager
+def open_samples(
+    folder: Path,
+    info: RunInfo,
+    validation: Source | None,
+    decode: Callable[[Sequence[int]], str] | None,
+) -> Generator[SampleLog | None]:
+    """samples.jsonl while it is open; None where no samples are kept."""
+    length = info.train.sample_tokens
+    if not length or validation is None or decode is None or jax.process_count() > 1:
+        yield None
+        return
+    path, tokens = folder / "samples.jsonl", validation.tokens
+    with contextlib.closing(SampleLog(path, info.step, tokens, length, decode)) as samples:
+        yield samples
