@@ -184,7 +184,9 @@ def run_data(data: "DataSource", given: Sequence[str], tokenizer: Tokenizer) -> 
 
 
 @contextmanager
-def progress_bar(what: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(
+    what: str, *, quiet: bool = False, unit: str = "tokens"
+) -> Iterator[Callable[[int, int | None], None]]:
     """A live line on standard error while it is open: call what it gives with (done, of all)."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -192,7 +194,7 @@ def progress_bar(what: str, *, quiet: bool = False) -> Iterator[Callable[[int, i
 
     class Speed(ProgressColumn):
         def render(self, task: Any) -> Text:
-            return Text(f"{task.completed / max(task.elapsed or 0, 0.01):,.0f} tokens/s")
+            return Text(f"{task.completed / max(task.elapsed or 0, 0.01):,.0f} {unit}/s")
 
     console = Console(stderr=True)
     columns = (TextColumn(what), BarColumn(24), TextColumn("{task.percentage:.0f} %"), Speed())
@@ -200,5 +202,5 @@ def progress_bar(what: str, *, quiet: bool = False) -> Iterator[Callable[[int, i
     with Progress(
         *columns, TimeRemainingColumn(), console=console, disable=hidden, transient=True
     ) as bar:
-        task = bar.add_task(what)
+        task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -306,7 +306,7 @@ def read(
 ) -> "State":
     """The state after a prompt, read piece by piece; `room`: for so many tokens more."""
     from transformer_vq.nn.model import init_state
-    from transformer_vq.ops.generate import SamplingParams
+    from transformer_vq.ops.requests import SamplingParams
 
     capacity = None
     if model.config.attention == "full":
@@ -374,11 +374,12 @@ _CONTROLS |= dict.fromkeys(range(0x80, 0xA0), "\ufffd")
 def _logprob_line(token: "Token", tokenizer: Tokenizer) -> str:
     """A token, its log-probability in nats, and the likeliest tokens with their probabilities."""
     best = list((token.top_logprobs or {}).items())[:4]
-    others = "  ".join(f"{_show_token(t, tokenizer)} {math.exp(p):.3f}" for t, p in best)
-    return f"{_show_token(token, tokenizer):6} {token.logprob:9.4f}   {others}\n"
+    others = "  ".join(f"{show_token(t, tokenizer)} {math.exp(p):.3f}" for t, p in best)
+    return f"{show_token(token, tokenizer):6} {token.logprob:9.4f}   {others}\n"
 
 
-def _show_token(token: int, tokenizer: Tokenizer) -> str:
+def show_token(token: int, tokenizer: Tokenizer) -> str:
+    """A token between quotes, as Python has it; a byte that is no text as a number."""
     content = tokenizer.decode([int(token)])
     if len(content) == 1 and not 32 <= content[0] < 127:
         return f"0x{content[0]:02x}"

@@ -11,8 +11,10 @@ from transformer_vq.data.text import (
     bundled_corpus,
     fingerprint,
     load_bytes,
+    open_binary,
     require_length,
     split,
+    text_pieces,
 )
 from transformer_vq.data.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer, check_tokens
 from transformer_vq.data.vocabulary import load_tokenizer, run_tokenizer, train_tokenizer
@@ -34,10 +36,12 @@ __all__ = [
     "fingerprint",
     "load_bytes",
     "load_tokenizer",
+    "open_binary",
     "open_source",
     "require_length",
     "row_starts",
     "run_tokenizer",
     "split",
+    "text_pieces",
     "train_tokenizer",
 ]
