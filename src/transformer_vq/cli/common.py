@@ -19,6 +19,7 @@ from transformer_vq.data import (
     Tokenizer,
     as_source,
     bundled_corpus,
+    find_files,
     open_source,
 )
 
@@ -163,7 +164,8 @@ def run_data(data: "DataSource", given: Sequence[str], tokenizer: Tokenizer) -> 
     """
     how = {name: getattr(data, name) for name in ("text_column", "image_size", "on_error")}
     if given:
-        return open_data(given, tokenizer=tokenizer, **how)
+        how["image_size"] = data.image_size if find_files(given).images else 0
+        return _like_the_run(open_data(given, tokenizer=tokenizer, **how), data)
     paths = [Path(path) for path in data.paths]
     if not paths[0].exists() and paths[0].name == bundled_corpus().name:
         paths[0] = bundled_corpus()  # this program may have moved since
@@ -179,6 +181,20 @@ def run_data(data: "DataSource", given: Sequence[str], tokenizer: Tokenizer) -> 
             f"{source.path} has changed since the run was trained on it ({len(source.tokens):,} "
             f"tokens, not the {data.size:,} of then, or other ones): give --data PATH, of the same "
             f"name if you mean it"
+        )
+    return source
+
+
+def _like_the_run(source: Source, data: "DataSource") -> Source:
+    """The source. Raises `DataError` if it is text and the run is of pictures, and the like."""
+
+    def said(shape: Sequence[int] | None) -> str:
+        return f"pictures of {' x '.join(map(str, shape))}" if shape else "text"
+
+    if source.image_shape != data.image_shape:
+        raise DataError(
+            f"{source.path} holds {said(source.image_shape)}, and the run was trained on "
+            f"{said(data.image_shape)}: give data of its kind"
         )
     return source
 

@@ -17,7 +17,15 @@ from jax.sharding import Mesh
 
 from transformer_vq import costs
 from transformer_vq.config import ModelConfig, TrainConfig
-from transformer_vq.data import Batch, Batches, Source, as_source, check_tokens, require_length
+from transformer_vq.data import (
+    Batch,
+    Batches,
+    Source,
+    as_source,
+    check_tokens,
+    keep_tokenizer,
+    require_length,
+)
 from transformer_vq.io.checkpoint import CheckpointError, Checkpoints
 from transformer_vq.metrics import MetricsLog, Record, Tracker
 from transformer_vq.ops.evaluate import evaluate
@@ -127,7 +135,9 @@ def train(
     info = open_run(folder, RunInfo(config, train, data, tokenizer), resume=resume)
     step, first = info.step, jax.process_index() == 0
     require_same(step, f"the checkpoints in {folder}")
-    if first:
+    if first and not step and tokenizer == source.tokenizer.name:
+        keep_tokenizer(folder, source.tokenizer)  # and not what an earlier start left here
+    elif first:
         source.tokenizer.save(folder)
     else:
         trackers, on_record, say = (), (lambda record: None), (lambda text: None)

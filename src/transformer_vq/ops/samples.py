@@ -27,11 +27,12 @@ class SampleLog:
         step: int,
         validation: np.ndarray,
         max_tokens: int,
+        banned: Sequence[int],
         decode: Callable[[Sequence[int]], str],
     ):
         self._lines = JsonLines(path, step)
         self._prompt = [int(token) for token in validation[:PROMPT_TOKENS]]
-        self._params = SamplingParams(max_tokens=max_tokens, top_p=TOP_P)
+        self._params = SamplingParams(max_tokens=max_tokens, top_p=TOP_P, banned_tokens=banned)
         self._decode = decode
 
     def write(self, step: int, model: Model, check: Callable[[], None]) -> None:
@@ -64,5 +65,8 @@ def open_samples(
         yield None
         return
     path, tokens = folder / "samples.jsonl", validation.tokens
-    with contextlib.closing(SampleLog(path, info.step, tokens, length, decode)) as samples:
+    # What the vocabulary has no tokens for is not drawn, if it is the vocabulary of these tokens.
+    size = validation.tokenizer.vocab_size
+    banned = range(size, info.config.vocab_size) if tokens.max() < size else ()
+    with contextlib.closing(SampleLog(path, info.step, tokens, length, banned, decode)) as samples:
         yield samples
