@@ -1,33 +1,66 @@
 #!/usr/bin/env bash
-# The figures of docs/benchmarks.md on an accelerator: bash benchmarks/gpu.sh [OUT_FOLDER]
-# Needs a Python with JAX for the device; installs this package beside it. Under ten minutes.
+# The figures of docs/benchmarks.md on an accelerator:
+#
+#   bash benchmarks/gpu.sh [OUT_FOLDER [NAME...]]    # only measurements of these names, by default all
+#   SMOKE=1 bash benchmarks/gpu.sh                   # tiny, to see that all of it runs; on a CPU too
+#
+# Needs a Python (python3, or $PYTHON) with JAX for the device. If our other dependencies are there
+# too, nothing is installed and no network is needed; else they are, into build/gpu-venv.
+# A measurement that fails or takes more than four minutes is named, and the next one begins.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-out="${1:-bench-results}"
+repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+out="${1:-$repository/build/bench-results}"
+names=" ${*:2} "
 mkdir -p "$out"
+out="$(cd "$out" && pwd)"
+cd "$repository"
 
-python -m venv --system-site-packages "$out/venv"
-"$out/venv/bin/python" -m pip install -q --no-deps --editable .
-"$out/venv/bin/python" -c "import transformer_vq, optax, grain, orbax.checkpoint, tyro, rich" ||
-  "$out/venv/bin/python" -m pip install -q --constraint constraints.txt --editable .
-tvq="$out/venv/bin/tvq"
+python="${PYTHON:-python3}"
+export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
+needs="import transformer_vq.ops.bench, transformer_vq.cli.bench"
+if ! "$python" -c "$needs"; then
+  "$python" -m venv --system-site-packages build/gpu-venv
+  python=build/gpu-venv/bin/python
+  "$python" -m pip install -q '.[test]' # the JAX that is there stays, if it is one that we support
+  "$python" -c "$needs"
+fi
+"$python" -c "import jax; print(jax.__version__, jax.devices())"
+
+wanted() { # NAME: whether it was asked for
+  [[ "$names" == "  " || "$names" == *" $1 "* ]]
+}
 
 run() { # NAME ARGUMENTS...
   local name="$1"
   shift
-  echo "== tvq bench $*"
-  timeout 240 "$tvq" bench "$@" --json > "$out/$name.json" || echo "failed: $name"
+  wanted "$name" || return 0
+  echo "== $name: tvq bench $*"
+  timeout 240 "$python" -c "import sys; from transformer_vq.cli import main; sys.exit(main())" \
+    bench "$@" --json > "$out/$name.json" || echo "failed: $name"
 }
 
 small=(--preset small --config.window-len 256 --config.block-len 256)
-run decode-small decode "${small[@]}" --config.compute-dtype bfloat16 --config.state-dtype bfloat16
-run decode-enwik8 decode --preset enwik8 --config.state-dtype bfloat16 --batch 1 8 32
-run prefill-enwik8 prefill --preset enwik8 --length 2048 100000
-run sample-enwik8 sample --preset enwik8 --batch 1 32
-run train-enwik8 train --preset enwik8 --batch 8 --length 8192
-run train-lengths train "${small[@]}" --batch 1 --length 2048 8192 32768 131072 --attention vq
-run train-full train "${small[@]}" --batch 1 --length 2048 8192 --attention full
-TVQ_TEST_PLATFORM=cuda timeout 300 "$out/venv/bin/python" -m pytest -q -n 0 \
-  tests/test_reference.py tests/test_extend.py tests/test_pieces.py > "$out/tests.log" 2>&1 ||
-  echo "tests: see $out/tests.log"
+bf16=(--config.compute-dtype bfloat16 --config.state-dtype bfloat16)
+enwik8=(--preset enwik8 --config.state-dtype bfloat16)
+batches=(1 8 32) few=(1 32) prompts=(2048 100000) lengths=(2048 8192 32768 131072) rows=8
+tests=(tests/test_reference.py tests/test_extend.py tests/test_pieces.py)
+if [[ -n "${SMOKE:-}" ]]; then
+  bf16=() small=(--preset tiny --repeats 1) enwik8=(--preset tiny --repeats 1)
+  batches=(1 2) few=(1 2) prompts=(64 300) lengths=(64 128) rows=1
+  tests=(tests/test_pieces.py -k ragged)
+fi
+run decode-small decode "${small[@]}" "${bf16[@]}" --batch "${batches[@]}"
+run decode-enwik8 decode "${enwik8[@]}" --batch "${batches[@]}"
+run prefill-enwik8 prefill "${enwik8[@]}" --length "${prompts[@]}"
+run sample-enwik8 sample "${enwik8[@]}" --batch "${few[@]}"
+run train-enwik8 train "${enwik8[@]}" --batch "$rows" --length "${lengths[1]}"
+run train-lengths train "${small[@]}" --batch 1 --length "${lengths[@]}" --attention vq
+run train-full train "${small[@]}" --batch 1 --length "${lengths[@]:0:2}" --attention full
+
+if wanted tests; then
+  platform="$("$python" -c "import jax; print(jax.default_backend().replace('gpu', 'cuda'))")"
+  echo "== tests on $platform"
+  TVQ_TEST_PLATFORM="$platform" timeout 300 "$python" -m pytest -q "${tests[@]}" \
+    > "$out/tests.log" 2>&1 || echo "failed: tests, see $out/tests.log"
+fi
 echo "done: $out"

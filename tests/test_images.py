@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from test_score import make_run
 from transformer_vq import Model, ModelConfig, init_model, init_state
 from transformer_vq.cli import main
 from transformer_vq.cli.images import contact_sheet
@@ -334,3 +335,55 @@ def test_contact_sheet():
     np.testing.assert_array_equal(sheet[4:84:2, 88:168:2], images[1])
     np.testing.assert_array_equal(sheet[88:168:2, 88:168:2], images[4])
     assert (sheet[88:, 172:] == 255).all() and (sheet[:4] == 255).all()
+
+
+# Options that are for one kind of data are refused with another, and not ignored
+
+
+def test_image_size_is_for_pictures(tmp_path):
+    for name, content in (("a.txt", "text"), ("a.jsonl", '{"text": "text"}')):
+        (path := tmp_path / name).write_text(content)
+        with pytest.raises(DataError, match=r"a\.\w+ holds text, and --image-size is for pictures"):
+            open_source([path], image_size=8)
+        assert open_source([path]).num_bytes == 4  # control
+
+
+@pytest.mark.parametrize(
+    ("shape", "arguments", "says"),
+    [
+        (None, ["sample", "--out", "drawn"], "--out is for pictures, and the run in"),
+        (None, ["sample", "--num-images", "2"], "was not trained on pictures"),
+        (None, ["eval", "--data", "pictures"], "holds pictures of 4 x 6 x 3, and the run was tr"),
+        ((4, 6, 3), ["eval", "--data", "text.txt"], "holds text, and the run was trained on pict"),
+        (
+            (4, 6, 1),
+            ["eval", "--data", "pictures"],
+            "3, and the run was trained on pictures of 4",
+        ),
+        *(
+            ((4, 6, 3), ["sample", "--num-images", "1", *option], f"{option[0]} is for text")
+            for option in (["--max-tokens", "9"], ["--num-samples", "2"], ["--logprobs"])
+        ),
+    ],
+)
+def test_options_of_another_kind_of_run(tmp_path, monkeypatch, capsys, shape, arguments, says):
+    monkeypatch.setenv("TVQ_CACHE", "")
+    monkeypatch.chdir(tmp_path)
+    run = make_run(tmp_path / "run", image_shape=shape)
+    write_pictures(tmp_path / "pictures", pixels(2))
+    (tmp_path / "text.txt").write_text("some text")
+    command, *options = arguments
+    assert main([command, "--run", run, *options]) in (1, 2)
+    printed = capsys.readouterr().err
+    assert says in printed and printed.count("\n") == 1
+    assert not (tmp_path / "drawn").exists() and not (tmp_path / "samples").exists()
+
+
+def test_train_refuses_image_size_for_text(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TVQ_CACHE", "")
+    (path := tmp_path / "text.txt").write_text("some text " * 50)
+    out = tmp_path / "run"
+    arguments = ["train", "--data", str(path), "--out", str(out), "--image-size", "32"]
+    assert main(arguments) == 1
+    assert "--image-size is for pictures: leave it out" in capsys.readouterr().err
+    assert not out.exists()

@@ -8,9 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from transformer_vq import Model, ModelConfig
+import test_train
+from test_train import CONFIG, START, TOKENS, raw, replace
+from transformer_vq import Model
 from transformer_vq.config import TrainConfig
-from transformer_vq.data import Batch, Batches
+from transformer_vq.data import Batch
 from transformer_vq.io.checkpoint import Checkpoints
 from transformer_vq.nn.model import DropoutKeys
 from transformer_vq.nn.vq import Places
@@ -24,32 +26,17 @@ from transformer_vq.ops.optimizer import (
     make_optimizer,
 )
 from transformer_vq.ops.run import RunError, load_run
-from transformer_vq.ops.train import _in_turns, init_train_state, make_train_step
+from transformer_vq.ops.train import _in_turns, make_train_step
 from transformer_vq.sharding import data_mesh
 
-CONFIG = ModelConfig(
-    vocab_size=32, d_model=16, d_k=8, num_layers=1, codebook_size=8, block_len=8, window_len=5
-)
 TRAIN = TrainConfig(
     batch_size=4, sequence_len=16, update_len=8, steps=20, warmup_steps=0, learning_rate=0.02
 )
-TOKENS = (np.random.default_rng(0).integers(0, 8, 600).cumsum() % 32).astype(np.uint8)
 OPTIMIZERS = ("adamw", "lion", "adafactor", "muon")
-
-START = jax.jit(init_train_state, static_argnums=(0, 1))
-
-
-def replace(config, **changes):
-    return type(config)(**{**vars(config), **changes})
 
 
 def one_batch(train=TRAIN, index=0) -> Batch:
-    options = dict(batch_size=train.batch_size, sequence_len=train.sequence_len, seed=train.seed)
-    return Batches(TOKENS, **options).batch(index)
-
-
-def raw(tree) -> list[bytes]:
-    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+    return test_train.one_batch(train, index)
 
 
 # Schedules

@@ -30,7 +30,8 @@ from transformer_vq import (
 )
 from transformer_vq.nn.model import model_specs
 from transformer_vq.ops import sample
-from transformer_vq.ops.generate import PREFILL_SIZES, Session, _controls
+from transformer_vq.ops.generate import PREFILL_SIZES, Session
+from transformer_vq.ops.requests import as_controls
 
 VOCAB, EOS, BATCH, LENGTH = 17, 3, 16, 30
 KEY = 5
@@ -245,7 +246,7 @@ def decoding_loop(function, **fields):
     sizes = dict(vocab_size=64, d_model=64, d_k=16, codebook_size=64, window_len=64)
     model = make_model(**sizes, **fields)
     session = Session(model, [[1]] * 4, SamplingParams())
-    controls = _controls(session.params, 4, 64)
+    controls = as_controls(session.params, 4, 64)
     lowered = function.lower(
         session._decoder, controls, session._rows(), steps=32, with_logprobs=False
     )

@@ -4,6 +4,7 @@ import gzip
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -308,3 +309,59 @@ def test_train_and_eval_take_many_paths(tmp_path, monkeypatch, capsys):
     (tmp_path / "b/c.txt").write_text("another")
     assert main(["eval", "--run", out]) == 1
     assert "has changed since" in capsys.readouterr().err
+
+
+MAKING = """
+import sys, time
+from pathlib import Path
+from transformer_vq.data import open_source, prepare
+
+data, cache, how, when = sys.argv[1:]
+build = prepare._build_text
+
+def slow(files, folder, *more):
+    (Path(cache) / f"made-{time.monotonic_ns()}").touch()
+    time.sleep(600 if how == "dies" else 0.5)
+    build(files, folder, *more)
+
+prepare._build_text = slow
+if how == "no locks":
+    sys.modules["fcntl"] = None
+print("here", flush=True)
+while time.time() < float(when):  # all have started
+    time.sleep(0.01)
+print(open_source([data], cache=Path(cache)).fingerprint)
+"""
+
+
+@pytest.mark.parametrize(("how", "made"), [("waits", 1), ("no locks", 3)])
+def test_one_process_makes_the_tokens_and_the_others_wait(tmp_path, how, made):
+    """Where files cannot be locked, each makes its own, which are the same."""
+    data, cache = write(tmp_path, "a.jsonl", lines(["one", "two"])), tmp_path / "cache"
+    cache.mkdir()
+    arguments = [sys.executable, "-c", MAKING, str(data), str(cache), how, str(time.time() + 5)]
+    several = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = {process.communicate(timeout=60)[0] for process in several}
+    assert len(said) == 1 and not any(process.returncode for process in several)
+    assert said == {f"here\n{open_source([data]).fingerprint}\n"}
+    assert len(list(cache.glob("made-*"))) == made
+    left = [path.name for path in cache.iterdir() if not path.name.startswith("made-")]
+    assert len(left) == 1 and not left[0].startswith(".")
+
+
+def test_a_process_that_dies_lets_the_next_one_make_them(tmp_path):
+    data, cache = write(tmp_path, "a.jsonl", lines(["one", "two"])), tmp_path / "cache"
+    cache.mkdir()
+    arguments = [sys.executable, "-c", MAKING, str(data), str(cache)]
+    first = subprocess.Popen([*arguments, "dies", "0"])
+    while not list(cache.glob("made-*")):
+        time.sleep(0.01)
+        assert first.poll() is None
+    second = subprocess.Popen([*arguments, "waits", "0"], stdout=subprocess.PIPE, text=True)
+    assert second.stdout.readline() == "here\n"
+    time.sleep(0.3)
+    assert len(list(cache.glob("made-*"))) == 1  # control: it waits
+    first.kill()
+    first.wait()
+    assert second.communicate(timeout=60)[0] == f"{open_source([data]).fingerprint}\n"
+    assert len(list(cache.glob("made-*"))) == 2

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from test_score import make_run
+from transformer_vq import ModelConfig, SamplingParams, TrainConfig, generate, init_model
 from transformer_vq.cli import main
 from transformer_vq.cli.stops import TextStops
 from transformer_vq.data import (
@@ -19,13 +22,16 @@ from transformer_vq.data import (
     Source,
     StreamDecoder,
     bundled_corpus,
+    keep_tokenizer,
     load_tokenizer,
     open_source,
     run_tokenizer,
     train_tokenizer,
 )
 from transformer_vq.metrics import read_metrics
-from transformer_vq.ops.run import load_run
+from transformer_vq.ops import loop
+from transformer_vq.ops.run import DataSource, RunInfo, load_run
+from transformer_vq.ops.samples import open_samples
 
 BOOK = bundled_corpus().read_bytes()[:150_000].decode(errors="ignore")
 HARD = "“I — naïve\n\n\t 𝄞  é 日本 \x00 end "
@@ -279,3 +285,67 @@ def test_wrong_options(folder, tmp_path, monkeypatch, capsys, arguments, says):
 def test_bytes_have_nothing_to_keep(tmp_path):
     ByteTokenizer().save(tmp_path)
     assert not list(tmp_path.iterdir()) and isinstance(run_tokenizer(tmp_path), ByteTokenizer)
+
+
+def test_a_new_run_keeps_no_other_vocabulary(folder, tmp_path):
+    """What an earlier start left, of whatever kind, is not taken for that of the run."""
+    sorts = [load_tokenizer(folder / name) for name in ("bpe.json", "sp.model")]
+    for before in (*sorts, ByteTokenizer()):
+        for now in (ByteTokenizer(), *sorts):
+            (out := tmp_path / "run").mkdir(exist_ok=True)
+            before.save(out)
+            keep_tokenizer(out, now)
+            assert run_tokenizer(out).name == now.name
+            assert len(list(out.iterdir())) == (now.name != "bytes")
+            shutil.rmtree(out)
+
+
+def test_train_replaces_the_vocabulary_of_an_earlier_start(folder, tmp_path):
+    """In a folder without checkpoints; one that the caller answers for stays."""
+    config = ModelConfig(d_model=16, d_k=8, num_layers=1, codebook_size=8, window_len=8)
+    train = TrainConfig(batch_size=8, sequence_len=16, steps=1, evaluate_every=0)
+    tokens, vocabulary = np.zeros(50, np.uint8), load_tokenizer(folder / "bpe.json")
+    for name, kept in (("", "bytes"), ("mine", vocabulary.name)):
+        (out := tmp_path / f"run{name}").mkdir()
+        vocabulary.save(out)
+        loop.train(config, train, tokens, None, out, tokenizer=name)
+        assert run_tokenizer(out).name == kept
+
+
+def test_sample_draws_what_the_vocabulary_has(folder, tmp_path, monkeypatch, capsys):
+    """Where the model has more tokens than the vocabulary; what cannot be drawn can be shown."""
+    monkeypatch.setenv("TVQ_CACHE", "")
+    for name in (None, "bpe.json"):
+        tokenizer = load_tokenizer(folder / name) if name else ByteTokenizer()
+        size = tokenizer.vocab_size
+        run = make_run(tmp_path / f"run{name}", tokenizer, vocab_size=2 * size)
+        ask = ["sample", "--run", run, "--prompt", "It", "--max-tokens", "60", "--temperature", "9"]
+        assert main([*ask, "--json"]) == 0
+        (sample,) = json.loads(capsys.readouterr().out)["samples"]
+        assert len(sample["tokens"]) == 60 and max(sample["tokens"]) < size
+        assert sample["text"] == tokenizer.decode_text(sample["tokens"])
+        model, prompt = load_run(run)[0], tokenizer.encode("It")
+        (drawn,) = generate(model, [prompt], SamplingParams(max_tokens=60, temperature=9))
+        assert max(drawn) >= size  # control
+        assert main([*ask, "--logprobs"]) == 0
+        assert re.search(r" <\d{3,}> 0\.", capsys.readouterr().out)
+
+
+def test_samples_of_a_run_are_of_its_vocabulary(tmp_path):
+    """The same in training, as long as the tokens are those of the vocabulary."""
+    config = ModelConfig(
+        vocab_size=4096, d_model=16, d_k=8, num_layers=1, codebook_size=8, window_len=8
+    )
+    train = TrainConfig(batch_size=1, sequence_len=16, sample_tokens=40)
+    model, texts = init_model(config, 0), {}
+    for name, top in (("bytes", 255), ("others", 4000)):
+        validation = Source.of(np.linspace(0, top, 30).astype(np.int32))
+        info = RunInfo(config, train, DataSource.of("", validation))
+        folder = tmp_path / name
+        folder.mkdir()
+        with open_samples(folder, info, validation, lambda tokens: f"{tokens}") as samples:
+            samples.write(1, model, lambda: None)
+        record = json.loads((folder / "samples.jsonl").read_text())
+        texts[name] = [int(token) for token in re.findall(r"\d+", record["text"])]
+    assert len(texts["bytes"]) >= 40 and max(texts["bytes"]) < 256
+    assert max(texts["others"]) >= 256  # control

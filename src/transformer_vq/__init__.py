@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from transformer_vq.io.state import StateError, load_state, save_state
     from transformer_vq.nn.extend import extend
     from transformer_vq.nn.model import Model, State, init_model, init_state
-    from transformer_vq.ops.generate import SamplingParams, Token, generate, stream
+    from transformer_vq.ops.generate import generate, stream
+    from transformer_vq.ops.requests import SamplingParams, Token
     from transformer_vq.ops.sample import SampleConfig, sample_op
     from transformer_vq.ops.score import score
 
@@ -19,7 +20,8 @@ _HOMES = {
     "io.state": ["StateError", "load_state", "save_state"],
     "nn.extend": ["extend"],
     "nn.model": ["Model", "State", "init_model", "init_state"],
-    "ops.generate": ["SamplingParams", "Token", "generate", "stream"],
+    "ops.generate": ["generate", "stream"],
+    "ops.requests": ["SamplingParams", "Token"],
     "ops.sample": ["SampleConfig", "sample_op"],
     "ops.score": ["score"],
 }

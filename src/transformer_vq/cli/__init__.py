@@ -22,6 +22,7 @@ COMMANDS = {
     "demo": ("demo", "Demo", "train on a book that comes with it, evaluate, sample: five minutes"),
     "train": ("train", "Train", "train a model on a file, or go on with a run"),
     "eval": ("evaluate", "Evaluate", "how well a model predicts a text: bits per byte"),
+    "score": ("score", "Score", "how probable a model finds a text, its lines and its tokens"),
     "sample": ("sample", "Sample", "write text"),
     "tokenizer": ("tokenizer", "Tokenizer", "make a vocabulary from text"),
     "prefill": ("sample", "Prefill", "read a long prompt once and keep the state it leaves"),

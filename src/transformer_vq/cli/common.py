@@ -19,6 +19,7 @@ from transformer_vq.data import (
     Tokenizer,
     as_source,
     bundled_corpus,
+    find_files,
     open_source,
 )
 
@@ -163,7 +164,8 @@ def run_data(data: "DataSource", given: Sequence[str], tokenizer: Tokenizer) -> 
     """
     how = {name: getattr(data, name) for name in ("text_column", "image_size", "on_error")}
     if given:
-        return open_data(given, tokenizer=tokenizer, **how)
+        how["image_size"] = data.image_size if find_files(given).images else 0
+        return _like_the_run(open_data(given, tokenizer=tokenizer, **how), data)
     paths = [Path(path) for path in data.paths]
     if not paths[0].exists() and paths[0].name == bundled_corpus().name:
         paths[0] = bundled_corpus()  # this program may have moved since
@@ -183,8 +185,24 @@ def run_data(data: "DataSource", given: Sequence[str], tokenizer: Tokenizer) -> 
     return source
 
 
+def _like_the_run(source: Source, data: "DataSource") -> Source:
+    """The source. Raises `DataError` if it is text and the run is of pictures, and the like."""
+
+    def said(shape: Sequence[int] | None) -> str:
+        return f"pictures of {' x '.join(map(str, shape))}" if shape else "text"
+
+    if source.image_shape != data.image_shape:
+        raise DataError(
+            f"{source.path} holds {said(source.image_shape)}, and the run was trained on "
+            f"{said(data.image_shape)}: give data of its kind"
+        )
+    return source
+
+
 @contextmanager
-def progress_bar(what: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(
+    what: str, *, quiet: bool = False, unit: str = "tokens"
+) -> Iterator[Callable[[int, int | None], None]]:
     """A live line on standard error while it is open: call what it gives with (done, of all)."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -192,7 +210,7 @@ def progress_bar(what: str, *, quiet: bool = False) -> Iterator[Callable[[int, i
 
     class Speed(ProgressColumn):
         def render(self, task: Any) -> Text:
-            return Text(f"{task.completed / max(task.elapsed or 0, 0.01):,.0f} tokens/s")
+            return Text(f"{task.completed / max(task.elapsed or 0, 0.01):,.0f} {unit}/s")
 
     console = Console(stderr=True)
     columns = (TextColumn(what), BarColumn(24), TextColumn("{task.percentage:.0f} %"), Speed())
@@ -200,5 +218,5 @@ def progress_bar(what: str, *, quiet: bool = False) -> Iterator[Callable[[int, i
     with Progress(
         *columns, TimeRemainingColumn(), console=console, disable=hidden, transient=True
     ) as bar:
-        task = bar.add_task(what)
+        task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -71,8 +71,9 @@ class Sample:
     num_samples: Annotated[int, option("samples, one after another")] = 1
     num_images: Annotated[int, option("pictures to draw, by a model of pictures")] = 0
     out: Annotated[
-        str, option("folder for the pictures and contact.png, a sheet of all", "DIR")
-    ] = "samples"
+        str,
+        option("folder for the pictures and contact.png, a sheet of all", "DIR", default="samples"),
+    ] = ""
     stop: Annotated[
         UseAppendAction[tuple[str, ...]],
         option("end before this text; \\n is a line break; can be given several times", "TEXT"),
@@ -107,9 +108,13 @@ class Sample:
         model, info, given = open_model(self.run, self.state, self.checkpoint)
         if info.data.image_shape or self.num_images:
             return self._draw(model, info)
+        if self.out:
+            raise UsageError(
+                f"--out is for pictures, and the run in {self.run} writes text: leave it out"
+            )
         several = info.data.documents > 1  # then the model knows where a document ends
         seeds = range(self.seed, self.seed + self.num_samples)
-        every = [self._params(seed, tokenizer, ends=several) for seed in seeds]
+        every = [self._params(seed, tokenizer, model, ends=several) for seed in seeds]
         if not prompt and given is None:
             prompt = [tokenizer.eos_id if several else tokenizer.start_id]
 
@@ -147,26 +152,44 @@ class Sample:
             raise UsageError(f"the run in {self.run} draws pictures: give --num-images and --out")
         if self.prompt or self.prompt_file or self.state or self.save_state or self.stop:
             raise UsageError("pictures are drawn from nothing: give no prompt, state or stop text")
+        for name in ("max_tokens", "num_samples", "logprobs"):
+            if getattr(self, name) != getattr(Sample, name):
+                raise UsageError(
+                    f"--{name.replace('_', '-')} is for text, and the run in {self.run} draws "
+                    f"pictures: leave it out"
+                )
+        out = self.out or "samples"
         max_tokens = math.prod(shape)
         params = [
-            dataclasses.replace(self._params(self.seed + i, tokenizer), max_tokens=max_tokens)
+            dataclasses.replace(
+                self._params(self.seed + i, tokenizer, model), max_tokens=max_tokens
+            )
             for i in range(self.num_images)
         ]
         with progress_bar("drawing", quiet=self.json) as show:
             images = draw_images(model, params, shape, tokenizer.eos_id, show)
-        sheet = write_images(images, Path(self.out))
+        sheet = write_images(images, Path(out))
         if self.json:
-            record = {"run": str(self.run), "step": info.step, "out": self.out, "seed": self.seed}
+            record = {"run": str(self.run), "step": info.step, "out": out, "seed": self.seed}
             print(json.dumps({**record, "images": len(images), "contact_sheet": str(sheet)}))
         else:
-            print(f"{len(images)} pictures of {' x '.join(map(str, shape))} are in {self.out}")
+            print(f"{len(images)} pictures of {' x '.join(map(str, shape))} are in {out}")
             print(f"all of them: {sheet}")
         return 0
 
-    def _params(self, seed: int, tokenizer: Tokenizer, *, ends: bool = False) -> "SamplingParams":
-        """`ends`: stop where the model ends a document."""
+    def _params(
+        self,
+        seed: int,
+        tokenizer: Tokenizer,
+        model: "Model | None" = None,
+        *,
+        ends: bool = False,
+    ) -> "SamplingParams":
+        """What tokens of this model are drawn by. `ends`: stop where it ends a document."""
         from transformer_vq import SamplingParams
 
+        # A model may have more tokens than its vocabulary has: those mean nothing.
+        size = tokenizer.vocab_size if model is None else model.config.vocab_size
         stop: list[list[int]] = [[tokenizer.eos_id]] if ends else []
         if isinstance(tokenizer, ByteTokenizer):  # else `_write` looks for them in the text
             stop += [tokenizer.encode(unescape(text)) for text in self.stop]
@@ -182,6 +205,7 @@ class Sample:
                 frequency_penalty=self.frequency_penalty,
                 seed=seed,
                 stop=stop,
+                banned_tokens=range(tokenizer.vocab_size, size),
                 logprobs=self.logprobs,
             )
         except ValueError as error:
@@ -306,7 +330,7 @@ def read(
 ) -> "State":
     """The state after a prompt, read piece by piece; `room`: for so many tokens more."""
     from transformer_vq.nn.model import init_state
-    from transformer_vq.ops.generate import SamplingParams
+    from transformer_vq.ops.requests import SamplingParams
 
     capacity = None
     if model.config.attention == "full":
@@ -374,11 +398,14 @@ _CONTROLS |= dict.fromkeys(range(0x80, 0xA0), "\ufffd")
 def _logprob_line(token: "Token", tokenizer: Tokenizer) -> str:
     """A token, its log-probability in nats, and the likeliest tokens with their probabilities."""
     best = list((token.top_logprobs or {}).items())[:4]
-    others = "  ".join(f"{_show_token(t, tokenizer)} {math.exp(p):.3f}" for t, p in best)
-    return f"{_show_token(token, tokenizer):6} {token.logprob:9.4f}   {others}\n"
+    others = "  ".join(f"{show_token(t, tokenizer)} {math.exp(p):.3f}" for t, p in best)
+    return f"{show_token(token, tokenizer):6} {token.logprob:9.4f}   {others}\n"
 
 
-def _show_token(token: int, tokenizer: Tokenizer) -> str:
+def show_token(token: int, tokenizer: Tokenizer) -> str:
+    """A token between quotes, as Python has it; a byte that is no text as a number."""
+    if token >= tokenizer.vocab_size:
+        return f"<{token}>"  # of the model, not of the vocabulary
     content = tokenizer.decode([int(token)])
     if len(content) == 1 and not 32 <= content[0] < 127:
         return f"0x{content[0]:02x}"

@@ -5,17 +5,25 @@ NumPy and grain only: nothing here knows about models or devices.
 
 from transformer_vq.data.loader import Batch, Batches, EvalChunk, eval_chunks, row_starts
 from transformer_vq.data.prepare import OnError, open_source
+from transformer_vq.data.records import find_files
 from transformer_vq.data.source import Source, as_source
 from transformer_vq.data.text import (
     DataError,
     bundled_corpus,
     fingerprint,
     load_bytes,
+    open_binary,
     require_length,
     split,
+    text_pieces,
 )
 from transformer_vq.data.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer, check_tokens
-from transformer_vq.data.vocabulary import load_tokenizer, run_tokenizer, train_tokenizer
+from transformer_vq.data.vocabulary import (
+    keep_tokenizer,
+    load_tokenizer,
+    run_tokenizer,
+    train_tokenizer,
+)
 
 __all__ = [
     "Batch",
@@ -31,13 +39,17 @@ __all__ = [
     "bundled_corpus",
     "check_tokens",
     "eval_chunks",
+    "find_files",
     "fingerprint",
+    "keep_tokenizer",
     "load_bytes",
     "load_tokenizer",
+    "open_binary",
     "open_source",
     "require_length",
     "row_starts",
     "run_tokenizer",
     "split",
+    "text_pieces",
     "train_tokenizer",
 ]

@@ -6,6 +6,7 @@ they are read. The splits are cut in the original data, before there are tokens:
 is the same text whatever the vocabulary.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -14,6 +15,7 @@ import shutil
 import tempfile
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -66,6 +68,8 @@ def open_source(
     tokenizer = tokenizer or ByteTokenizer()
     files = find_files(paths)
     label = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+    if image_size and not files.images:
+        raise DataError(f"{label} holds text, and --image-size is for pictures: leave it out")
     only = files.all[0] if len(files.all) == 1 and "" in files.splits else None
     if only and isinstance(tokenizer, ByteTokenizer) and is_text_file(only) and not files.left_out:
         return Source.of(load_bytes(only), label, tokenizer)
@@ -84,21 +88,45 @@ def open_source(
             build(Path(scratch))
             return _open(Path(scratch), tokenizer, label)  # stays mapped when the folder goes
     folder = cache / _key(files, [tokenizer.name, text_column, image_size, on_error])
-    if not (folder / "source.json").is_file():
-        scratch = tempfile.mkdtemp(dir=cache, prefix=".making-")
-        try:
-            build(Path(scratch))
-            _rename(scratch, folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+    if not _is_whole(folder):
+        with _alone(cache / f".{folder.name}.lock"):
+            if not _is_whole(folder):  # not even now, after waiting
+                scratch = tempfile.mkdtemp(dir=cache, prefix=".making-")
+                try:
+                    build(Path(scratch))
+                    _rename(scratch, folder)
+                finally:
+                    shutil.rmtree(scratch, ignore_errors=True)
     return _open(folder, tokenizer, label)
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / "source.json").is_file()
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Wait until no other process that sees this file is in here.
+
+    So of the processes of a run, one on each disk makes the tokens. A process that dies lets the
+    next one in. Where files cannot be locked, all go in: what they make is the same.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            import fcntl
+
+            fcntl.flock(stack.enter_context(lock.open("w")), fcntl.LOCK_EX)
+            stack.callback(lock.unlink, missing_ok=True)  # who waits on it looks again anyway
+        except (ImportError, OSError):  # Windows; some network disks
+            pass
+        yield
 
 
 def _rename(scratch: str, folder: Path) -> None:
     try:
         os.rename(scratch, folder)
     except OSError:  # another process was first: what it made is the same
-        if not (folder / "source.json").is_file():
+        if not _is_whole(folder):
             raise
 
 

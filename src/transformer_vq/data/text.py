@@ -5,6 +5,7 @@ import hashlib
 import io
 import stat
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -71,6 +72,38 @@ def open_binary(path: Path) -> BinaryIO:
         raise DataError(f"there is no file {path}") from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def text_pieces(file: BinaryIO, size: int = 1 << 20) -> Iterator[bytes]:
+    """What a file holds, in pieces that end with a line, or at least not within a character.
+
+    Raises `DataError` for what cannot be read.
+    """
+    waiting = b""
+    while True:
+        try:
+            block = file.read(size - len(waiting))
+        except read_errors() as error:
+            name = getattr(file, "name", "the file")
+            raise DataError(f"cannot read {name}: {error}") from None
+        waiting += block
+        if len(waiting) < size:  # all of it
+            break
+        end = waiting.rfind(b"\n") + 1 or _whole_characters(waiting)
+        yield waiting[:end]
+        waiting = waiting[end:]
+    if waiting:
+        yield waiting
+
+
+def _whole_characters(content: bytes) -> int:
+    """The end of the content, or where the last UTF-8 character begins if it is not whole."""
+    for back in range(1, min(4, len(content))):
+        byte = content[-back]
+        if byte & 0xC0 != 0x80:
+            length = 2 + (byte >= 0xE0) + (byte >= 0xF0) if byte >= 0xC0 else 1
+            return len(content) - (back if length > back else 0)
+    return len(content)
 
 
 def read_errors() -> tuple[type[Exception], ...]:

@@ -168,6 +168,14 @@ def run_tokenizer(folder: Path) -> Tokenizer:
     return ByteTokenizer()
 
 
+def keep_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Let `run_tokenizer` find this vocabulary in a folder, and no other that was there."""
+    for kind in _KINDS:
+        if not isinstance(tokenizer, kind):
+            (folder / kind.file_name).unlink(missing_ok=True)
+    tokenizer.save(folder)
+
+
 # Making one.
 
 

@@ -25,18 +25,24 @@ from pathlib import Path
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+
+from transformer_vq.io.leaves import (
+    CheckpointError,
+    as_like,
+    check_match,
+    data_spec,
+    describe,
+    named_leaves,
+    restore_args,
+    storable,
+)
 
 METADATA_FILE = "metadata.json"
 CHECKSUM_FILE = "SHA256SUMS"
 # Written after the checksums, and not needed to restore.
 _UNVERIFIED = {CHECKSUM_FILE, "_CHECKPOINT_METADATA", "commit_success.txt"}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be written or read; one sentence says why and what to do."""
 
 
 class Checkpoints:
@@ -101,13 +107,13 @@ class Checkpoints:
                 f"step {step} cannot be saved in {self.folder}, which already has step {newest}: "
                 f"delete the checkpoints from step {step} on, or use another folder"
             )
-        arrays = {name: _storable(name, leaf) for name, leaf in _named_leaves(tree).items()}
+        arrays = {name: storable(name, leaf) for name, leaf in named_leaves(tree).items()}
         sidecar = _to_json(
             {
                 "step": step,
                 "metrics": {name: float(value) for name, value in (metrics or {}).items()},
                 "metadata": metadata or {},
-                "arrays": {name: _describe(array) for name, array in arrays.items()},
+                "arrays": {name: describe(array) for name, array in arrays.items()},
             }
         )
         # Orbax refuses arrays without elements; their description says all there is.
@@ -198,10 +204,10 @@ class Checkpoints:
 
     def _restore(self, step: int | None, like: Any, *, subtree: bool) -> tuple[Any, dict]:
         path, saved = self._open(step)
-        leaves = _named_leaves(like)
-        specs = {name: _data_spec(name, leaf) for name, leaf in leaves.items()}
-        _check_match(path, saved["arrays"], specs, subtree=subtree)
-        wanted = {name: _restore_args(leaves[name]) for name, spec in specs.items() if spec.size}
+        leaves = named_leaves(like)
+        specs = {name: data_spec(name, leaf) for name, leaf in leaves.items()}
+        check_match(path, saved["arrays"], specs, subtree=subtree)
+        wanted = {name: restore_args(leaves[name]) for name, spec in specs.items() if spec.size}
         try:
             # A partial restore reads what `item` names and skips the rest.
             args = ocp.args.PyTreeRestore(item=wanted, restore_args=wanted, partial_restore=True)
@@ -212,7 +218,7 @@ class Checkpoints:
         restored = []
         for name, spec in specs.items():
             value = values[name] if spec.size else np.zeros(spec.shape, spec.dtype)
-            restored.append(_as_like(leaves[name], value))
+            restored.append(as_like(leaves[name], value))
         return jax.tree.unflatten(jax.tree.structure(like), restored), saved["metadata"]
 
     def _open(self, step: int | None) -> tuple[Path, dict[str, Any]]:
@@ -314,105 +320,6 @@ def _mute_orbax() -> None:
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
     return f"{os.sep}orbax{os.sep}" not in record.pathname
-
-
-# Leaves
-
-
-def _named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves by their path: fields, keys and indices joined by slashes."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    named = {
-        jax.tree_util.keystr(path, simple=True, separator="/") or "value": leaf
-        for path, leaf in leaves
-    }
-    if len(named) < len(leaves):
-        raise CheckpointError("two arrays of the tree have one name: a key of it contains a slash")
-    return named
-
-
-def _is_random_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _storable(name: str, leaf: Any) -> np.ndarray | jax.Array:
-    """The array to write for a leaf: itself, the data of a random key, or a number as an array."""
-    if _is_random_key(leaf):
-        leaf = jax.random.key_data(leaf)
-    if isinstance(leaf, jax.Array):
-        # Among several processes, orbax takes arrays of them all, or numpy arrays from the first.
-        return np.asarray(leaf) if _is_local_of_many(leaf.sharding) else leaf
-    return _number_array(name, leaf)
-
-
-def _number_array(name: str, leaf: Any) -> np.ndarray:
-    array = np.asarray(leaf)
-    if array.dtype.kind in "OSUMm":  # objects, texts and dates
-        raise CheckpointError(f"{name} is of type {type(leaf).__name__}: save arrays and numbers")
-    return array
-
-
-def _data_spec(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of what `_storable` would write."""
-    if _is_random_key(leaf):
-        return jax.eval_shape(jax.random.key_data, leaf)
-    array = leaf if hasattr(leaf, "dtype") else _number_array(name, leaf)
-    return jax.ShapeDtypeStruct(array.shape, array.dtype)
-
-
-def _sharding(leaf: Any) -> jax.sharding.Sharding | None:
-    """Where to put a leaf, or None if it is free to go where it is used."""
-    if isinstance(leaf, jax.Array) and not leaf.committed:
-        return None
-    return getattr(leaf, "sharding", None)
-
-
-def _is_local_of_many(sharding: jax.sharding.Sharding) -> bool:
-    return jax.process_count() > 1 and sharding.is_fully_addressable
-
-
-def _restore_args(leaf: Any) -> ocp.RestoreArgs:
-    sharding = _sharding(leaf)
-    if sharding is None or _is_local_of_many(sharding):
-        return ocp.RestoreArgs(restore_type=np.ndarray)
-    return ocp.ArrayRestoreArgs(sharding=sharding)
-
-
-def _as_like(leaf: Any, value: np.ndarray | jax.Array) -> Any:
-    """What was read, as the kind of thing that `leaf` is."""
-    if isinstance(leaf, np.ndarray):
-        return value
-    if isinstance(leaf, bool | int | float | complex | np.generic):
-        return type(leaf)(value.item())
-    array = jax.device_put(value, _sharding(leaf))  # does nothing to what orbax has placed
-    if _is_random_key(leaf):
-        impl = jax.random.key_impl(jnp.empty((), leaf.dtype))
-        return jax.random.wrap_key_data(array, impl=impl)
-    return array
-
-
-def _describe(array: Any) -> str:
-    return f"{array.dtype}[{','.join(map(str, array.shape))}]"
-
-
-def _check_match(
-    path: Path, saved: dict[str, str], specs: dict[str, jax.ShapeDtypeStruct], *, subtree: bool
-) -> None:
-    """Raises `CheckpointError` naming the first array that is not as in the checkpoint."""
-    difference = None
-    for name, spec in specs.items():
-        if name not in saved:
-            difference = f"{name} is missing in {path} and {_describe(spec)} here"
-        elif saved[name] != _describe(spec):
-            difference = f"{name} is {saved[name]} in {path} and {_describe(spec)} here"
-        if difference:
-            break
-    else:
-        unknown = next((name for name in saved if name not in specs), None)
-        if unknown is not None and not subtree:
-            difference = f"{unknown} is {saved[unknown]} in {path} and missing here"
-    if difference:
-        raise CheckpointError(f"{difference}: use the configuration it was saved with")
 
 
 # Files

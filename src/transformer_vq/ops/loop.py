@@ -17,14 +17,22 @@ from jax.sharding import Mesh
 
 from transformer_vq import costs
 from transformer_vq.config import ModelConfig, TrainConfig
-from transformer_vq.data import Batch, Batches, Source, as_source, check_tokens, require_length
+from transformer_vq.data import (
+    Batch,
+    Batches,
+    Source,
+    as_source,
+    check_tokens,
+    keep_tokenizer,
+    require_length,
+)
 from transformer_vq.io.checkpoint import CheckpointError, Checkpoints
 from transformer_vq.metrics import MetricsLog, Record, Tracker
 from transformer_vq.ops.evaluate import evaluate
 from transformer_vq.ops.peak import peak_flops
 from transformer_vq.ops.run import DataSource, RunError, RunInfo, checkpoints_of, open_run
-from transformer_vq.ops.samples import SampleLog
-from transformer_vq.ops.signals import Interrupted, StopSignals
+from transformer_vq.ops.samples import SampleLog, open_samples
+from transformer_vq.ops.signals import Interrupted, StopSignals, Wishes
 from transformer_vq.ops.train import (
     Metrics,
     TrainState,
@@ -36,7 +44,6 @@ from transformer_vq.ops.train import (
     trained_model,
 )
 from transformer_vq.sharding import (
-    any_process,
     data_mesh,
     process_share,
     require_same,
@@ -128,7 +135,9 @@ def train(
     info = open_run(folder, RunInfo(config, train, data, tokenizer), resume=resume)
     step, first = info.step, jax.process_index() == 0
     require_same(step, f"the checkpoints in {folder}")
-    if first:
+    if first and not step and tokenizer == source.tokenizer.name:
+        keep_tokenizer(folder, source.tokenizer)  # and not what an earlier start left here
+    elif first:
         source.tokenizer.save(folder)
     else:
         trackers, on_record, say = (), (lambda record: None), (lambda text: None)
@@ -137,7 +146,7 @@ def train(
         StopSignals() as stop,
         checkpoints_of(folder, train.keep_checkpoints) as checkpoints,
         contextlib.closing(MetricsLog(metrics, step, trackers, writes=first)) as log,
-        _sample_log(folder, info, held_out, decode) as samples,
+        open_samples(folder, info, held_out, decode) as samples,
         contextlib.closing(_batches(source, train, step, mesh)) as batches,
     ):
         if step:
@@ -147,8 +156,7 @@ def train(
             source.bytes_per_token,
             held_out,
             mesh,
-            stop,
-            max_seconds,
+            Wishes(stop, mesh, max_seconds),
             checkpoints,
             log,
             samples,
@@ -173,8 +181,7 @@ class _Sitting:
         bytes_per_token: float,
         validation: Source | None,
         mesh: Mesh,
-        stop: StopSignals,
-        max_seconds: float | None,
+        wishes: Wishes,
         checkpoints: Checkpoints,
         log: MetricsLog,
         samples: SampleLog | None,
@@ -184,11 +191,10 @@ class _Sitting:
     ):
         self.info, self.config, self.train = info, info.config, info.train
         self.bytes_per_token = bytes_per_token
-        self.validation, self.mesh, self.stop = validation, mesh, stop
+        self.validation, self.mesh, self.wishes = validation, mesh, wishes
         self.checkpoints, self.log, self.samples = checkpoints, log, samples
         self.on_record, self.on_save, self.say = on_record, on_save, say
-        self.max_seconds, self.began = max_seconds, time.monotonic()
-        self.agreed = (False, False)  # the wishes of all processes, as last heard
+        self.began = time.monotonic()
 
     def run(self, batches: Generator[Batch]) -> TrainResult:
         train_state, step = self.initial_state(), self.info.step
@@ -217,7 +223,7 @@ class _Sitting:
                     train_state = self.first_codebook(train_state, batch)
                 compiled = self.compile(step, train_state, batch)
             train_state, metrics = compiled(train_state, batch)
-            wishes = self.shared_wishes()
+            wishes = self.wishes.share()
             if unread:  # the device is busy with this batch while the last one is read
                 self.read(*unread)
             step += self.train.updates_per_sequence
@@ -259,32 +265,9 @@ class _Sitting:
         self.mark(step)
         return compiled
 
-    def wishes(self) -> tuple[bool, bool]:
-        """Whether this process was asked to stop, and whether it sees the time as over."""
-        limit = math.inf if self.max_seconds is None else self.max_seconds
-        return self.stop.requested, time.monotonic() - self.began >= limit
-
-    def shared_wishes(self) -> jax.Array | None:
-        """What any process wishes: computed behind the batch under way, and read as it is."""
-        return any_process(self.mesh, self.wishes()) if jax.process_count() > 1 else None
-
-    def hear(self, wishes: jax.Array | None) -> tuple[bool, bool]:
-        """What all processes know to be wished: one that is alone knows its own wishes at once."""
-        if jax.process_count() == 1:
-            self.agreed = self.wishes()
-        elif wishes is not None:
-            interrupted, over = jax.device_get(wishes)
-            self.agreed = bool(interrupted), bool(over)
-        return self.agreed
-
-    def check(self, *_progress: int) -> None:
-        """Raise `Interrupted` if a stop was asked for."""
-        if self.hear(self.shared_wishes())[0]:
-            raise Interrupted
-
     def status(self, step: int) -> Status | None:
         """How the sitting ends now, or None if it goes on."""
-        interrupted, over = self.hear(None)
+        interrupted, over = self.wishes.hear()
         if interrupted:
             return "interrupted"
         if step >= self.train.steps:
@@ -304,7 +287,7 @@ class _Sitting:
 
     def read(self, step: int, metrics: Metrics, wishes: jax.Array | None) -> None:
         """Wait for the metrics of the batch that led to `step` updates, and tell the world."""
-        self.hear(wishes)
+        self.wishes.hear(wishes)
         values = {
             name: np.asarray(value).tolist() for name, value in jax.device_get(metrics).items()
         }
@@ -371,11 +354,11 @@ class _Sitting:
                 model,
                 self.validation,
                 max_tokens=self.train.evaluate_tokens or None,
-                on_progress=self.check,
+                on_progress=self.wishes.check,
                 **(lengths if full else {}),
             )
             if self.samples:
-                self.samples.write(step, model, self.check)
+                self.samples.write(step, model, self.wishes.check)
         except Interrupted:
             return False
         record = {
@@ -397,23 +380,6 @@ class _Sitting:
         self.on_save(step)
         if wait:
             self.say(f"saved step {step} in {self.checkpoints.folder}")
-
-
-@contextlib.contextmanager
-def _sample_log(
-    folder: Path,
-    info: RunInfo,
-    validation: Source | None,
-    decode: Callable[[Sequence[int]], str] | None,
-) -> Generator[SampleLog | None]:
-    """samples.jsonl while it is open; None where no samples are kept."""
-    length = info.train.sample_tokens
-    if not length or validation is None or decode is None or jax.process_count() > 1:
-        yield None
-        return
-    path, tokens = folder / "samples.jsonl", validation.tokens
-    with contextlib.closing(SampleLog(path, info.step, tokens, length, decode)) as samples:
-        yield samples
 
 
 def _batches(source: Source, train: TrainConfig, step: int, mesh: Mesh) -> Generator[Batch]:

@@ -1,20 +1,21 @@
 """Scoring: how probable a model finds the tokens of given texts."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from transformer_vq.nn.model import Model, State, forward
-from transformer_vq.ops.generate import SamplingParams, Session, prompt_pieces
+from transformer_vq.ops.generate import Session, prompt_pieces
 from transformer_vq.ops.loss import token_nll
+from transformer_vq.ops.requests import SamplingParams
+
+Scores = list[float | None]  # of the tokens of a text
 
 
-def score(
-    model: Model, texts: Sequence[Sequence[int]], state: State | None = None
-) -> list[list[float | None]]:
+def score(model: Model, texts: Sequence[Sequence[int]], state: State | None = None) -> list[Scores]:
     """The log-probability of every token of every text given all before it, in nats.
 
     Texts are read block-parallel, as prompts are. The first token of a text that follows nothing
@@ -22,19 +23,39 @@ def score(
 
     Raises `ValueError` as `generate` does.
     """
+    return _score(model, texts, state)[0]
+
+
+def score_pieces(
+    model: Model, pieces: Iterable[Sequence[int]], state: State | None = None
+) -> Iterator[tuple[Sequence[int], Scores]]:
+    """`score` of one text that comes in pieces: each with its scores, in memory for one of them.
+
+    Where it is cut changes nothing but the rounding. (A state of full attention holds no more
+    than it was made for: there, the text is one piece.) Raises `ValueError` as `score` does.
+    """
+    for piece in pieces:
+        (scores,), state = _score(model, [piece], state)
+        yield piece, scores
+
+
+def _score(
+    model: Model, texts: Sequence[Sequence[int]], state: State | None
+) -> tuple[list[Scores], State]:
+    """The scores of texts, and the state after them."""
     session = Session(model, texts, SamplingParams(max_tokens=1), state)
-    state = session.state
-    rows = state.position.shape[0]
-    known = np.asarray(state.position) > 0
-    scores: list[list[float | None]] = [[] for _ in texts]
+    now = session.state
+    rows = now.position.shape[0]
+    known = np.asarray(now.position) > 0
+    scores: list[Scores] = [[] for _ in texts]
     for tokens, lengths in prompt_pieces([list(text) for text in texts], rows):
-        state, logprobs = _score_piece(model, state, tokens, lengths)
+        now, logprobs = _score_piece(model, now, tokens, lengths)
         for row, found in enumerate(np.asarray(logprobs)):
             scores[row] += found[: lengths[row]].tolist()
     for row, known_row in enumerate(known):
         if scores[row] and not known_row:
             scores[row][0] = None
-    return scores
+    return scores, now
 
 
 @functools.partial(jax.jit, donate_argnames="state")
