@@ -18,15 +18,16 @@ from test_reference import (
 )
 from transformer_vq import Model
 from transformer_vq.nn import model as model_module
+from transformer_vq.nn import pieces
 from transformer_vq.nn.attention import keep_keys
 from transformer_vq.nn.model import forward
 
 VQ = [name for name, config in CASES.items() if config.attention == "vq"]
 
 
-def run(config, tokens_per_piece, monkeypatch, lengths=None, keys=False, remat=False):
+def run(config, tokens_per_piece, monkeypatch, lengths=None, keys=False, remat=False, dropout=None):
     """Features, state and statistics of a text, and the gradient of a mix of them."""
-    monkeypatch.setattr(model_module, "TOKENS_PER_PIECE", {"others": tokens_per_piece})
+    monkeypatch.setattr(pieces, "TOKENS_PER_PIECE", {"others": tokens_per_piece})
     model = random_model(config)
     tokens, document_ids, _ = map(jnp.asarray, random_inputs(config))
     rng = np.random.default_rng(5)
@@ -47,6 +48,7 @@ def run(config, tokens_per_piece, monkeypatch, lengths=None, keys=False, remat=F
             lengths=lengths,
             document_ids=document_ids,
             weights=weights,
+            dropout=dropout,
             remat=remat,
         )
         features = out[0] * real[..., None]
@@ -61,12 +63,11 @@ def run(config, tokens_per_piece, monkeypatch, lengths=None, keys=False, remat=F
 )
 def test_pieces(name, remat, double, monkeypatch):  # noqa: F811
     config = CASES[name]
-    size, count = model_module._pieces(config, BATCH, LENGTH)
-    assert (size, count) == (LENGTH, 1)
+    assert pieces.plan(config, BATCH, LENGTH) == (1, LENGTH, 1)
     expected, expected_grads = run(config, 10**6, monkeypatch)
     out, grads = run(config, 1, monkeypatch, remat=remat)
-    size, count = model_module._pieces(config, BATCH, LENGTH)
-    assert size == config.block_len and count == -(-LENGTH // size)
+    groups, size, count = pieces.plan(config, BATCH, LENGTH)
+    assert (groups, size, count) == (BATCH, config.block_len, -(-LENGTH // size))
     close(out, expected)
     close(grads, expected_grads)
     if name == "gated":  # control: without the keys of the state, a piece is where gradients end
@@ -83,7 +84,7 @@ def test_pieces_of_the_oracle(double, monkeypatch):  # noqa: F811
     config = CASES["gated_heads_documents"]
     model, inputs = random_model(config), list(map(jnp.asarray, random_inputs(config)))
     logits, _ = run_reference(config, model.params, model.codebook, *inputs)
-    monkeypatch.setattr(model_module, "TOKENS_PER_PIECE", {"others": 1})
+    monkeypatch.setattr(pieces, "TOKENS_PER_PIECE", {"others": 1})
     features, _, _ = forward(model, fresh(config, BATCH), inputs[0], document_ids=inputs[1])
     close(model_module.to_logits(model.params, features, config), logits)
 
@@ -104,3 +105,13 @@ def test_no_gradient_through_the_cache(double, monkeypatch):  # noqa: F811
     close(out, expected)
     close(grads, expected_grads)
     far(grads, run(CASES["gated"], 1, monkeypatch)[1])
+
+
+def test_dropout_does_not_depend_on_pieces(double, monkeypatch):  # noqa: F811
+    """Every block of every row draws for itself."""
+    config = CASES["gated"].replace(dropout_residual=0.3, dropout_layer=0.4, dropout_sinusoid=0.2)
+    keys = model_module.DropoutKeys(jax.random.key(0), jax.random.key(1))
+    expected = run(config, 10**6, monkeypatch, dropout=keys)
+    close(run(config, 1, monkeypatch, dropout=keys), expected)
+    other = model_module.DropoutKeys(jax.random.key(2), jax.random.key(1))
+    far(run(config, 1, monkeypatch, dropout=other)[0][0], expected[0][0])

@@ -147,6 +147,13 @@ def keep_rows(tree: Any) -> Any:
     return jax.tree.map(keep, tree)
 
 
+def row_shares(rows: int) -> int:
+    """In how many parts `keep_rows` spreads so many rows."""
+    axes = _mesh_axes()
+    shares = axes["data"] * axes["fsdp"] if axes else 1
+    return 1 if rows % shares else shares
+
+
 def whole_columns(table: jax.Array) -> jax.Array:
     """A table `[rows, columns]` with its columns gathered, so that rows can be looked up in it."""
     if not _mesh_axes():

@@ -128,7 +128,8 @@ def _decode_line(row: dict[str, Any]) -> str:
         f"{row['bandwidth'] / 1e9:.1f} GB/s, fraction {row['bandwidth_fraction']:.2f}; "
         f"compiled in {row['compile_seconds']:.1f} s ({row['compile_seconds_warm_cache']:.1f} s "
         f"from the cache), the prompt's program in {row['compile_seconds_prompt']:.1f} s "
-        f"({row['compile_seconds_prompt_warm_cache']:.1f} s); peak {size(row['peak_bytes'])}, state {size(row['state_bytes'])}"
+        f"({row['compile_seconds_prompt_warm_cache']:.1f} s); peak {size(row['peak_bytes'])}, "
+        f"state {size(row['state_bytes'])}"
     )
 
 

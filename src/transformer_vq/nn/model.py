@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from transformer_vq.config import ModelConfig
-from transformer_vq.nn import attention, blockwise, full, layers, vq
+from transformer_vq.nn import attention, blockwise, full, layers, pieces, vq
 from transformer_vq.nn.attention import AttentionState, Timeline
 from transformer_vq.nn.full import FullAttentionState
 from transformer_vq.nn.layers import ArraySpec
+from transformer_vq.nn.pieces import Piece
 from transformer_vq.nn.unit import Statistics, apply_unit, prepare_unit
 from transformer_vq.nn.vq import Places
 from transformer_vq.sharding import cuts_columns, keep_rows, whole_columns
 from transformer_vq.types import Features, Key, Params, PerRow, Tokens
 
-TOKENS_PER_PIECE = {"cpu": 4096, "others": 65_536}  # that go through a unit at once
 DEFAULT_CAPACITY = 4096  # tokens that a state of full attention holds, unless told otherwise
 
 
@@ -245,55 +245,57 @@ def forward(
                 jax.random.fold_in(dropout.sequence, i),
             )
         )(jnp.arange(config.num_units))
-    size, num_pieces = _pieces(config, batch, length)
-    timelines = _cut_timeline(timeline, size, num_pieces)
-    pieces = (jnp.arange(num_pieces), timelines, _cut(weights, size, num_pieces))
+    plan = pieces.plan(config, batch, length)
 
     def body(x, xs):
         unit_params, codebook, unit_state, keys = xs
-        unit_wave, layer_key = wave, None
+        unit_wave = wave
         if keys is not None:
             sinusoid_key, layer_key = jax.random.split(keys[1])
+            keys = (keys[0], layer_key)
             unit_wave = layers.dropout(sinusoid_key, wave, config.dropout_sinusoid)
         # Parts of a product that devices share cannot stand side by side where columns are cut.
         unit = prepare_unit(unit_params, codebook, unit_wave, config, fuse=not cuts_columns())
 
-        def one_piece(unit_state, xs):
-            x, (i, timeline, weights) = xs
+        def one_piece(unit_state, piece: Piece):
             if not config.grad_through_cache:
                 unit_state = jax.lax.stop_gradient(unit_state)
 
             def drop(added, branch):
-                if keys is None or layer_key is None:
-                    return added
-                call = jax.random.fold_in(jax.random.fold_in(keys[0], branch), i)
-                added = layers.dropout(call, added, config.dropout_residual)
-                layer = jax.random.fold_in(layer_key, branch)
-                return layers.dropout(layer, added, config.dropout_layer, (batch, 1, 1))
+                return added if keys is None else pieces.drop(keys, branch, added, piece, config)
 
-            own = places
-            if places is not None:  # each piece finds those of its own
-                here = places.here * (places.times // size == i)
-                own = Places(places.rows, places.times % size, here)
             x, unit_state, statistics = apply_unit(
-                unit, x, unit_state, timeline, config, weights, own, drop
+                unit,
+                piece.x,
+                unit_state,
+                piece.timeline,
+                config,
+                piece.weights,
+                piece.places,
+                drop,
             )
             return unit_state, (x, statistics)
 
         if remat:  # what is dear to make again is kept: the outputs of attention
             keep = jax.checkpoint_policies.save_only_these_names(*blockwise.SAVED, "codes")
             one_piece = jax.checkpoint(one_piece, policy=keep)
-        xs = (_cut(x, size, num_pieces), pieces)
-        if num_pieces == 1:
-            unit_state, (x, statistics) = one_piece(unit_state, jax.tree.map(lambda a: a[0], xs))
-            return keep_rows(x), (unit_state, statistics)
-        keeps = unit_state.keys is not None
-        carried = attention.window_keys(unit_state, unit["words"], config.compute_dtype)
-        unit_state = replace(unit_state, keys=carried)  # as codes, they would let no gradient pass
-        unit_state, (x, statistics) = jax.lax.scan(one_piece, unit_state, xs)
-        unit_state = unit_state if keeps else replace(unit_state, keys=None)
-        x = jnp.moveaxis(x, 0, 1).reshape(batch, -1, config.d_model)[:, :length]
-        return keep_rows(x), (unit_state, jax.tree.map(lambda a: a.sum(0), statistics))
+
+        def one_group(unit_state, group: Piece):
+            if plan.pieces == 1:
+                unit_state, (x, statistics) = one_piece(unit_state, group)
+                return x, unit_state, statistics
+            keeps = unit_state.keys is not None
+            carried = attention.window_keys(unit_state, unit["words"], config.compute_dtype)
+            unit_state = replace(unit_state, keys=carried)  # as codes, no gradient would pass
+            cut = pieces.cut_time(plan, group, config)
+            unit_state, (x, statistics) = jax.lax.scan(one_piece, unit_state, cut)
+            unit_state = unit_state if keeps else replace(unit_state, keys=None)
+            x = pieces.join_time(x, length)
+            return x, unit_state, jax.tree.map(lambda a: a.sum(0), statistics)
+
+        whole = Piece(x, timeline, weights, places, jnp.arange(batch), jnp.int32(0))
+        x, unit_state, statistics = pieces.map_groups(plan, one_group, unit_state, whole)
+        return keep_rows(x), (unit_state, statistics)
 
     stacked = jax.tree.map(lambda *rows: jnp.stack(rows), *state.units)
     xs = (params["units"], model.codebook, stacked, unit_keys)
@@ -312,41 +314,3 @@ def forward(
         units=tuple(units),
     )
     return x, state, statistics
-
-
-# Long inputs go through a unit piece by piece, so that what is in flight fits the caches of a CPU
-# and the memory of any device, and the backward pass has to make no more than a piece again.
-
-
-def _pieces(config: ModelConfig, batch: int, length: int) -> tuple[int, int]:
-    """Tokens of each row in a piece, in whole blocks, and the number of pieces."""
-    most = TOKENS_PER_PIECE.get(jax.default_backend(), TOKENS_PER_PIECE["others"])
-    blocks = -(-length // config.block_len)
-    per_piece = max(1, most // (batch * config.block_len))
-    if config.attention == "full" or blocks <= per_piece:
-        return length, 1
-    num_pieces = -(-blocks // per_piece)
-    size = -(-blocks // num_pieces) * config.block_len
-    return size, -(-length // size)
-
-
-def _cut(x: Any, size: int, num_pieces: int) -> Any:
-    """`[B, T, ...]` as `[num_pieces, B, size, ...]`, padded at the end; None stays None."""
-    if x is None:
-        return None
-    pad = num_pieces * size - x.shape[1]
-    x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(x.shape[0], num_pieces, size, *x.shape[2:]), 1, 0)
-
-
-def _cut_timeline(timeline: Timeline, size: int, num_pieces: int) -> Timeline:
-    """The timeline of each piece, stacked; indices count from the ring before the piece."""
-    offsets = size * jnp.arange(num_pieces)[:, None]
-    first = _cut(timeline.first, size, num_pieces)
-    before = jnp.concatenate([timeline.first_before[None], first[:-1, :, -1]])
-    return Timeline(
-        start=timeline.start + offsets,
-        length=jnp.clip(timeline.length - offsets, 0, size),
-        first_before=before - offsets,
-        first=first - offsets[..., None],
-    )
