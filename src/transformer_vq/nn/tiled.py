@@ -11,6 +11,7 @@ Axes beyond those of `types.py`: n query blocks, m >= n key blocks (those before
 c tokens of a block, r query heads of a key/value head, e rows of biases.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -59,6 +60,23 @@ def _scatter_back(x: jax.Array, width: int) -> jax.Array:
     return x.reshape(*lead, c, 2 * c)[..., :width]
 
 
+def _add_at(x: jax.Array, part: jax.Array, start, axis: int) -> jax.Array:
+    """x with `part` added from `start` on, along an axis; in place in a loop."""
+    there = jax.lax.dynamic_slice_in_dim(x, start, part.shape[axis], axis)
+    return jax.lax.dynamic_update_slice_in_dim(x, there + part, start, axis)
+
+
+class _Saved(NamedTuple):
+    """What the backward pass needs of query blocks besides `Tiles`."""
+
+    lse: jax.Array  # [n, B, G, r, c]
+    delta: jax.Array  # [n, B, G, r, c]: the sum of `d_out` times the output
+    d_out: jax.Array  # [n, B, G, r, c, V]
+    d_out_t: jax.Array  # [n, B, G, V, r c]
+    content: jax.Array  # [n, B, G, K, r c]
+    position: jax.Array  # [n, G, r, K, B c]
+
+
 class _Tile:
     """Query block i against key block j; `own`: the block of keys that is that of the queries.
 
@@ -96,23 +114,21 @@ class _Tile:
         sums = jnp.matmul(_rows(weights.astype(self.values.dtype)), self.values)
         return wide(sums.reshape(*weights.shape[:-1], -1))
 
-    def pull_back(self, d_out: jax.Array, lse: jax.Array, delta: jax.Array):
-        """Gradients for content, position, keys, values, and rows of biases, all in wide.
+    def pull_back(self, saved: "_Saved"):
+        """Gradients for content, position, and, transposed, for biases, keys and values; in wide.
 
-        `delta` `[B, G, r, c]`: the sum of `d_out` times the output.
+        No matrix of weights is transposed, which a CPU pays for: what it multiplies is.
         """
-        dtype = d_out.dtype
-        weights = jnp.exp(self.scores() - lse[..., None])
-        d_rows = _rows(d_out)
-        d_values = _swap(_rows(weights.astype(dtype))) @ d_rows
-        d_weights = (d_rows @ _swap(self.values)).reshape(weights.shape)
-        d_scores = (weights * (wide(d_weights) - delta[..., None])).astype(dtype)
+        weights = jnp.exp(self.scores() - saved.lse[..., None])
+        d_weights = (_rows(saved.d_out) @ _swap(self.values)).reshape(weights.shape)
+        d_scores = (weights * (wide(d_weights) - saved.delta[..., None])).astype(d_weights.dtype)
         d_content = (_rows(d_scores) @ self.keys).reshape(self.content.shape)
-        d_keys = _swap(_rows(d_scores)) @ _rows(self.content)
+        d_keys = saved.content @ _rows(d_scores)
+        d_values = saved.d_out_t @ _rows(weights.astype(d_weights.dtype))
         d_bias = _rows(_scatter_back(jnp.moveaxis(d_scores, 0, 2), self.width))
         d_position = (d_bias @ self.biases).reshape(self.position.shape)
-        d_biases = _swap(d_bias) @ _rows(self.position)
-        return tuple(wide(x) for x in (d_content, d_position, d_keys, d_values, d_biases))
+        d_biases = saved.position @ d_bias
+        return tuple(wide(x) for x in (d_content, d_position, d_biases, d_keys, d_values))
 
 
 def _forward(x: Tiles, first: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -135,7 +151,9 @@ def _forward(x: Tiles, first: jax.Array) -> tuple[jax.Array, jax.Array]:
             total = total * scale + weights.sum(-1, keepdims=True)
             return new_top, total, out * scale + tile.times_values(weights)
 
-        top, total, out = jax.lax.fori_loop(oldest[i], before + i, add, start)
+        top, total, out = start
+        if len(x.keys) > 1:
+            top, total, out = jax.lax.fori_loop(oldest[i], before + i, add, start)
         return (out / total).astype(x.content.dtype), (top + jnp.log(total))[..., 0]
 
     return jax.lax.map(block, jnp.arange(len(x.content), dtype=jnp.int32))
@@ -162,49 +180,52 @@ def _attend_forward(x: Tiles, first: jax.Array):
     return out, (x, first, out, lse)
 
 
-def _attend_backward(saved, d_out: jax.Array):
+def _attend_backward(residuals, d_out: jax.Array):
     """With weights P: d scores = P (d out . v - d out . out), the rest by the rules of products."""
-    x, first, out, lse = saved
+    x, first, out, lse = residuals
     queries, before = len(x.content), len(x.keys) - len(x.content)
     ends = jnp.searchsorted(_oldest(x, first), jnp.arange(len(x.keys)), side="right")
-    delta = jnp.sum(wide(d_out) * wide(out), axis=-1)
+    saved = _Saved(
+        lse=lse,
+        delta=jnp.sum(wide(d_out) * wide(out), axis=-1),
+        d_out=d_out,
+        d_out_t=_swap(_rows(d_out)),
+        content=_swap(_rows(x.content)),
+        position=_swap(_rows(x.position)),
+    )
 
     def add(i, j, sums, *, own=False):
+        """The sums, with the parts of query block i and key block j added."""
         d_content, d_position, d_biases, d_keys, d_values = sums
         tile = _Tile(x, first, i, j, own)
-        parts = tile.pull_back(d_out[i], lse[i], delta[i])
-        rows = jax.lax.dynamic_slice_in_dim(d_biases, tile.start, tile.width, axis=2)
-        d_biases = jax.lax.dynamic_update_slice_in_dim(d_biases, rows + parts[4], tile.start, 2)
-        return (
-            d_content.at[i].add(parts[0]),
-            d_position.at[i].add(parts[1]),
-            d_biases,
-            d_keys + parts[2],
-            d_values + parts[3],
-        )
+        parts = tile.pull_back(jax.tree.map(lambda a: a[i], saved))
+        d_content = _add_at(d_content, parts[0][None], i, 0)
+        d_position = _add_at(d_position, parts[1][None], i, 0)
+        d_biases = _add_at(d_biases, parts[2], tile.start, 3)
+        return d_content, d_position, d_biases, d_keys + parts[3], d_values + parts[4]
 
     def key_block(sums, j, *, own):
-        sums = (*sums, *(jnp.zeros_like(wide(a[0])) for a in (x.keys, x.values)))
+        sums = (*sums, *(jnp.zeros_like(wide(_swap(a[0]))) for a in (x.keys, x.values)))
         start = jnp.zeros_like(j)
         if own:
             sums = add(j - before, j, sums, own=True)
             start = j - before + 1
-        end = jnp.minimum(ends[j], queries).astype(j.dtype)
-        *sums, d_keys, d_values = jax.lax.fori_loop(start, end, lambda i, s: add(i, j, s), sums)
-        return tuple(sums), (d_keys.astype(x.keys.dtype), d_values.astype(x.values.dtype))
+        if len(x.keys) > 1:
+            end = jnp.minimum(ends[j], queries).astype(j.dtype)
+            sums = jax.lax.fori_loop(start, end, lambda i, s: add(i, j, s), sums)
+        *sums, d_keys, d_values = sums
+        return tuple(sums), tuple(_swap(d.astype(d_out.dtype)) for d in (d_keys, d_values))
 
-    sums = tuple(jnp.zeros_like(wide(a)) for a in (x.content, x.position, x.biases))
+    sums = tuple(jnp.zeros_like(wide(a)) for a in (x.content, x.position, _swap(x.biases)))
     parts = []
-    for own, blocks in ((False, range(before)), (True, range(before, len(x.keys)))):
-        if blocks:
-            body = lambda sums, j, own=own: key_block(sums, j, own=own)  # noqa: E731
-            sums, part = jax.lax.scan(body, sums, jnp.arange(blocks.start, blocks.stop, dtype=jnp.int32))
+    for own, start, end in ((False, 0, before), (True, before, len(x.keys))):
+        if end > start:
+            body = functools.partial(key_block, own=own)
+            sums, part = jax.lax.scan(body, sums, jnp.arange(start, end, dtype=jnp.int32))
             parts.append(part)
+    d_content, d_position, d_biases = (d.astype(d_out.dtype) for d in sums)
     d_keys, d_values = (jnp.concatenate(part) for part in zip(*parts, strict=True))
-    d_content, d_position, d_biases = (
-        d.astype(a.dtype) for d, a in zip(sums, (x.content, x.position, x.biases), strict=True)
-    )
-    return Tiles(d_content, d_position, d_keys, d_values, d_biases), None
+    return Tiles(d_content, d_position, d_keys, d_values, _swap(d_biases)), None
 
 
 attend.defvjp(_attend_forward, _attend_backward)
