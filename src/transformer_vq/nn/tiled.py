@@ -44,20 +44,26 @@ def _rows(x: jax.Array) -> jax.Array:
 def _align(x: jax.Array) -> jax.Array:
     """Of biases `[..., c, e]`, farthest first, those of keys: `out[a, j] = x[a, c - 1 - a + j]`.
 
-    e is 2 c, or c for a block against itself: then entries with j > a mean nothing.
+    e is 2 c, or c for a block against itself: then entries with j > a mean nothing. Rows are read
+    one entry further left each, as if they were one entry shorter (of c: longer).
     """
     *lead, c, width = x.shape
-    x = jnp.pad(x, [(0, 0)] * (len(lead) + 1) + [(0, 2 * c - width)]).reshape(*lead, -1)
-    x = jax.lax.slice_in_dim(x, c - 1, c - 1 + c * (2 * c - 1), axis=-1)
+    if width == c:
+        x = jnp.pad(x, [(0, 0)] * (len(lead) + 1) + [(1, 0)])
+        return x.reshape(*lead, c * (c + 1))[..., c:].reshape(*lead, c, c)
+    x = x.reshape(*lead, 2 * c * c)[..., c - 1 : c - 1 + c * (2 * c - 1)]
     return x.reshape(*lead, c, 2 * c - 1)[..., :c]
 
 
-def _scatter_back(x: jax.Array, width: int) -> jax.Array:
-    """The transpose of `_align`: `[..., c, c]` to `[..., c, e]`."""
+def _align_transposed(x: jax.Array, width: int) -> jax.Array:
+    """`[..., c, c]` to `[..., c, e]`; in a block against itself j > a must hold zeros."""
     *lead, c, _ = x.shape
-    x = jnp.pad(x, [(0, 0)] * (len(lead) + 1) + [(0, c - 1)]).reshape(*lead, -1)
-    x = jnp.pad(x, [(0, 0)] * len(lead) + [(c - 1, 1)])
-    return x.reshape(*lead, c, 2 * c)[..., :width]
+    none = [(0, 0)] * len(lead)
+    if width == c:
+        x = jnp.pad(x.reshape(*lead, c * c), [*none, (c, 0)])
+        return x.reshape(*lead, c, c + 1)[..., 1:]
+    x = jnp.pad(x, [*none, (0, 0), (0, c - 1)]).reshape(*lead, c * (2 * c - 1))
+    return jnp.pad(x, [*none, (c - 1, 1)]).reshape(*lead, c, 2 * c)
 
 
 def _add_at(x: jax.Array, part: jax.Array, start, axis: int) -> jax.Array:
@@ -85,7 +91,7 @@ class _Tile:
 
     def __init__(self, x: Tiles, first: jax.Array, i, j, own: bool):
         before = len(x.keys) - len(x.content)
-        self.c = c = x.content.shape[-2]
+        c = x.content.shape[-2]
         self.content, self.position = x.content[i], x.position[i]
         self.keys, self.values = x.keys[j], x.values[j]
         # Biases of distances from (i - j) c - c to (i - j) c + c - 1, or those from 0 on.
@@ -99,15 +105,12 @@ class _Tile:
 
     def scores(self) -> jax.Array:
         """`[B, G, r, c, c]`, in wide."""
-        content = jnp.matmul(_rows(self.content), _swap(self.keys)).reshape(self.lead)
+        content = jnp.matmul(_rows(self.content), _swap(self.keys))
+        content = content.reshape(*self.content.shape[:-1], -1)
         position = jnp.matmul(_rows(self.position), _swap(self.biases))
         position = position.reshape(*self.position.shape[:-1], self.width)
         bias = jnp.moveaxis(_align(position), 2, 0)
         return jnp.where(self.visible, wide(content) + wide(bias), MASKED)
-
-    @property
-    def lead(self) -> tuple[int, ...]:
-        return (*self.content.shape[:-1], self.c)
 
     def times_values(self, weights: jax.Array) -> jax.Array:
         """Sums of values `[B, G, r, c, V]`, in wide, by weights `[B, G, r, c, c]`."""
@@ -125,7 +128,7 @@ class _Tile:
         d_content = (_rows(d_scores) @ self.keys).reshape(self.content.shape)
         d_keys = saved.content @ _rows(d_scores)
         d_values = saved.d_out_t @ _rows(weights.astype(d_weights.dtype))
-        d_bias = _rows(_scatter_back(jnp.moveaxis(d_scores, 0, 2), self.width))
+        d_bias = _rows(_align_transposed(jnp.moveaxis(d_scores, 0, 2), self.width))
         d_position = (d_bias @ self.biases).reshape(self.position.shape)
         d_biases = saved.position @ d_bias
         return tuple(wide(x) for x in (d_content, d_position, d_biases, d_keys, d_values))
