@@ -71,6 +71,8 @@ def attend_full(
     if length > 1 or from_empty:
         before = None if from_empty else state
         relative = timeline.first - config.ring_len
+        # What is lost, and may be no number, is not in the sums: 0 times it would be.
+        k, v = (jnp.where(lost[..., None, None], 0, x) for x in (k, v))
         out = _attend_many(q, k, v, u, w, r, before, timeline.start, relative, config.block_len)
         state = _write(state, k, v, positions, real)
     else:
