@@ -43,6 +43,7 @@ def test_figures(arguments, capsys, monkeypatch):
         if arguments[0] == "train":
             rate = row["tokens_per_second"] * row["flops_per_token"] / row["product_rate"]
             assert row["mfu"] == pytest.approx(rate)
+            assert row["block_len"] == 8
 
 
 @pytest.mark.parametrize(

@@ -426,12 +426,21 @@ def test_counts_are_those_of_the_arrays(config):
 
 
 def test_costs_of_attention():
-    """Full attention costs more with the length; at the length of our columns, about as much."""
+    """Full attention costs more with the length; at the length of our columns, about as much. With
+    one block it computes the whole matrix, with n of them n (n + 1) / 2 of n n parts."""
     config = ModelConfig.preset("small")
     columns = config.window_len + config.block_len + config.codebook_size
-    ours, full = costs.train_flops(config), costs.full_attention_train_flops(config, columns)
-    assert 0.8 < ours / full < 1.2
-    assert costs.full_attention_train_flops(config, 32 * columns) > 5 * ours
+    full = costs.full_attention_train_flops
+    whole = config.replace(block_len=10**6)
+    ours = costs.train_flops(config)
+    assert 0.8 < ours / full(whole, columns) < 1.2
+    assert full(config, 32 * columns) > 5 * ours
+    length = 4 * config.block_len
+    rest = 2 * full(whole, length) - full(whole, 2 * length)  # what does not depend on the length
+    assert (full(config, length) - rest) / (full(whole, length) - rest) == pytest.approx(10 / 16)
+    # An odd length: 3 blocks of 4 for 9 tokens, so 6 pairs of 16.
+    odd = (full(config.replace(block_len=4), 9) - rest) / (full(whole, 9) - rest)
+    assert odd == pytest.approx(6 * 16 / 81, rel=1e-3)  # operations are whole
     one, two = costs.decode_bytes(config, 1), costs.decode_bytes(config, 2)
     assert two - one == costs.state_bytes(config) + 4 * config.d_model
     assert costs.decode_flops(config) > 2 * costs.parameter_count(config) * 0.8

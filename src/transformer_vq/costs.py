@@ -117,10 +117,17 @@ def train_flops(config: ModelConfig, length: int | None = None) -> int:
 def full_attention_train_flops(config: ModelConfig, length: int) -> int:
     """`train_flops` of the quadratic baseline on sequences of `length` tokens.
 
-    Per unit and token, 2 H (2 K + V) for each of the `length` keys, half of them masked.
+    Blocks of L queries (`length`, if that is less) meet the blocks of keys up to their own, so of
+    n blocks n (n + 1) / 2 pairs of L L tokens are computed: (length + L) / 2 keys for a token where
+    L divides the length, and all of them with one block, which is the whole matrix. For each key 2
+    H (2 K + V): content score, position bias, value. (What a block computes twice is not counted:
+    scores for the backward pass, and biases of up to 2 L distances for L keys.)
     """
     heads, k, v = config.num_heads, config.d_k, config.d_v
-    attention = 2 * heads * length * (2 * k + v)
+    block = min(config.block_len, length)
+    blocks = -(-length // block)
+    keys = blocks * (blocks + 1) * block**2 // 2 / length
+    attention = round(2 * heads * keys * (2 * k + v))
     unit = _projection_flops(config) + attention
     return 3 * (config.num_units * unit + _output_flops(config))
 

@@ -32,6 +32,7 @@ class Bench:
   tvq bench prefill --preset small --length 8192 100000
   tvq bench train --preset small --batch 4 --length 1024 8192
   tvq bench train --preset small --batch 1 --length 2048 8192 --attention vq full
+  tvq bench train --preset small --batch 1 --length 8192 --attention full --config.block-len 8192
 """
 
     what: tyro.conf.Positional[Literal["decode", "prefill", "sample", "train", "evaluate"]]
@@ -149,8 +150,11 @@ def _sample_line(row: dict[str, Any]) -> str:
 
 
 def _train_line(row: dict[str, Any]) -> str:
+    kind = row["attention"]
+    if kind == "full":  # with one block it is the whole score matrix
+        kind += f" in blocks of {min(row['block_len'], row['update_len']):,}"
     return (
-        f"{row['attention']:4} batch {row['batch']:3} x {row['length']:7,}: {_spread(row)}; "
+        f"{kind}, batch {row['batch']:3} x {row['length']:7,}: {_spread(row)}; "
         f"MFU {row['mfu']:.2f} of {row['product_rate'] / 1e9:,.0f} GFLOP/s; compiled in "
         f"{row['compile_seconds']:.1f} s; temporaries {size(row['temporary_bytes'])}, peak "
         f"{size(row['peak_bytes'])}"

@@ -1,6 +1,7 @@
 """The quadratic baseline: attention over unquantized keys, position biases at every distance.
 
-Its state is a key/value cache of a capacity fixed when the state is made.
+Its state is a key/value cache of a capacity fixed when the state is made. Many tokens go block by
+block (`nn/tiled.py`); with one block for all of them the whole score matrix is there at once.
 """
 
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from transformer_vq.config import ModelConfig
+from transformer_vq.nn import tiled
 from transformer_vq.nn.attention import Timeline
 from transformer_vq.nn.blockwise import MASKED
 from transformer_vq.nn.layers import wide
@@ -48,36 +50,132 @@ def attend_full(
     state: FullAttentionState,
     timeline: Timeline,
     config: ModelConfig,
+    *,
+    from_empty: bool = False,
 ) -> tuple[jax.Array, FullAttentionState]:
     """Attention of T new tokens per row over the cache and each other; any T.
 
     Shapes as in `attend_blocks`, with r `[capacity, H, K]`: one row per distance. A query beyond
     the capacity gives NaN: `extend` refuses it first wherever positions are known.
+    `from_empty`: nothing was before this call, so the cache is not looked at; NaN if it was.
     """
-    batch, length, heads, d_k = q.shape
-    groups, capacity = k.shape[2], state.capacity
+    batch, length = q.shape[:2]
+    capacity = state.capacity
     positions = timeline.start[:, None] + jnp.arange(length)
     real = jnp.arange(length) < timeline.length[:, None]
-    target = jnp.where(real, positions, capacity)[:, :, None]  # past the end: dropped
-    index = (jnp.arange(batch)[:, None, None], jnp.arange(groups), target)
-    state = FullAttentionState(
-        keys=state.keys.at[index].set(k.astype(state.keys.dtype), mode="drop"),
-        values=state.values.at[index].set(v.astype(state.values.dtype), mode="drop"),
-    )
+    # `first` counts from the oldest of W slots before this call: make it a position.
+    first = timeline.first + (timeline.start - config.ring_len)[:, None]
+    lost = (positions >= capacity) & real
+    if from_empty:
+        lost = lost | (timeline.start > 0)[:, None]
+    if length > 1 or from_empty:
+        before = None if from_empty else state
+        relative = timeline.first - config.ring_len
+        # What is lost, and may be no number, is not in the sums: 0 times it would be.
+        k, v = (jnp.where(lost[..., None, None], 0, x) for x in (k, v))
+        out = _attend_many(q, k, v, u, w, r, before, timeline.start, relative, config.block_len)
+        state = _write(state, k, v, positions, real)
+    else:
+        state = _write(state, k, v, positions, real)
+        out = _attend_cache(q, u, w, r, state, positions, first, v.dtype)
+    return jnp.where(lost[..., None, None], jnp.nan, out), state
+
+
+def _write(
+    state: FullAttentionState, k: jax.Array, v: jax.Array, positions: jax.Array, real: jax.Array
+) -> FullAttentionState:
+    """The state with keys `[B, T, G, K]` and values at `positions` `[B, T]`, the real ones."""
+    target = jnp.where(real, positions, state.capacity)  # past the end: dropped
+
+    @jax.vmap  # by rows, so that devices that share the rows need not tell each other
+    def put(cache: jax.Array, new: jax.Array, target: jax.Array) -> jax.Array:
+        new = jnp.moveaxis(new, 0, 1).astype(cache.dtype)
+        return cache.at[:, target].set(new, mode="drop")
+
+    return FullAttentionState(put(state.keys, k, target), put(state.values, v, target))
+
+
+def _attend_cache(
+    q: jax.Array,
+    u: jax.Array,
+    w: jax.Array,
+    r: jax.Array,
+    state: FullAttentionState,
+    positions: jax.Array,
+    first: jax.Array,
+    dtype,
+) -> jax.Array:
+    """Attention over the cache as it stands: all scores at once, for a token per row.
+
+    `positions`, `first` `[B, T]`: of each query and of the first key that it sees.
+    """
+    batch, length, heads, d_k = q.shape
+    groups, capacity = state.keys.shape[1:3]
     q = jnp.moveaxis(q.reshape(batch, length, groups, heads // groups, d_k), 1, 3)
     u, w = (x.reshape(groups, heads // groups, 1, d_k) for x in (u, w))
     r = r.reshape(capacity, groups, heads // groups, d_k)
-
     distance = positions[:, :, None] - jnp.arange(capacity)  # [B, T, capacity]
     bias = jnp.einsum("bgrtk,dgrk->bgrtd", q + w, r)
     bias = jnp.take_along_axis(bias, jnp.clip(distance, 0)[:, None, None], axis=4, mode="clip")
-    scores = wide(jnp.einsum("bgrtk,bgjk->bgrtj", q + u, state.keys.astype(k.dtype)) + bias)
-    # `first` counts from the oldest of W slots before this call: make it a position.
-    first = timeline.first + (timeline.start - config.ring_len)[:, None]
+    scores = wide(jnp.einsum("bgrtk,bgjk->bgrtj", q + u, state.keys.astype(dtype)) + bias)
     visible = (distance >= 0) & (jnp.arange(capacity) >= first[..., None])
     scores = jnp.where(visible[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bgrtj,bgjv->btgrv", weights, state.values.astype(v.dtype))
-    overflow = (positions >= capacity) & real
-    out = jnp.where(overflow[..., None, None, None], jnp.nan, out)
-    return out.reshape(batch, length, heads, -1), state
+    weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
+    out = jnp.einsum("bgrtj,bgjv->btgrv", weights, state.values.astype(dtype))
+    return out.reshape(batch, length, heads, -1)
+
+
+def _attend_many(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    u: jax.Array,
+    w: jax.Array,
+    r: jax.Array,
+    before: FullAttentionState | None,
+    start: jax.Array,
+    first: jax.Array,
+    block_len: int,
+) -> jax.Array:
+    """Attention `[B, T, H, V]` of many tokens over each other and the cache before them, by blocks.
+
+    Keys stand in the order of time and end with the call's own: those of the cache are moved so
+    that in every row the last one is just before the call. `first` `[B, T]`: of the first key that
+    a query sees, counted from the first token of the call, so below 0 in the cache.
+    """
+    batch, length, heads, d_k = q.shape
+    groups, repeats = k.shape[2], heads // k.shape[2]
+    block = min(block_len, length)
+    blocks = -(-length // block)
+    old_blocks = 0 if before is None else -(-before.capacity // block)
+
+    def by_block(x: jax.Array, mode="constant") -> jax.Array:
+        """`[B, T, ...]` as `[n, B, c, ...]`, padded at the end."""
+        pad = [(0, 0), (0, blocks * block - length)] + [(0, 0)] * (x.ndim - 2)
+        x = jnp.pad(x, pad, mode=mode).reshape(batch, blocks, block, *x.shape[2:])
+        return jnp.moveaxis(x, 1, 0)
+
+    def with_old(new: jax.Array, cache: jax.Array | None) -> jax.Array:
+        """Keys `[B, T, G, K]` and those of the cache before them: `[m, B, G, c, K]`."""
+        new = jnp.moveaxis(by_block(new), 3, 2)
+        if cache is None:
+            return new
+        at = start[:, None] + jnp.arange(-old_blocks * block, 0)
+        old = jax.vmap(lambda x, at: x.at[:, at].get(mode="clip"))(cache, jnp.clip(at, 0))
+        old = old.reshape(batch, groups, old_blocks, block, -1).astype(new.dtype)
+        return jnp.concatenate([jnp.moveaxis(old, 2, 0), new])
+
+    q = by_block(q.reshape(batch, length, groups, repeats, d_k))  # [n, B, c, G, r, K]
+    u, w = (x.reshape(groups, repeats, d_k) for x in (u, w))
+    rows = (old_blocks + blocks) * block
+    r = jnp.pad(r[:rows], [(0, max(0, rows - len(r))), (0, 0), (0, 0)])
+    x = tiled.Tiles(
+        content=jnp.moveaxis(q + u, 2, 4),
+        position=jnp.moveaxis(q + w, (3, 4), (1, 2)),
+        keys=with_old(k, None if before is None else before.keys),
+        values=with_old(v, None if before is None else before.values),
+        biases=jnp.moveaxis(r[::-1].reshape(rows, groups, repeats, d_k), 0, 2),
+    )
+    out = tiled.attend(x, by_block(first + old_blocks * block, mode="edge"))
+    out = jnp.moveaxis(out, (0, 4), (1, 2))  # [B, n, c, G, r, V]
+    return out.reshape(batch, blocks * block, heads, -1)[:, :length]

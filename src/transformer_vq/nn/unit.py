@@ -100,8 +100,12 @@ def apply_unit(
 
     statistics = None
     if isinstance(state, FullAttentionState):
+        # Training counts every token: a call that fills the state began with an empty one.
+        from_empty = weights is not None and length >= state.capacity
+        k = k.astype(dtype)
+        constants = unit["u"], unit["w"], unit["r"]
         out, state = full.attend_full(
-            q, k.astype(dtype), v, unit["u"], unit["w"], unit["r"], state, timeline, config
+            q, k, v, *constants, state, timeline, config, from_empty=from_empty
         )
     else:
         one = length == 1 and weights is None  # training takes tokens in blocks, always

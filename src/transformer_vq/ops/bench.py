@@ -295,6 +295,7 @@ def bench_train(config: ModelConfig, train: TrainConfig, *, repeats: int = 5) ->
     speed = rows * length / time_of.median
     return {
         "attention": config.attention,
+        "block_len": config.block_len,
         "batch": rows,
         "length": length,
         "update_len": train.update_len,
