@@ -22,6 +22,7 @@ from transformer_vq.config import PRESETS, ModelConfig, TrainConfig
 from transformer_vq.data import ByteTokenizer, bundled_corpus
 from transformer_vq.metrics import read_metrics
 from transformer_vq.nn.model import init_model, init_state
+from transformer_vq.ops.evaluate import Evaluation
 from transformer_vq.ops.run import load_run
 
 TVQ = str(Path(sys.executable).with_name("tvq"))
@@ -257,6 +258,28 @@ def test_eval_says_the_same_in_words_and_in_json(capsys, run):
     printed = capsys.readouterr().out
     assert f"{record['bpb']:.4f} bpb" in printed and "2,999 tokens" in printed
     assert f"{record['by_position'][-1]['loss']:.4f}" in printed
+
+
+def test_eval_forgets_when_it_is_told_to(capsys, run):
+    assert main(["eval", "--run", run, "--context-len", "128", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["tokens"] == 2999 and record["by_position"][-1]["end"] == 128
+    assert main(["eval", "--run", run, "--json"]) == 0  # control
+    whole = json.loads(capsys.readouterr().out)
+    assert whole["bpb"] != record["bpb"] and whole["by_position"][-1]["end"] == 2999
+    said = fails(capsys, 2, "eval", "--run", run, "--context-len", "2500")
+    assert "--context-len is 2500: it must be a multiple of --chunk-len, 2048" in said
+
+
+def test_eval_says_that_long_histories_confuse(capsys, monkeypatch, run):
+    def score(*args, **kwargs):
+        bins = [(0, 64, 2.0), (64, 128, 1.0), (128, 256, late)]
+        return Evaluation(1.5, 256, bins)
+
+    monkeypatch.setattr("transformer_vq.cli.evaluate.score", score)
+    for late, warned in ((1.1, False), (1.3, True)):
+        assert main(["eval", "--run", run]) == 0
+        assert ("longer histories confuse it" in capsys.readouterr().out) == warned
 
 
 def test_eval_knows_the_data_of_the_run(capsys, tmp_path, run):

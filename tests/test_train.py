@@ -384,7 +384,7 @@ def test_a_run_leaves_its_metrics(run):
         for name in ("tokens_per_second", "seconds", "grad_norm", "codebook_perplexity"):
             assert line[name] > 0
         assert 0 < line["codebook_used"] <= 1
-    assert losses[-1]["loss"] < losses[0]["loss"]
+    assert validations[-1]["validation_loss"] < validations[0]["validation_loss"]
     assert records == lines  # here every batch is logged
     assert Checkpoints(folder / "checkpoints").steps() == [4, 8, 12, 16, 20]
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from transformer_vq.ops.run import RunInfo
 
 
+TOO_MUCH = 1.2  # bpb after the longest histories over the best beyond the length of training
+
+
 @dataclass
 class Evaluate:
     """Score a text with a trained model, every token given the entire history before it.
@@ -31,6 +34,7 @@ class Evaluate:
   tvq eval --run runs/book
   tvq eval --run runs/book --checkpoint best
   tvq eval --run runs/book --data other.txt --split all --json
+  tvq eval --run runs/book --context-len 16384
 """
 
     run: Annotated[Path, option("folder of a trained run", "DIR")]
@@ -43,20 +47,39 @@ class Evaluate:
     ] = "test"
     rows: Annotated[int, option("streams to cut it into, scored side by side: faster")] = 1
     chunk_len: Annotated[int, option("tokens of each stream at once: more need more memory")] = 2048
+    context_len: Annotated[
+        int, option("forget everything after so many tokens, again and again", default="never")
+    ] = 0
     json: Annotated[bool, option("print JSON")] = False
 
     def main(self) -> int:
         for name, value in (("rows", self.rows), ("chunk-len", self.chunk_len)):
             if value < 1:
                 raise UsageError(f"--{name} is {value}: it must be at least 1")
+        chunk_len = min(self.chunk_len, self.context_len or self.chunk_len)
+        if self.context_len < 0 or self.context_len % chunk_len:
+            raise UsageError(
+                f"--context-len is {self.context_len}: it must be a multiple of --chunk-len, "
+                f"{self.chunk_len}, or less than it"
+            )
 
         from transformer_vq.ops.run import find_step, load_run
 
         model, info = load_run(self.run, find_step(self.run, self.checkpoint))
         source = run_data(info.data, flat(self.data), run_tokenizer(self.run))
         part = source.split(self.split)
+        if part.image_shape and self.context_len:
+            raise UsageError("--context-len is for text: every picture begins anew in any case")
         began = time.monotonic()
-        result = score(model, info, part, rows=self.rows, chunk_len=self.chunk_len, quiet=self.json)
+        result = score(
+            model,
+            info,
+            part,
+            rows=self.rows,
+            chunk_len=chunk_len,
+            context_len=self.context_len or None,
+            quiet=self.json,
+        )
         record = {
             "run": str(self.run),
             "step": info.step,
@@ -70,6 +93,8 @@ class Evaluate:
             print(json.dumps(record))
         else:
             _show(record)
+            if not info.train.streaming:
+                _warn_of_long_histories(record, info.train.sequence_len)
         return 0
 
 
@@ -80,15 +105,16 @@ def score(
     *,
     rows: int = 1,
     chunk_len: int = 2048,
+    context_len: int | None = None,
     max_tokens: int | None = None,
     quiet: bool = False,
 ) -> "Evaluation":
     """`ops.evaluate.evaluate` with progress on the terminal."""
     from transformer_vq.ops.evaluate import evaluate
 
-    context_len = None
     if model.config.attention == "full":  # which knows the distances that it was trained on
-        chunk_len = context_len = info.train.sequence_len
+        most = info.train.sequence_len
+        chunk_len = context_len = min(context_len or most, most)
     with progress_bar("scoring", quiet=quiet) as show:
         return evaluate(
             model,
@@ -117,6 +143,17 @@ def summary(result: "Evaluation") -> dict[str, Any]:
             for start, end, loss in result.by_position
         ],
     }
+
+
+def _warn_of_long_histories(record: dict[str, Any], sequence_len: int) -> None:
+    """Say so if tokens far beyond the length of training are predicted much worse."""
+    beyond = [row for row in record["by_position"] if row["start"] >= sequence_len]
+    best = min((row["bpb"] for row in beyond), default=0.0)
+    if beyond and beyond[-1]["bpb"] > TOO_MUCH * best:
+        print(
+            f"The model was trained on sequences of {sequence_len:,} tokens, and longer histories "
+            f"confuse it: score with --context-len, or train with --train.streaming True."
+        )
 
 
 def _show(record: dict[str, Any]) -> None:

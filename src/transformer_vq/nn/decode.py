@@ -7,14 +7,16 @@ their arrays are separate: slices of stacked arrays would be copied at every ste
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from transformer_vq.config import ModelConfig
+from transformer_vq.nn.attention import Timeline
 from transformer_vq.nn.model import Model, State, distance_wave, embed, make_timeline, to_logits
 from transformer_vq.nn.unit import apply_unit, output_major, prepare_unit
-from transformer_vq.types import Params, PerRow, PerRowFlag
+from transformer_vq.types import Features, Params, PerRow, PerRowFlag
 
 
 @functools.partial(
@@ -65,7 +67,7 @@ def decode_step(
     x = embed(decoder.params, tokens[:, None], timeline, config)
     units = []
     for unit, unit_state in zip(decoder.units, state.units, strict=True):
-        x, unit_state, _ = apply_unit(unit, x, unit_state, timeline, config)
+        x, unit_state = _step_unit(unit, x, unit_state, timeline, config)
         units.append(unit_state)
     logits = to_logits(decoder.params, x[:, 0], config)
     return replace(
@@ -76,3 +78,10 @@ def decode_step(
         logits=jnp.where(active[:, None], logits, state.logits),
         units=tuple(units),
     )
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _step_unit(unit: Params, x: Features, unit_state: Any, timeline: Timeline, config: ModelConfig):
+    """One unit. Jitted, so that all units are traced and lowered once; XLA inlines the calls."""
+    x, unit_state, _ = apply_unit(unit, x, unit_state, timeline, config)
+    return x, unit_state

@@ -170,9 +170,9 @@ def bench_decode(
         tokens = (token for token in session if token.row == 0)
         return itertools.islice(tokens, 0, None, DISPATCH)
 
+    session = Session(model, prompts, params)
+    session.read_prompts()
     with _empty_compilation_cache():
-        session = Session(model, prompts, params)
-        session.read_prompts()
         loop, prompt = [], []
         for _ in range(2):  # compiled anew, then from the cache on disk
             jax.clear_caches()
