@@ -272,12 +272,10 @@ def test_eval_forgets_when_it_is_told_to(capsys, run):
 
 
 def test_eval_says_that_long_histories_confuse(capsys, monkeypatch, run):
-    def score(*args, **kwargs):
-        bins = [(0, 64, 2.0), (64, 128, 1.0), (128, 256, late)]
-        return Evaluation(1.5, 256, bins)
-
-    monkeypatch.setattr("transformer_vq.cli.evaluate.score", score)
     for late, warned in ((1.1, False), (1.3, True)):
+        bins = [(0, 64, 2.0), (64, 128, 1.0), (128, 256, late)]
+        result = Evaluation(1.5, 256, bins)
+        monkeypatch.setattr("transformer_vq.cli.evaluate.score", lambda *_, r=result, **__: r)
         assert main(["eval", "--run", run]) == 0
         assert ("longer histories confuse it" in capsys.readouterr().out) == warned
 
