@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -40,10 +39,10 @@ def test_demo_leaves_a_run_and_is_done(capsys, monkeypatch, tmp_path):
     results = json.loads((out / "results.json").read_text())
     assert results["finished"] and results["tokens"] == 60_249
 
-    began = time.monotonic()
+    trained = (out / "metrics.jsonl").read_bytes()
     assert main(["demo", "--out", str(out)]) == 0
     again = capsys.readouterr().out
-    assert time.monotonic() - began < 5
+    assert (out / "metrics.jsonl").read_bytes() == trained  # told again, not made again
     assert "is done" in again and f"{results['bpb']:.3f}" in again and "The whale" in again
 
     # An interrupted demo, trained but not evaluated, goes on.
@@ -62,8 +61,7 @@ def test_learning_curve_of_little(tmp_path):
 @pytest.mark.slow
 def test_the_demo_beats_bz2_in_five_minutes(tmp_path, user_env):
     tvq = str(Path(sys.executable).with_name("tvq"))
-    began = time.monotonic()
     subprocess.run([tvq, "demo"], cwd=tmp_path, env=user_env, check=True, stdout=subprocess.PIPE)
-    assert time.monotonic() - began < 330
     results = json.loads((tmp_path / "runs/demo/results.json").read_text())
+    assert results["seconds"] < 5 * 60  # of training, however slow the machine is
     assert results["bpb"] < 8 * results["bz2_bytes"] / results["bytes"] - 0.2
