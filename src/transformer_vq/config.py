@@ -128,6 +128,12 @@ class ModelConfig:
         """Slots of the window ring: distances 0 to `window_len`, both included."""
         return self.window_len + 1
 
+    @property
+    def table_rows(self) -> int:
+        """Rows of an attention unit's table: the ring's, one for each code, and up to 7 spare ones,
+        so that their number can be divided (`nn.layers.parts_of`)."""
+        return -(-(self.ring_len + self.codebook_size) // 8) * 8
+
     # Presets and files.
 
     @classmethod

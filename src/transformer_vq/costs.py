@@ -43,14 +43,15 @@ def codebook_count(config: ModelConfig) -> int:
 def state_bytes(config: ModelConfig, capacity: int = _CAPACITY) -> int:
     """Bytes that a model remembers of one sequence.
 
-    Per unit and key/value head, (W + S) V values and W + S whole numbers; for full attention the
-    keys and values of `capacity` tokens, K + V each. Once, the logits and three whole numbers.
+    Per unit and key/value head, W + S whole numbers and a table of as many rows or a few more, V
+    values each; for full attention the keys and values of `capacity` tokens, K + V each. Once, the
+    logits and three whole numbers.
     """
     value = _BYTES[config.state_dtype]
     if config.attention == "full":
         head = capacity * (config.d_k + config.d_v) * value
     else:
-        head = _table_rows(config) * (config.d_v * value + _INT_BYTES)
+        head = config.table_rows * config.d_v * value + _attended(config) * _INT_BYTES
     logits = config.vocab_size * max(_BYTES[config.compute_dtype], 4)
     return config.num_units * config.num_kv_heads * head + logits + 3 * _INT_BYTES
 
@@ -67,7 +68,7 @@ def decode_flops(config: ModelConfig, history: int = _CAPACITY) -> int:
         attention = 2 * heads * history * (2 * k + v)
     else:
         attention = 2 * heads * k * (config.codebook_size + config.ring_len)
-        attention += 2 * heads * v * _table_rows(config)
+        attention += 2 * heads * v * _attended(config)
         attention += _assign_flops(config)
     return config.num_units * (_projection_flops(config) + attention) + _output_flops(config)
 
@@ -132,7 +133,7 @@ def full_attention_train_flops(config: ModelConfig, length: int) -> int:
     return 3 * (config.num_units * unit + _output_flops(config))
 
 
-def _table_rows(config: ModelConfig) -> int:
+def _attended(config: ModelConfig) -> int:
     """Keys that a token attends to when decoding: the window's, and one for each code."""
     return config.ring_len + config.codebook_size
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load, save
 from transformer_vq.nn.full import FullAttentionState
 from transformer_vq.nn.model import Model, State, init_state
 
-VERSION = 1
+VERSION = 2  # 1 had no spare rows in its tables
 FORMAT = "transformer-vq state"
 
 

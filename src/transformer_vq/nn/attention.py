@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from transformer_vq.config import ModelConfig
-from transformer_vq.nn import blockwise, vq
+from transformer_vq.nn import blockwise, layers, vq
 from transformer_vq.nn.blockwise import MASKED, Far, Near
 from transformer_vq.nn.layers import wide
 
@@ -30,13 +30,14 @@ BLOCKS_PER_GROUP = 64  # where window and block differ, each is a slice of its o
 class AttentionState:
     """What one attention unit remembers of the past, per row and key/value head.
 
-    `values` is one table: rows 0..W-1 are the ring, row W + s is the mean value of code s. One
-    array, because then a step reads and writes it in place (docs/architecture.md).
+    `values` is one table of J rows: 0..W-1 are the ring, row W + s is the mean value of code s, the
+    rest is zero. One array, because then a step reads and writes it in place
+    (docs/architecture.md).
     """
 
     codes: jax.Array  # int32 [B, G, W]: code of the key in each ring slot
     counts: jax.Array  # int32 [B, G, S]: keys of each code that have left the ring
-    values: jax.Array  # state_dtype [B, G, W + S, V]
+    values: jax.Array  # state_dtype [B, G, J, V]
     keys: jax.Array | None = None  # [B, G, W, K]: quantized keys of the ring, in training only
 
 
@@ -58,11 +59,10 @@ class Timeline:
 def init_attention_state(config: ModelConfig, batch_size: int, dtype) -> AttentionState:
     """Nothing seen: all zeros."""
     lead = (batch_size, config.num_kv_heads)
-    rows = config.ring_len + config.codebook_size
     return AttentionState(
         codes=jnp.zeros((*lead, config.ring_len), jnp.int32),
         counts=jnp.zeros((*lead, config.codebook_size), jnp.int32),
-        values=jnp.zeros((*lead, rows, config.d_v), dtype),
+        values=jnp.zeros((*lead, config.table_rows, config.d_v), dtype),
     )
 
 
@@ -202,7 +202,7 @@ def attend_blocks(
         out = jnp.moveaxis(out, (2, 4), (1, 2))  # [B, n, c, G, R, V]
         return (recent, cache), out.reshape(batch, tokens, heads, d_v)
 
-    cache = (state.counts, wide(state.values[:, :, ring:]), timeline.first_before)
+    cache = (state.counts, wide(state.values[:, :, ring : ring + size]), timeline.first_before)
     if config.use_cache:  # the oldest slot is beyond the window of every query to come
         cache = cache_of.after(cache, ring_codes[:, :, :1], ring_values[:, :, :1], 0)
     recent = tuple(x[:, :, 1:] for x in (ring_codes, ring_keys, ring_values))
@@ -234,11 +234,12 @@ def attend_blocks(
     current = (newest_first[:, 0] == cache_first)[:, None, None]
     new_values = jnp.take_along_axis(all_values, index[..., None], axis=2)
     new_means = jnp.where(current[..., None], means, 0)  # else it is of an older document
+    spare = jnp.zeros_like(state.values[:, :, ring + size :])
     new_state = AttentionState(
         codes=jnp.take_along_axis(all_codes, index, axis=2),
         counts=jnp.where(current, counts, 0),
         values=jnp.concatenate(
-            [x.astype(state.values.dtype) for x in (new_values, new_means)], axis=2
+            [x.astype(state.values.dtype) for x in (new_values, new_means, spare)], axis=2
         ),
         keys=keys,
     )
@@ -389,8 +390,12 @@ def attend_step(
         far = wide(content) + _log_counts(counts, near.dtype)[:, :, None]
     else:
         far = jnp.full((*shape, config.codebook_size), MASKED, near.dtype)
-    weights = jax.nn.softmax(jnp.concatenate([near, far], axis=-1), axis=-1)
-    out = jnp.einsum("bgrj,bgjv->bgrv", weights.astype(values.dtype), values)
+    spare = jnp.full((*shape, values.shape[2] - ring - config.codebook_size), MASKED, near.dtype)
+    weights = jax.nn.softmax(jnp.concatenate([near, far, spare], axis=-1), axis=-1)
+    parts = layers.parts_of(1, values[0, 0].size, values.shape[2])
+    weights = weights.astype(values.dtype).reshape(*shape, parts, -1)
+    table = values.reshape(batch, groups, parts, -1, values.shape[-1])
+    out = jnp.einsum("bgrpj,bgpjv->bgprv", weights, table).sum(2)
     out = out.reshape(batch, 1, heads, -1).astype(v.dtype)
     return out, new_codes, AttentionState(codes=codes, counts=counts, values=values)
 

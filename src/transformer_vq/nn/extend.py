@@ -80,7 +80,7 @@ def _fits(config: ModelConfig, state: State) -> bool:
             shapes = ((*lead, unit.capacity, config.d_k), (*lead, unit.capacity, config.d_v))
             full = config.attention == "full"
             return full and (unit.keys.shape, unit.values.shape) == shapes
-        shapes = ((*lead, ring), (*lead, size), (*lead, ring + size, config.d_v))
+        shapes = ((*lead, ring), (*lead, size), (*lead, config.table_rows, config.d_v))
         found = (unit.codes.shape, unit.counts.shape, unit.values.shape)
         return config.attention == "vq" and found == shapes
 

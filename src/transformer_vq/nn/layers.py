@@ -10,6 +10,9 @@ import numpy as np
 
 from transformer_vq.types import Key, Params
 
+PARTS = 4  # of the product of one row and a large matrix
+LARGE = 2**20  # numbers in it
+
 
 @dataclass(frozen=True)
 class ArraySpec:
@@ -114,8 +117,36 @@ def mlp(params: Params, x: jax.Array) -> jax.Array:
 
 def multiply(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """x `[..., in]` times `[in, out]`, as two matrices: then its gradient copies no transpose."""
-    flat = x.reshape(-1, x.shape[-1]) @ matrix
-    return flat.reshape(*x.shape[:-1], -1)
+    rows, (width, out) = math.prod(x.shape[:-1]), matrix.shape
+    parts = parts_of(rows, matrix.size, width)
+    if parts == 1:
+        return (x.reshape(rows, width) @ matrix).reshape(*x.shape[:-1], out)
+    matrix = matrix.reshape(parts, width // parts, out)
+    return jnp.matmul(x.reshape(parts, 1, -1), matrix).sum(0).reshape(*x.shape[:-1], out)
+
+
+def multiply_transposed(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """x `[..., in]` times a matrix that is stored as `[out, in]`."""
+    lead, (out, width) = x.shape[:-1], matrix.shape
+    rows = math.prod(lead)
+    parts = parts_of(rows, matrix.size, out)
+    x = x.reshape(1, rows, width)
+    if parts > 1:  # with a barrier, or XLA makes one product of products with the same x
+        x = jax.lax.optimization_barrier(jnp.broadcast_to(x, (parts, rows, width)))
+    matrix = matrix.reshape(parts, out // parts, width)
+    y = jax.lax.dot_general(x, matrix, (((2,), (2,)), ((0,), (0,))))
+    return jnp.moveaxis(y, 0, 1).reshape(*lead, out)
+
+
+def parts_of(rows: int, size: int, length: int) -> int:
+    """In how many products to make that of `rows` rows and a matrix of `size` numbers, cut along an
+    axis of `length`.
+
+    XLA's CPU backend gives threads unequal shares of the product of one row and a large matrix;
+    several such products it shares evenly (docs/benchmarks.md).
+    """
+    shared = jax.default_backend() == "cpu" and rows == 1 and size >= LARGE
+    return math.gcd(length, PARTS) if shared else 1
 
 
 def mlp_specs(lead: tuple[int, ...], width: int, hidden: int) -> Params:

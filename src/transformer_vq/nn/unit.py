@@ -55,20 +55,13 @@ def prepare_unit(
 
 
 def output_major(unit: Params) -> Params:
-    """A prepared unit with its projections transposed, under names that end in `_t`.
+    """A prepared unit with its wide projection transposed, as `w_in_t`.
 
-    A product with one or a few rows then reads them in order, which decoding depends on; a product
-    with many rows, and its gradient, wants them as they were.
+    A product with few rows then reads it in order, which decoding depends on; a product with many
+    rows, and its gradient, wants it as it was.
     """
-    rest = {name: array for name, array in unit.items() if name not in ("w_in", "w_o")}
-    return {**rest, "w_in_t": unit["w_in"].T, "w_o_t": unit["w_o"].T}
-
-
-def project(unit: Params, name: str, x: jax.Array) -> jax.Array:
-    """x `[..., in]` times a projection of the unit, whichever way it is stored: `[..., out]`."""
-    if name in unit:
-        return layers.multiply(x, unit[name])
-    return jax.lax.dot_general(x, unit[f"{name}_t"], (((x.ndim - 1,), (1,)), ((), ())))
+    rest = {name: array for name, array in unit.items() if name != "w_in"}
+    return {**rest, "w_in_t": unit["w_in"].T}
 
 
 def no_drop(added: jax.Array, branch: int) -> jax.Array:
@@ -122,7 +115,7 @@ def apply_unit(
     out = out.reshape(batch, length, -1)
     if gate is not None:
         out = out * gate
-    x = x + drop(project(unit, "w_o", out), 0)
+    x = x + drop(layers.multiply(out, unit["w_o"]), 0)
     if not gated:
         x = x + drop(layers.mlp(unit["mlp"], x), 1)
     return x, state, statistics
@@ -137,8 +130,12 @@ def _project_in(
     if "w_q" in unit:
         q, k, v = (x @ unit[name] for name in ("w_q", "w_k", "w_v"))
         return (q, k, jax.nn.silu(v), jax.nn.silu(x @ unit["w_g"])) if gated else (q, k, v, None)
+    if "w_in_t" in unit:
+        x = layers.multiply_transposed(x, unit["w_in_t"])
+    else:
+        x = layers.multiply(x, unit["w_in"])
     ends = (heads * d_k, (heads + groups) * d_k, (heads + groups) * d_k + groups * d_v)
-    q, k, v, *gate = jnp.split(project(unit, "w_in", x), ends[: 2 + gated], axis=-1)
+    q, k, v, *gate = jnp.split(x, ends[: 2 + gated], axis=-1)
     if not gated:
         return q, k, v, None
     # Made once: XLA would make them again wherever they are used.

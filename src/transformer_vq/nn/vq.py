@@ -42,9 +42,9 @@ def assign(keys: jax.Array, words: jax.Array) -> jax.Array:
     keys, words = wide(jax.lax.stop_gradient(keys)), wide(words)
     batch, length, groups, width = keys.shape
     size = words.shape[1]
-    # A product of matrices with the keys first: einsum would swap them and transpose the result.
+    # The keys first: einsum would swap the two and transpose the result.
     flat = jnp.moveaxis(keys, 2, 0).reshape(groups, batch * length, width)
-    products = jnp.matmul(flat, jnp.swapaxes(words, 1, 2))
+    products = jax.lax.dot_general(flat, words, (((2,), (2,)), ((0,), (0,))))
     distances = jnp.sum(jnp.square(words), axis=-1)[:, None] - 2.0 * products  # [G, B T, S]
     # The first of the nearest. Two reductions: XLA runs them much faster than an argmin.
     nearest = distances == jnp.min(distances, axis=-1, keepdims=True)

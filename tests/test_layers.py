@@ -1,0 +1,79 @@
+"""Products of one row and a large matrix, which are made in parts on a CPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from transformer_vq import ModelConfig, extend, init_model, init_state
+from transformer_vq.nn import layers
+
+SIZES = [(1, 8, 12), (1, 7, 9), (1, 12, 10), (3, 8, 12)]  # rows, in, out
+
+
+@pytest.fixture
+def all_are_large(monkeypatch):
+    """Every matrix counts as large; what was compiled otherwise is forgotten, before and after."""
+    jax.clear_caches()
+    monkeypatch.setattr(layers, "LARGE", 1)
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize(("rows", "width", "out"), SIZES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_parts_are_the_product(all_are_large, rows, width, out, transposed):
+    rng = np.random.default_rng(0)
+    x, matrix = rng.normal(size=(rows, 1, width)), rng.normal(size=(width, out))
+
+    def product(x, matrix):
+        x, matrix = jnp.asarray(x), jnp.asarray(matrix)
+        if transposed:
+            return layers.multiply_transposed(x, matrix.T)
+        return layers.multiply(x, matrix)
+
+    def loss(function):
+        return lambda x, matrix: jnp.sum(jnp.sin(function(x, matrix)))
+
+    expected = np.matmul(x, matrix)
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(product(x, matrix), expected, rtol=1e-12, atol=1e-12)
+        for n in range(width):  # control: every number counts
+            part = x.copy()
+            part[..., n] = 0
+            assert np.abs(product(part, matrix) - expected).max() > 1e-6
+        gradients = [jax.grad(loss(f), (0, 1))(x, matrix) for f in (product, jnp.matmul)]
+        for mine, plain in zip(*gradients, strict=True):
+            np.testing.assert_allclose(mine, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_when_there_are_parts(monkeypatch):
+    """For one row and a large matrix, where an axis can be divided: else there is one product."""
+    monkeypatch.setattr(layers, "LARGE", 96)
+    assert layers.parts_of(1, 96, 12) == 4 and layers.parts_of(1, 96, 10) == 2
+    assert layers.parts_of(1, 96, 9) == 1
+    assert layers.parts_of(1, 95, 12) == 1
+    assert layers.parts_of(2, 96, 12) == 1
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("head_type", ["shga", "mha"])
+def test_a_step_in_parts_is_a_step(all_are_large, rows, head_type):
+    """Logits and state token by token, products in parts, are those of blocks."""
+    config = ModelConfig(vocab_size=24, d_model=16, d_k=8, num_layers=1, codebook_size=7,
+                         block_len=4, window_len=5, head_type=head_type)  # fmt: skip
+    model = init_model(config, 0)
+    tokens = np.random.default_rng(0).integers(0, 24, (rows, 40)).astype(np.int32)
+    state = init_state(config, rows)
+    program = str(jax.make_jaxpr(lambda tokens: extend(model, state, tokens)[0])(tokens[:, :1]))
+    assert "4,1,8" in program or rows > 1  # as parts of x
+    logits = []
+    for t in range(40):
+        new, state = extend(model, state, tokens[:, t : t + 1])
+        logits.append(new)
+    expected, final = extend(model, init_state(config, rows), tokens)
+    np.testing.assert_allclose(jnp.concatenate(logits, 1), expected, atol=2e-5)
+    for mine, plain in zip(jax.tree.leaves(state), jax.tree.leaves(final), strict=True):
+        np.testing.assert_allclose(mine, plain, atol=2e-5)
+    other, _ = extend(model, init_state(config, rows), tokens[:, ::-1])  # control
+    assert np.abs(other - expected).max() > 1e-2
