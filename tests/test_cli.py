@@ -462,6 +462,11 @@ def test_costs_of_attention():
     # An odd length: 3 blocks of 4 for 9 tokens, so 6 pairs of 16.
     odd = (full(config.replace(block_len=4), 9) - rest) / (full(whole, 9) - rest)
     assert odd == pytest.approx(6 * 16 / 81, rel=1e-3)  # operations are whole
+    # In parts of a sequence, full attention looks back over all of it; VQ's cost is the part's.
+    parts = TrainConfig(sequence_len=32 * columns, update_len=columns)
+    of_all = full(config, 32 * columns)
+    assert costs.run_flops(config.replace(attention="full"), parts) == of_all
+    assert costs.run_flops(config, parts) == ours < of_all
     one, two = costs.decode_bytes(config, 1), costs.decode_bytes(config, 2)
     assert two - one == costs.state_bytes(config) + 4 * config.d_model
     assert costs.decode_flops(config) > 2 * costs.parameter_count(config) * 0.8

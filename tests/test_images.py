@@ -360,6 +360,11 @@ def test_image_size_is_for_pictures(tmp_path):
             ["eval", "--data", "pictures"],
             "3, and the run was trained on pictures of 4",
         ),
+        (
+            (4, 6, 3),
+            ["eval", "--data", "pictures", "--context-len", "72"],
+            "--context-len is for text",
+        ),
         *(
             ((4, 6, 3), ["sample", "--num-images", "1", *option], f"{option[0]} is for text")
             for option in (["--max-tokens", "9"], ["--num-samples", "2"], ["--logprobs"])

@@ -6,7 +6,7 @@ heads, K d_k, V d_v, S codebook_size, L block_len, M window_len, W = M + 1, N un
 left out, as is customary. What the programs compute is counted, masked or not.
 """
 
-from transformer_vq.config import ModelConfig
+from transformer_vq.config import ModelConfig, TrainConfig
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _INT_BYTES = 4
@@ -113,6 +113,12 @@ def train_flops(config: ModelConfig, length: int | None = None) -> int:
     attention += 2 * heads * columns * (k + v)
     unit = _projection_flops(config) + attention
     return 3 * (config.num_units * unit + _output_flops(config))
+
+
+def run_flops(config: ModelConfig, train: TrainConfig) -> int:
+    """`train_flops` of a run, per token: full attention meets the whole sequence in any update."""
+    full = config.attention == "full"
+    return train_flops(config, train.sequence_len if full else train.update_len)
 
 
 def full_attention_train_flops(config: ModelConfig, length: int) -> int:

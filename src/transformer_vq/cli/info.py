@@ -57,7 +57,7 @@ def describe(folder: Path, checkpoint: str = "latest") -> dict[str, Any]:
             "state_bytes": costs.state_bytes(config),
             "decode_bytes": costs.decode_bytes(config),
             "decode_flops": costs.decode_flops(config),
-            "train_flops": costs.train_flops(config, train.update_len),
+            "train_flops": costs.run_flops(config, train),
         },
         "data": {**dataclasses.asdict(info.data), "tokenizer": info.tokenizer},
         "training": {

@@ -291,7 +291,7 @@ def bench_train(config: ModelConfig, train: TrainConfig, *, repeats: int = 5) ->
         jax.block_until_ready((train_state, metrics))
         seconds += [time.perf_counter() - start] if i else []
     time_of = Seconds.of(seconds)
-    flops = costs.train_flops(config, train.update_len)
+    flops = costs.run_flops(config, train)
     speed = rows * length / time_of.median
     return {
         "attention": config.attention,

@@ -65,7 +65,7 @@ def plan(config: ModelConfig, train: TrainConfig, mesh: Mesh | None = None) -> P
         devices=f"{mesh.size} device{'s' * (mesh.size > 1)} ({kind})",
         num_devices=mesh.size,
         compile_seconds=seconds,
-        flops_per_token=costs.train_flops(config, train.update_len),
+        flops_per_token=costs.run_flops(config, train),
         tokens_per_update=train.batch_size * train.update_len,
     )
 

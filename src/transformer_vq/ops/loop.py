@@ -295,7 +295,7 @@ class _Sitting:
         then, before = self.marked
         tokens = (step - before) * self.train.batch_size * self.train.update_len
         speed = tokens / (time.monotonic() - then)
-        flops = speed * costs.train_flops(self.config, self.flops_len())
+        flops = speed * costs.run_flops(self.config, self.train)
         record = {
             "step": step,
             "loss": (loss := values.pop("loss")),
@@ -310,11 +310,6 @@ class _Sitting:
             self.log.write(record)
             self.mark(step)
         self.on_record(record)
-
-    def flops_len(self) -> int:
-        """The length that the cost of a token depends on."""
-        full = self.config.attention == "full"
-        return self.train.sequence_len if full else self.train.update_len
 
     def require_sound(self, step: int, values: dict[str, float]) -> None:
         """Raise `RunError` if what was measured after `step` updates says that the run is lost."""
