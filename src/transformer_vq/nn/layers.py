@@ -110,9 +110,12 @@ def dropout(key: Key, x: jax.Array, rate: float, mask_shape: tuple[int, ...] | N
 
 
 def mlp(params: Params, x: jax.Array) -> jax.Array:
-    """Squared-ReLU feed-forward block (So et al., 2021), with its own norm: `[..., D]` to same."""
-    hidden = multiply(norm(params["norm"], x), params["w_in"].astype(x.dtype))
-    return multiply(jnp.square(jax.nn.relu(hidden)), params["w_out"].astype(x.dtype))
+    """Squared-ReLU feed-forward block (So et al., 2021), with its own norm: `[..., D]` to same.
+
+    Its weights are in the dtype of x.
+    """
+    hidden = multiply(norm(params["norm"], x), params["w_in"])
+    return multiply(jnp.square(jax.nn.relu(hidden)), params["w_out"])
 
 
 def multiply(x: jax.Array, matrix: jax.Array) -> jax.Array:

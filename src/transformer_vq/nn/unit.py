@@ -50,7 +50,9 @@ def prepare_unit(
         "words": vq.codewords(codebook),
     }
     if config.head_type != "shga":
-        prepared["mlp"] = params["mlp"]
+        mlp = params["mlp"]
+        weights = {name: mlp[name].astype(dtype) for name in ("w_in", "w_out")}
+        prepared["mlp"] = {"norm": mlp["norm"], **weights}
     return prepared
 
 
