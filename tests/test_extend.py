@@ -431,7 +431,10 @@ def test_state_size_does_not_grow():
     lead, slots = (BATCH, 2), config.window_len + 1
     assert unit.codes.shape == (*lead, slots)
     assert unit.counts.shape == (*lead, config.codebook_size)
-    assert 0 <= unit.values.shape[2] - (slots + config.codebook_size) < 8
+    assert unit.values.shape == (*lead, config.table_rows, config.d_v)
+    assert config.table_rows % 8 == 0 and config.table_rows - slots - config.codebook_size in range(
+        8
+    )
     unit = init_state(FULL, BATCH).units[0]
     assert unit.keys.shape[2] == 4096
 

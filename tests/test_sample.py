@@ -28,6 +28,7 @@ from transformer_vq import (
     sample_op,
     save_state,
 )
+from transformer_vq.nn import layers
 from transformer_vq.nn.model import model_specs
 from transformer_vq.ops import sample
 from transformer_vq.ops.generate import PREFILL_SIZES, Session
@@ -287,6 +288,19 @@ def test_a_step_that_may_reset_copies_no_table(unchecked):
     """The means are cleared where a document starts: in place too, and only then."""
     compiled, state = decoding_loop(sample.generate_tokens, **SMALLER, reset_at_document=True)
     table = state.units[0].values
+    assert "copy" not in operations_on(compiled, table.shape)
+    assert compiled.memory_analysis().temp_size_in_bytes < table.nbytes
+
+
+def test_a_step_in_parts_copies_no_table(unchecked, monkeypatch):
+    """Cut in parts, as large tables are, the table is still read where it lies."""
+    jax.clear_caches()  # units that were traced with a product in one
+    monkeypatch.setattr(layers, "LARGE", 1)
+    compiled, state = decoding_loop(variant(donate_argnames="rows"), **SMALLER)
+    jax.clear_caches()
+    table = state.units[0].values
+    *_, rows, width = table.shape
+    assert f",{rows // layers.PARTS},{width}]" in compiled.as_text()  # control: there are parts
     assert "copy" not in operations_on(compiled, table.shape)
     assert compiled.memory_analysis().temp_size_in_bytes < table.nbytes
 
