@@ -242,7 +242,7 @@ MORE = "it must be a whole number,"
             "schedule is 'flat': it must be one of cosine, linear, inverse-sqrt, wsd",
         ),
         (dict(decay_steps=-1), "decay_steps is -1: it must be a whole number, 0 or more"),
-        (dict(accumulate=0), "accumulate is 0: it must be a whole number, 1 or more"),
+        (dict(accumulate=-1), "accumulate is -1: it must be a whole number, 0 or more"),
         (
             dict(batch_size=8, accumulate=3),
             "batch_size is 8, not a multiple of accumulate, 3: change one of them",

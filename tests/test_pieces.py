@@ -110,8 +110,8 @@ def test_no_gradient_through_the_cache(double, monkeypatch):  # noqa: F811
 def test_dropout_does_not_depend_on_pieces(double, monkeypatch):  # noqa: F811
     """Every block of every row draws for itself."""
     config = CASES["gated"].replace(dropout_residual=0.3, dropout_layer=0.4, dropout_sinusoid=0.2)
-    keys = model_module.DropoutKeys(jax.random.key(0), jax.random.key(1))
+    keys = model_module.DropoutKeys(jax.random.key(0), jax.random.key(1), jnp.arange(BATCH))
     expected = run(config, 10**6, monkeypatch, dropout=keys)
     close(run(config, 1, monkeypatch, dropout=keys), expected)
-    other = model_module.DropoutKeys(jax.random.key(2), jax.random.key(1))
+    other = model_module.DropoutKeys(jax.random.key(2), jax.random.key(1), jnp.arange(BATCH))
     far(run(config, 1, monkeypatch, dropout=other)[0][0], expected[0][0])

@@ -14,6 +14,7 @@ from transformer_vq import Model
 from transformer_vq.config import TrainConfig
 from transformer_vq.data import Batch
 from transformer_vq.io.checkpoint import Checkpoints
+from transformer_vq.nn import pieces
 from transformer_vq.nn.model import DropoutKeys
 from transformer_vq.nn.vq import Places
 from transformer_vq.ops import loop
@@ -150,10 +151,11 @@ def test_muon_makes_matrices_of_units_orthogonal():
 
 
 def test_parts_of_a_batch_add_up_to_the_whole():
-    """Two updates, in float64: parameters, codebook, metrics; with the memory of a part."""
+    """Two updates with dropout, in float64: parameters, codebook, metrics; a part's memory."""
     with jax.enable_x64(True):
         names = ("compute_dtype", "param_dtype", "state_dtype")
-        config = CONFIG.replace(**dict.fromkeys(names, "float64"))
+        rates = (f"dropout_{name}" for name in ("embedding", "sinusoid", "residual", "layer"))
+        config = CONFIG.replace(**dict.fromkeys(names, "float64"), **dict.fromkeys(rates, 0.2))
         train = replace(TRAIN, batch_size=16)
         batch = one_batch(train)
         batch.loss_mask[1, 5:] = False  # parts are uneven
@@ -178,20 +180,37 @@ def test_parts_of_a_batch_add_up_to_the_whole():
         assert least < 0.7 * used
 
 
-def test_every_part_has_dropout_and_places_of_its_own():
+def test_by_default_the_rows_of_a_piece_take_a_turn(monkeypatch):
+    """The program is that of as many parts as bring a part down to what goes through at once."""
+    train, length = replace(TRAIN, batch_size=8), TRAIN.update_len
+    batch = one_batch(train)
+
+    def program(accumulate):
+        plan = replace(train, accumulate=accumulate)
+        return make_train_step(CONFIG, plan).lower(START(CONFIG, plan), batch).as_text()
+
+    for rows, parts in ((8, 1), (4, 2), (3, 4), (1, 8)):
+        monkeypatch.setattr(pieces, "TOKENS_PER_PIECE", {"others": rows * length})
+        programs = {n: program(n) for n in (1, 2, 4, 8)}
+        assert [n for n in programs if programs[n] == program(0)] == [parts]
+
+
+def test_every_part_has_rows_and_places_of_its_own():
     def gradient(state, piece, dropout, places):
-        drawn = jax.random.uniform(dropout.call)
+        drawn = dropout.rows.sum() / 3.0
         keys = jnp.where(places.here > 0, piece.inputs[places.rows, places.times], 0)
         return drawn, LossTerms(drawn**2, drawn, drawn, {}, state, keys)
 
     rows = jnp.arange(6, dtype=jnp.int32)
     batch = Batch(*[10 * rows[:, None] + jnp.arange(4)] * 4)
     places = Places(jnp.array([5, 0, 3]), jnp.array([1, 2, 3]), jnp.ones(3))
-    dropout = DropoutKeys(jax.random.key(0), jax.random.key(1))
+    dropout = DropoutKeys(jax.random.key(0), jax.random.key(1), rows)
     mean, terms = _in_turns(gradient, 3)({"x": rows}, batch, dropout, places)
     assert terms.state["x"].tolist() == rows.tolist()
     assert terms.keys.tolist() == [51, 2, 33]  # of the whole batch
-    assert float(terms.nll) > float(mean) ** 2 + 1e-3  # three draws: their variance
+    # Rows 0 and 3, 1 and 4, 2 and 5.
+    assert float(mean) == pytest.approx((3 + 5 + 7) / 9)
+    assert float(terms.nll) == pytest.approx((3**2 + 5**2 + 7**2) / 27)
 
 
 # Averages

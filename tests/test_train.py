@@ -285,7 +285,7 @@ def test_eight_devices_are_as_one():
 
 def test_dropout_follows_seed_and_step_alone():
     def keys(step, seed=0):
-        both = dropout_keys(replace(TRAIN, seed=seed), jnp.int32(step))
+        both = dropout_keys(replace(TRAIN, seed=seed), jnp.int32(step), jnp.arange(2))
         return raw([jax.random.key_data(key) for key in (both.call, both.sequence)])
 
     first, second, third = (keys(step) for step in range(3))

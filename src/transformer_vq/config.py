@@ -220,7 +220,7 @@ class TrainConfig:
     sequence_len: int = _doc(1024, "tokens in a sequence")
     update_len: int = _doc(0, "tokens of each sequence per update, its state carried; 0: all")
     steps: int = _doc(1000, "updates")
-    accumulate: int = _doc(1, "parts of a batch, by rows, that take turns: less memory, as exact")
+    accumulate: int = _doc(0, "parts of a batch, by rows, that take turns; 0: small enough ones")
     optimizer: Optimizer = _doc("adamw", "muon: for matrices of units, with Adam for the rest")
     learning_rate: float = _doc(1e-3, "peak learning rate")
     schedule: Schedule = _doc(
@@ -280,7 +280,7 @@ class TrainConfig:
                 f"sequence_len is {self.sequence_len}, not a multiple of update_len, "
                 f"{self.update_len}: change one of them"
             )
-        if self.batch_size % self.accumulate:
+        if self.accumulate and self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size is {self.batch_size}, not a multiple of accumulate, "
                 f"{self.accumulate}: change one of them"
@@ -316,7 +316,7 @@ _TRAIN_AT_LEAST = {
     "sequence_len": 1,
     "update_len": 0,
     "steps": 1,
-    "accumulate": 1,
+    "accumulate": 0,
     "warmup_steps": 0,
     "decay_steps": 0,
     "seed": 0,

@@ -54,10 +54,14 @@ class State:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DropoutKeys:
-    """Randomness of one training call: masks that are drawn anew, and masks of a sequence."""
+    """Randomness of one training call: masks that are drawn anew, and masks of a sequence.
+
+    Every row draws for itself, so the rows of a batch may go through the model in any parts.
+    """
 
     call: Key
     sequence: Key  # the same in all calls that continue one sequence
+    rows: jax.Array  # int32 [B]: which rows of the batch those of the call are
 
 
 def model_specs(config: ModelConfig) -> tuple[Params, Params]:
@@ -234,11 +238,14 @@ def forward(
     x = keep_rows(embed(params, tokens, timeline, config))
     wave = distance_wave(config, state)
 
-    unit_keys = None
+    unit_keys, rows = None, jnp.arange(batch)
     if dropout is not None:
-        x = layers.dropout(
-            jax.random.fold_in(dropout.call, config.num_units), x, config.dropout_embedding
-        )
+        rows = dropout.rows
+        if config.dropout_embedding:
+            key = jax.random.fold_in(dropout.call, config.num_units)
+            row_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
+            drop_row = functools.partial(layers.dropout, rate=config.dropout_embedding)
+            x = jax.vmap(drop_row)(row_keys, x)
         unit_keys = jax.vmap(
             lambda i: (
                 jax.random.fold_in(dropout.call, i),
@@ -293,7 +300,7 @@ def forward(
             x = pieces.join_time(x, length)
             return x, unit_state, jax.tree.map(lambda a: a.sum(0), statistics)
 
-        whole = Piece(x, timeline, weights, places, jnp.arange(batch), jnp.int32(0))
+        whole = Piece(x, timeline, weights, places, rows, jnp.int32(0))
         x, unit_state, statistics = pieces.map_groups(plan, one_group, unit_state, whole)
         return keep_rows(x), (unit_state, statistics)
 

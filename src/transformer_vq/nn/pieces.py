@@ -36,7 +36,7 @@ class Piece(NamedTuple):
     timeline: Timeline
     weights: jax.Array | None  # [b, tokens]
     places: Places | None  # those of the call: `here` is 1 where they are in this piece
-    rows: jax.Array  # int32 [b]: which of the call's
+    rows: jax.Array  # int32 [b]: which of the batch
     block: jax.Array  # int32 []: which block of the call is the first here
 
 

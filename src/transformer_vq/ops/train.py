@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from transformer_vq.config import ModelConfig, TrainConfig
-from transformer_vq.nn import vq
+from transformer_vq.nn import pieces, vq
 from transformer_vq.nn.attention import AttentionState, keep_keys
 from transformer_vq.nn.layers import wide
 from transformer_vq.nn.model import (
@@ -57,8 +57,8 @@ class TrainState:
 
 def require_trainable(config: ModelConfig, train: TrainConfig, mesh: Mesh) -> None:
     """Raise `ValueError` for a model, a recipe and devices that do not go together."""
-    parts = "batch_size" if train.accumulate == 1 else "batch_size over accumulate"
-    require_divisible(train.batch_size // train.accumulate, mesh, parts)
+    parts = "batch_size" if train.accumulate < 2 else "batch_size over accumulate"
+    require_divisible(train.batch_size // max(train.accumulate, 1), mesh, parts)
     if train.streaming and config.attention == "full":
         raise ValueError(
             'streaming is true, but attention = "full" cannot go on without end: '
@@ -92,7 +92,7 @@ def start_codebook(
     takes a forward pass for each. Of a batch in parts (`accumulate`), the first part is used.
     """
     inputs, mask, documents = (
-        x[:: train.accumulate, : train.update_len]
+        x[:: max(train.accumulate, 1), : train.update_len]
         for x in (batch.inputs, batch.loss_mask, batch.document_ids)
     )
     state = _empty_state(config, len(inputs), train.sequence_len)
@@ -218,15 +218,17 @@ def make_update(config: ModelConfig, train: TrainConfig) -> Callable:
                 remat=train.remat,
             )
 
-        dropout = dropout_keys(train, step) if has_dropout else None
+        batch, length = piece.inputs.shape
+        dropout = dropout_keys(train, step, jnp.arange(batch)) if has_dropout else None
         places = None
         if config.attention == "vq" and train.revive_below:
             key = jax.random.fold_in(jax.random.key(train.seed), REVIVAL)
             key = jax.random.fold_in(key, step)
             places = vq.draw_places(key, piece.loss_mask, config.codebook_size)
-        if train.accumulate > 1:
-            gradient = _in_turns(gradient, train.accumulate)
-        grads, terms = gradient(state, piece, dropout, places)
+        # By default, the rows that go through a unit at once are those that take a turn.
+        parts = train.accumulate or pieces.plan(config, batch, length).groups
+        in_turns = gradient if parts == 1 else _in_turns(gradient, parts)
+        grads, terms = in_turns(state, piece, dropout, places)
         changes, opt_state = optimizer.update(grads, train_state.opt_state, params)
         metrics = _loss_metrics(terms, piece.loss_mask.size) | {
             "grad_norm": optax.tree.norm(grads),
@@ -249,8 +251,8 @@ def make_update(config: ModelConfig, train: TrainConfig) -> Callable:
 def _in_turns(gradient: Callable, parts: int) -> Callable:
     """`gradient`, of one part of the rows after the other: of each only the sums are kept.
 
-    A part takes every `parts`-th row, so that all devices have as many rows of each. Dropout draws
-    for every part anew. Places are of the whole batch, and each part finds its own.
+    A part takes every `parts`-th row, so that all devices have as many rows of each. Places are of
+    the whole batch, and each part finds its own.
     """
 
     def split(x: jax.Array) -> jax.Array:
@@ -260,8 +262,8 @@ def _in_turns(gradient: Callable, parts: int) -> Callable:
         return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
 
     def in_turns(state: State, piece: Traced, dropout: DropoutKeys | None, places: Places | None):
-        def sums_of(part: jax.Array, state: State, piece: Traced):
-            keys = jax.tree.map(lambda key: jax.random.fold_in(key, part), dropout)
+        def sums_of(part: jax.Array, rows: jax.Array, state: State, piece: Traced):
+            keys = None if dropout is None else replace(dropout, rows=rows)
             own = places
             if places is not None:
                 here = (places.rows % parts == part).astype(places.here.dtype)
@@ -273,7 +275,8 @@ def _in_turns(gradient: Callable, parts: int) -> Callable:
             added, state = sums_of(*xs)
             return jax.tree.map(jnp.add, sums, added), state
 
-        xs = (jnp.arange(parts), *jax.tree.map(split, (state, piece)))
+        rows = jnp.arange(piece.inputs.shape[0])
+        xs = (jnp.arange(parts), *jax.tree.map(split, (rows, state, piece)))
         first = jax.tree.map(lambda x: x[0], xs)
         shapes = jax.eval_shape(lambda *xs: sums_of(*xs)[0], *first)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -293,13 +296,14 @@ def _averaged(average: Params, weights: Params, train: TrainConfig, step: jax.Ar
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * wide(new), average, weights)
 
 
-def dropout_keys(train: TrainConfig, step: jax.Array) -> DropoutKeys:
+def dropout_keys(train: TrainConfig, step: jax.Array, rows: jax.Array) -> DropoutKeys:
     """The keys of the update that follows `step` updates: a function of seed and step alone."""
     root = jax.random.key(train.seed)
     sequence = step // train.updates_per_sequence
     return DropoutKeys(
         call=jax.random.fold_in(jax.random.fold_in(root, DROPOUT_CALL), step),
         sequence=jax.random.fold_in(jax.random.fold_in(root, DROPOUT_SEQUENCE), sequence),
+        rows=rows,
     )
 
 
