@@ -12,6 +12,7 @@ from transformer_vq.types import Key, Params
 
 PARTS = 4  # of the product of one row and a large matrix
 LARGE = 2**20  # numbers in it
+FEW = 64  # rows
 
 
 @dataclass(frozen=True)
@@ -118,27 +119,42 @@ def mlp(params: Params, x: jax.Array) -> jax.Array:
     return multiply(jnp.square(jax.nn.relu(hidden)), params["w_out"])
 
 
-def multiply(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """x `[..., in]` times `[in, out]`, as two matrices: then its gradient copies no transpose."""
-    rows, (width, out) = math.prod(x.shape[:-1]), matrix.shape
-    parts = parts_of(rows, matrix.size, width)
-    if parts == 1:
-        return (x.reshape(rows, width) @ matrix).reshape(*x.shape[:-1], out)
-    matrix = matrix.reshape(parts, width // parts, out)
-    return jnp.matmul(x.reshape(parts, 1, -1), matrix).sum(0).reshape(*x.shape[:-1], out)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class OutputMajor:
+    """A matrix that is stored as `[out, in]`, which products with few rows read in order."""
+
+    matrix: jax.Array
 
 
-def multiply_transposed(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """x `[..., in]` times a matrix that is stored as `[out, in]`."""
-    lead, (out, width) = x.shape[:-1], matrix.shape
-    rows = math.prod(lead)
+def multiply(x: jax.Array, matrix: jax.Array | OutputMajor) -> jax.Array:
+    """x `[..., in]` times a matrix `[in, out]`, as two matrices: then its gradient copies no
+    transpose."""
+    lead = x.shape[:-1]
+    x = x.reshape(-1, x.shape[-1])
+    y = by_output(x, matrix.matrix) if isinstance(matrix, OutputMajor) else x @ matrix
+    return y.reshape(*lead, -1)
+
+
+def by_output(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """x `[..., rows, in]` times a matrix `[..., out, in]`: `[..., rows, out]`.
+
+    How it is done with few rows is for XLA's CPU backend (docs/benchmarks.md). Barriers keep it
+    from what it likes better: to make one product of products with the same x, and to put x first,
+    since what comes second is packed anew each time.
+    """
+    *lead, rows, width = x.shape
+    out = matrix.shape[-2]
     parts = parts_of(rows, matrix.size, out)
-    x = x.reshape(1, rows, width)
-    if parts > 1:  # with a barrier, or XLA makes one product of products with the same x
-        x = jax.lax.optimization_barrier(jnp.broadcast_to(x, (parts, rows, width)))
-    matrix = matrix.reshape(parts, out // parts, width)
-    y = jax.lax.dot_general(x, matrix, (((2,), (2,)), ((0,), (0,))))
-    return jnp.moveaxis(y, 0, 1).reshape(*lead, out)
+    if parts > 1:
+        x = jnp.broadcast_to(x[..., None, :, :], (*lead, parts, rows, width))
+        matrix = matrix.reshape(*lead, parts, out // parts, width)
+        y = jnp.matmul(jax.lax.optimization_barrier(x), jnp.swapaxes(matrix, -1, -2))
+        return jnp.moveaxis(y, -3, -2).reshape(*lead, rows, out)
+    if jax.default_backend() == "cpu" and rows <= FEW:
+        y = jnp.matmul(matrix, jnp.swapaxes(x, -1, -2))
+        return jnp.swapaxes(jax.lax.optimization_barrier(y), -1, -2)
+    return jnp.matmul(x, jnp.swapaxes(matrix, -1, -2))
 
 
 def parts_of(rows: int, size: int, length: int) -> int:
@@ -146,7 +162,7 @@ def parts_of(rows: int, size: int, length: int) -> int:
     axis of `length`.
 
     XLA's CPU backend gives threads unequal shares of the product of one row and a large matrix;
-    several such products it shares evenly (docs/benchmarks.md).
+    several such products it shares evenly.
     """
     shared = jax.default_backend() == "cpu" and rows == 1 and size >= LARGE
     return math.gcd(length, PARTS) if shared else 1

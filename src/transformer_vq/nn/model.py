@@ -180,8 +180,9 @@ def to_logits(params: Params, x: jax.Array, config: ModelConfig) -> jax.Array:
     dtype = logits_dtype(config)
     if config.final_norm:
         x = layers.norm(params["final_norm"], x)
-    w_out = params["embedding"].T if config.tie_embeddings else params["w_out"]
-    logits = x.astype(dtype) @ w_out.astype(dtype) + params["output_bias"].astype(dtype)
+    w_out = params["w_out"] if "w_out" in params else params["embedding"].T
+    w_out = jax.tree.map(lambda a: a.astype(dtype), w_out)
+    logits = layers.multiply(x.astype(dtype), w_out) + params["output_bias"].astype(dtype)
     return logits * config.logit_scale
 
 

@@ -10,6 +10,7 @@ from transformer_vq.config import ModelConfig
 from transformer_vq.nn import attention, full, layers, vq
 from transformer_vq.nn.attention import AttentionState, Timeline
 from transformer_vq.nn.full import FullAttentionState
+from transformer_vq.nn.layers import OutputMajor
 from transformer_vq.nn.vq import Places
 from transformer_vq.types import Features, Params
 
@@ -56,14 +57,16 @@ def prepare_unit(
     return prepared
 
 
-def output_major(unit: Params) -> Params:
-    """A prepared unit with its wide projection transposed, as `w_in_t`.
+def for_few_rows(unit: Params) -> Params:
+    """A prepared unit with its matrices as products with few rows want them, which decoding depends
+    on; a product with many rows, and its gradient, wants them as they were."""
 
-    A product with few rows then reads it in order, which decoding depends on; a product with many
-    rows, and its gradient, wants it as it was.
-    """
-    rest = {name: array for name, array in unit.items() if name != "w_in"}
-    return {**rest, "w_in_t": unit["w_in"].T}
+    def turned(params: Params, *names: str) -> Params:
+        return params | {name: OutputMajor(params[name].T) for name in names}
+
+    if "mlp" in unit:
+        unit = unit | {"mlp": turned(unit["mlp"], "w_in", "w_out")}
+    return turned(unit, "w_in", "w_o")
 
 
 def no_drop(added: jax.Array, branch: int) -> jax.Array:
@@ -132,10 +135,7 @@ def _project_in(
     if "w_q" in unit:
         q, k, v = (x @ unit[name] for name in ("w_q", "w_k", "w_v"))
         return (q, k, jax.nn.silu(v), jax.nn.silu(x @ unit["w_g"])) if gated else (q, k, v, None)
-    if "w_in_t" in unit:
-        x = layers.multiply_transposed(x, unit["w_in_t"])
-    else:
-        x = layers.multiply(x, unit["w_in"])
+    x = layers.multiply(x, unit["w_in"])
     ends = (heads * d_k, (heads + groups) * d_k, (heads + groups) * d_k + groups * d_v)
     q, k, v, *gate = jnp.split(x, ends[: 2 + gated], axis=-1)
     if not gated:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from transformer_vq.nn.layers import ArraySpec, wide
+from transformer_vq.nn.layers import ArraySpec, by_output, wide
 from transformer_vq.types import Key, Params
 
 MIN_COUNT = 0.01  # a code used less than this keeps its size instead of dividing by nothing
@@ -42,9 +42,8 @@ def assign(keys: jax.Array, words: jax.Array) -> jax.Array:
     keys, words = wide(jax.lax.stop_gradient(keys)), wide(words)
     batch, length, groups, width = keys.shape
     size = words.shape[1]
-    # The keys first: einsum would swap the two and transpose the result.
     flat = jnp.moveaxis(keys, 2, 0).reshape(groups, batch * length, width)
-    products = jax.lax.dot_general(flat, words, (((2,), (2,)), ((0,), (0,))))
+    products = by_output(flat, words)
     distances = jnp.sum(jnp.square(words), axis=-1)[:, None] - 2.0 * products  # [G, B T, S]
     # The first of the nearest. Two reductions: XLA runs them much faster than an argmin.
     nearest = distances == jnp.min(distances, axis=-1, keepdims=True)
