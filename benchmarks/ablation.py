@@ -28,7 +28,7 @@ CONFIG = ModelConfig(
     d_model=128, d_k=64, num_layers=2, codebook_size=128, block_len=64, window_len=64
 )
 TRAIN = TrainConfig(
-    batch_size=4, sequence_len=512, learning_rate=4e-3, warmup_steps=30, remat=False
+    batch_size=4, sequence_len=1024, learning_rate=4e-3, warmup_steps=30
 )
 VARIANTS = {  # model, recipe
     "VQ, first codebook random": ({}, {"codebook_init": "random"}),
