@@ -27,9 +27,7 @@ from transformer_vq.ops.train import (
 CONFIG = ModelConfig(
     d_model=128, d_k=64, num_layers=2, codebook_size=128, block_len=64, window_len=64
 )
-TRAIN = TrainConfig(
-    batch_size=4, sequence_len=1024, learning_rate=4e-3, warmup_steps=30
-)
+TRAIN = TrainConfig(batch_size=4, sequence_len=1024, learning_rate=4e-3, warmup_steps=30)
 VARIANTS = {  # model, recipe
     "VQ, first codebook random": ({}, {"codebook_init": "random"}),
     "VQ, first codebook from data": ({}, {"codebook_init": "data"}),

@@ -108,4 +108,5 @@ def check_match(
         if unknown is not None and not subtree:
             difference = f"{unknown} is {saved[unknown]} in {path} and missing here"
     if difference:
-        raise CheckpointError(f"{difference}: use the configuration it was saved with")
+        hint = "use the configuration, and the version of this package, it was saved with"
+        raise CheckpointError(f"{difference}: {hint}")
