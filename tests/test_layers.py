@@ -65,6 +65,9 @@ def test_a_step_in_parts_is_a_step(all_are_large, rows, head_type):
     state = init_state(config, rows)
     program = str(jax.make_jaxpr(lambda tokens: extend(model, state, tokens)[0])(tokens[:, :1]))
     assert bool(re.search(r"f32\[4,1,\d+\]", program)) == (rows == 1)  # the parts of x
+    if rows == 3:  # the matrix first: w_in, w_o (and those of the MLP), codes, w_out
+        matrices = re.findall(r"f32\[(\d+),3\] = optimization_barrier", program)
+        assert {"16", "24"} < set(matrices), matrices
     logits = []
     for t in range(40):
         new, state = extend(model, state, tokens[:, t : t + 1])

@@ -109,9 +109,24 @@ def test_no_gradient_through_the_cache(double, monkeypatch):  # noqa: F811
 
 def test_dropout_does_not_depend_on_pieces(double, monkeypatch):  # noqa: F811
     """Every block of every row draws for itself."""
-    config = CASES["gated"].replace(dropout_residual=0.3, dropout_layer=0.4, dropout_sinusoid=0.2)
+    rates = dict(embedding=0.2, residual=0.3, layer=0.4, sinusoid=0.2)
+    config = CASES["gated"].replace(**{f"dropout_{name}": rate for name, rate in rates.items()})
     keys = model_module.DropoutKeys(jax.random.key(0), jax.random.key(1), jnp.arange(BATCH))
     expected = run(config, 10**6, monkeypatch, dropout=keys)
     close(run(config, 1, monkeypatch, dropout=keys), expected)
     other = model_module.DropoutKeys(jax.random.key(2), jax.random.key(1), jnp.arange(BATCH))
     far(run(config, 1, monkeypatch, dropout=other)[0][0], expected[0][0])
+
+
+@pytest.mark.parametrize("name", ["embedding", "residual", "layer"])
+def test_every_row_drops_for_itself(name, double):  # noqa: F811
+    config = CASES["gated"].replace(**{f"dropout_{name}": 0.5})
+    model, tokens = random_model(config), jnp.ones((8, 5), jnp.int32)
+
+    def features(rows):
+        keys = model_module.DropoutKeys(jax.random.key(0), jax.random.key(1), jnp.asarray(rows))
+        return np.asarray(forward(model, fresh(config, 8), tokens, dropout=keys)[0])
+
+    own, same = features(range(8)), features([3] * 8)
+    close(same, np.repeat(own[3:4], 8, 0))
+    far(own, np.repeat(own[3:4], 8, 0))

@@ -15,15 +15,7 @@ import jax.numpy as jnp
 from transformer_vq.config import ModelConfig
 from transformer_vq.nn.attention import Timeline
 from transformer_vq.nn.layers import OutputMajor
-from transformer_vq.nn.model import (
-    Model,
-    State,
-    distance_wave,
-    embed,
-    logits_dtype,
-    make_timeline,
-    to_logits,
-)
+from transformer_vq.nn.model import Model, State, distance_wave, embed, make_timeline, to_logits
 from transformer_vq.nn.unit import apply_unit, for_few_rows, prepare_unit
 from transformer_vq.types import Features, Params, PerRow, PerRowFlag
 
@@ -35,7 +27,7 @@ from transformer_vq.types import Features, Params, PerRow, PerRowFlag
 class Decoder:
     """A model prepared for decoding."""
 
-    params: Params  # the arrays outside of units; w_out also where it is the embedding
+    params: Params  # the arrays outside of units; the output projection `OutputMajor`
     units: tuple[Params, ...]  # `prepare_unit` of each, `for_few_rows`
     config: ModelConfig
 
@@ -49,10 +41,10 @@ def prepare(model: Model, state: State) -> Decoder:
         return for_few_rows(prepare_unit(params, codebook, wave, model.config))
 
     params = {name: array for name, array in model.params.items() if name != "units"}
-    by_word = params["embedding"] if model.config.tie_embeddings else params["w_out"].T
-    w_out = OutputMajor(by_word.astype(logits_dtype(model.config)))
+    if not model.config.tie_embeddings:
+        params["w_out"] = OutputMajor(params["w_out"].T)
     return Decoder(
-        params=params | {"w_out": w_out},
+        params=params,
         units=tuple(unit(i) for i in range(model.config.num_units)),
         config=model.config,
     )

@@ -133,7 +133,7 @@ def multiply(x: jax.Array, matrix: jax.Array | OutputMajor) -> jax.Array:
     lead = x.shape[:-1]
     x = x.reshape(-1, x.shape[-1])
     y = by_output(x, matrix.matrix) if isinstance(matrix, OutputMajor) else x @ matrix
-    return y.reshape(*lead, -1)
+    return y.reshape(*lead, y.shape[-1])
 
 
 def by_output(x: jax.Array, matrix: jax.Array) -> jax.Array:

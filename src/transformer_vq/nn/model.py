@@ -56,7 +56,8 @@ class State:
 class DropoutKeys:
     """Randomness of one training call: masks that are drawn anew, and masks of a sequence.
 
-    Every row draws for itself, so the rows of a batch may go through the model in any parts.
+    Every row draws for itself, but for sinusoids, whose mask is one for all: so the rows of a batch
+    may go through the model in any parts.
     """
 
     call: Key
@@ -180,7 +181,8 @@ def to_logits(params: Params, x: jax.Array, config: ModelConfig) -> jax.Array:
     dtype = logits_dtype(config)
     if config.final_norm:
         x = layers.norm(params["final_norm"], x)
-    w_out = params["w_out"] if "w_out" in params else params["embedding"].T
+    tied = config.tie_embeddings
+    w_out = layers.OutputMajor(params["embedding"]) if tied else params["w_out"]
     w_out = jax.tree.map(lambda a: a.astype(dtype), w_out)
     logits = layers.multiply(x.astype(dtype), w_out) + params["output_bias"].astype(dtype)
     return logits * config.logit_scale
