@@ -220,7 +220,7 @@ class TrainConfig:
     sequence_len: int = _doc(1024, "tokens in a sequence")
     update_len: int = _doc(0, "tokens of each sequence per update, its state carried; 0: all")
     steps: int = _doc(1000, "updates")
-    accumulate: int = _doc(0, "parts of a batch, by rows, that take turns; 0: small enough ones")
+    accumulate: int = _doc(0, "parts of a batch, by rows, that take turns; 0: 1, on a CPU more")
     optimizer: Optimizer = _doc("adamw", "muon: for matrices of units, with Adam for the rest")
     learning_rate: float = _doc(1e-3, "peak learning rate")
     schedule: Schedule = _doc(

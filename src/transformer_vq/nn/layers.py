@@ -12,7 +12,7 @@ from transformer_vq.types import Key, Params
 
 PARTS = 4  # of the product of one row and a large matrix
 LARGE = 2**20  # numbers in it
-FEW = 64  # rows
+FEW = 64  # rows, up to which a product has the matrix first
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def by_output(x: jax.Array, matrix: jax.Array) -> jax.Array:
 
     How it is done with few rows is for XLA's CPU backend (docs/benchmarks.md). Barriers keep it
     from what it likes better: to make one product of products with the same x, and to put x first,
-    since what comes second is packed anew each time.
+    since what comes second seems to be packed anew each time.
     """
     *lead, rows, width = x.shape
     out = matrix.shape[-2]
