@@ -474,7 +474,7 @@ def test_two_processes_save_and_one_restores(tmp_path):
     ]
     try:
         for process in processes:
-            _, errors = process.communicate(timeout=60)
+            _, errors = process.communicate(timeout=300)
             assert process.returncode == 0, errors
     finally:
         for process in processes:  # one that fails leaves the other waiting
@@ -508,5 +508,5 @@ with checkpoint.Checkpoints(sys.argv[1]) as checkpoints:
         raise AssertionError
 """
     process = run_python(code, str(tmp_path), env={**os.environ, "XLA_FLAGS": ""})
-    out, errors = process.communicate(timeout=60)
+    out, errors = process.communicate(timeout=300)
     assert (process.returncode, out, errors) == (0, "", "")

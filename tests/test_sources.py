@@ -316,22 +316,34 @@ import sys, time
 from pathlib import Path
 from transformer_vq.data import open_source, prepare
 
-data, cache, how, when = sys.argv[1:]
+data, cache, how = sys.argv[1:]
 build = prepare._build_text
 
 def slow(files, folder, *more):
     (Path(cache) / f"made-{time.monotonic_ns()}").touch()
-    time.sleep(600 if how == "dies" else 0.5)
+    time.sleep(600 if how == "dies" else 2)
     build(files, folder, *more)
 
 prepare._build_text = slow
 if how == "no locks":
     sys.modules["fcntl"] = None
 print("here", flush=True)
-while time.time() < float(when):  # all have started
-    time.sleep(0.01)
+sys.stdin.readline()  # until all have started
 print(open_source([data], cache=Path(cache)).fingerprint)
 """
+
+
+def start_making(*arguments):
+    """A process that makes the tokens when it is told to go."""
+    command = [sys.executable, "-c", MAKING, *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+
+
+def go(process):
+    assert process.stdout.readline() == "here\n"
+    process.stdin.write("go\n")
+    process.stdin.flush()
 
 
 @pytest.mark.parametrize(("how", "made"), [("waits", 1), ("no locks", 3)])
@@ -339,11 +351,12 @@ def test_one_process_makes_the_tokens_and_the_others_wait(tmp_path, how, made):
     """Where files cannot be locked, each makes its own, which are the same."""
     data, cache = write(tmp_path, "a.jsonl", lines(["one", "two"])), tmp_path / "cache"
     cache.mkdir()
-    arguments = [sys.executable, "-c", MAKING, str(data), str(cache), how, str(time.time() + 5)]
-    several = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    said = {process.communicate(timeout=60)[0] for process in several}
+    several = [start_making(data, cache, how) for _ in range(3)]
+    for process in several:
+        go(process)
+    said = {process.communicate(timeout=300)[0] for process in several}
     assert len(said) == 1 and not any(process.returncode for process in several)
-    assert said == {f"here\n{open_source([data]).fingerprint}\n"}
+    assert said == {f"{open_source([data]).fingerprint}\n"}
     assert len(list(cache.glob("made-*"))) == made
     left = [path.name for path in cache.iterdir() if not path.name.startswith("made-")]
     assert len(left) == 1 and not left[0].startswith(".")
@@ -352,16 +365,16 @@ def test_one_process_makes_the_tokens_and_the_others_wait(tmp_path, how, made):
 def test_a_process_that_dies_lets_the_next_one_make_them(tmp_path):
     data, cache = write(tmp_path, "a.jsonl", lines(["one", "two"])), tmp_path / "cache"
     cache.mkdir()
-    arguments = [sys.executable, "-c", MAKING, str(data), str(cache)]
-    first = subprocess.Popen([*arguments, "dies", "0"])
+    first = start_making(data, cache, "dies")
+    go(first)
     while not list(cache.glob("made-*")):
         time.sleep(0.01)
         assert first.poll() is None
-    second = subprocess.Popen([*arguments, "waits", "0"], stdout=subprocess.PIPE, text=True)
-    assert second.stdout.readline() == "here\n"
+    second = start_making(data, cache, "waits")
+    go(second)
     time.sleep(0.3)
     assert len(list(cache.glob("made-*"))) == 1  # control: it waits
     first.kill()
-    first.wait()
-    assert second.communicate(timeout=60)[0] == f"{open_source([data]).fingerprint}\n"
+    first.communicate()
+    assert second.communicate(timeout=300)[0] == f"{open_source([data]).fingerprint}\n"
     assert len(list(cache.glob("made-*"))) == 2

@@ -93,8 +93,18 @@ def outputs(processes, status=0):
     done = [process.communicate(timeout=600) for process in processes]
     for process, (_, errors) in zip(processes, done, strict=True):
         assert process.returncode == status, errors[-3000:]
-    # Without what the library between the processes says of itself.
-    return ["".join(re.split(r"(?m)^\[Gloo\].*\n", output)) for output, _ in done]
+    return [output for output, _ in done]
+
+
+# What the library between the processes prints of itself, from threads that break into each
+# other's lines.
+GLOO = "[Gloo] Rank 1 is connected to 1 peer ranks. Expected number of connected peer ranks is : 1"
+
+
+def quiet(output):
+    """Whether this output holds nothing but words of `GLOO`."""
+    found, known = (set(re.findall(r"[^\W\d]+", text)) for text in (output, GLOO))
+    return found <= known
 
 
 def run_two(env):
@@ -170,11 +180,12 @@ def test_train_stop_and_resume_on_other_devices(tmp_path, user_env, monkeypatch)
         processes[1].send_signal(signal.SIGTERM)
         said, nothing = outputs(processes, status=130)
     step = Checkpoints(tmp_path / "run" / "checkpoints").latest()
-    assert f"interrupted and saved at step {step}." in said and nothing == ""
+    assert f"interrupted and saved at step {step}." in said and quiet(nothing)
+    assert not quiet(said)  # control
     alone("run", "--resume", "--steps", str(step + 6))
     with together("--resume", "--steps", str(step + 12), "--mesh.tensor", "4") as processes:
         said, nothing = outputs(processes)
-    assert f"resuming at step {step + 6}" in said and nothing == ""
+    assert f"resuming at step {step + 6}" in said and quiet(nothing)
     alone("whole", "--steps", str(step + 12))
     parts, whole = losses(tmp_path / "run"), losses(tmp_path / "whole")
     assert list(parts[0]) == list(whole[0]) == list(range(2, step + 13, 2))
