@@ -1,4 +1,4 @@
-"""Products of few rows: of one and a large matrix in parts, of some with the matrix first."""
+"""Products of few rows: of one in parts, of some with the matrix first, whole or by halves."""
 
 import re
 
@@ -10,20 +10,21 @@ import pytest
 from transformer_vq import ModelConfig, extend, init_model, init_state
 from transformer_vq.nn import layers
 
-SIZES = [(1, 8, 12), (1, 7, 9), (1, 12, 10), (3, 8, 12), (70, 8, 12)]  # rows, in, out
+SIZES = [(1, 8, 12), (1, 7, 9), (1, 12, 10), (3, 8, 12), (6, 8, 12), (70, 8, 12)]  # rows, in, out
 
 
 @pytest.fixture
-def all_are_large(monkeypatch):
-    """Every matrix counts as large; what was compiled otherwise is forgotten, before and after."""
+def large(request, monkeypatch):
+    """Whether every matrix counts as large, or none; what was compiled otherwise is forgotten."""
     jax.clear_caches()
-    monkeypatch.setattr(layers, "LARGE", 1)
-    yield
+    monkeypatch.setattr(layers, "LARGE", 1 if request.param else 2**20)
+    yield request.param
     jax.clear_caches()
 
 
+@pytest.mark.parametrize("large", [True, False], indirect=True)
 @pytest.mark.parametrize(("rows", "width", "out"), SIZES)
-def test_few_rows_have_the_same_product(all_are_large, rows, width, out):
+def test_few_rows_have_the_same_product(large, rows, width, out):
     rng = np.random.default_rng(0)
     x, matrix = rng.normal(size=(rows, 1, width)), rng.normal(size=(width, out))
 
@@ -54,9 +55,9 @@ def test_when_there_are_parts(monkeypatch):
     assert layers.parts_of(2, 96, 12) == 1
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("rows", "large"), [(1, True), (3, True), (6, False)], indirect=["large"])
 @pytest.mark.parametrize("head_type", ["shga", "mha"])
-def test_a_step_in_parts_is_a_step(all_are_large, rows, head_type):
+def test_a_step_in_parts_is_a_step(large, rows, head_type):
     """Logits and state token by token, products in parts, are those of blocks."""
     config = ModelConfig(vocab_size=24, d_model=16, d_k=8, num_layers=1, codebook_size=7,
                          block_len=4, window_len=5, head_type=head_type)  # fmt: skip
@@ -65,9 +66,10 @@ def test_a_step_in_parts_is_a_step(all_are_large, rows, head_type):
     state = init_state(config, rows)
     program = str(jax.make_jaxpr(lambda tokens: extend(model, state, tokens)[0])(tokens[:, :1]))
     assert bool(re.search(r"f32\[4,1,\d+\]", program)) == (rows == 1)  # the parts of x
-    if rows == 3:  # the matrix first: w_in, w_o (and those of the MLP), codes, w_out
+    if rows > 1:  # the matrix first, three rows: w_in, w_o (and those of the MLP), codes, w_out
         matrices = re.findall(r"f32\[(\d+),3\] = optimization_barrier", program)
         assert {"16", "24"} < set(matrices), matrices
+        assert not re.search(r"f32\[\d+,6\] = optimization_barrier", program)
     logits = []
     for t in range(40):
         new, state = extend(model, state, tokens[:, t : t + 1])
