@@ -23,11 +23,11 @@ _XLA_FLAGS = {
 }
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: one compute thread each
     _XLA_FLAGS["--xla_cpu_multi_thread_eigen"] = "false"
-    # The older way to make loops takes half the time to compile. Without workers (`make test-slow`)
-    # and in processes of their own, programs are made as users' are.
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+    # XLA's older emitter of loops compiles in half the time. Without workers (`make test-slow`),
+    # and in processes that tests start, loops are made as users' are.
     if version("jaxlib").startswith("0.10."):  # the last that has it
         _XLA_FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
-    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 _given = os.environ.get("XLA_FLAGS", "").split()
 _names = {flag.split("=")[0] for flag in _given}
 os.environ["XLA_FLAGS"] = " ".join(

@@ -66,7 +66,7 @@ def test_a_step_in_parts_is_a_step(large, rows, head_type):
     state = init_state(config, rows)
     program = str(jax.make_jaxpr(lambda tokens: extend(model, state, tokens)[0])(tokens[:, :1]))
     assert bool(re.search(r"f32\[4,1,\d+\]", program)) == (rows == 1)  # the parts of x
-    if rows > 1:  # the matrix first, three rows: w_in, w_o (and those of the MLP), codes, w_out
+    if rows > 1:  # the matrix first, times three rows: w_in, w_o (those of the MLP), codes, w_out
         matrices = re.findall(r"f32\[(\d+),3\] = optimization_barrier", program)
         assert {"16", "24"} < set(matrices), matrices
         assert not re.search(r"f32\[\d+,6\] = optimization_barrier", program)
