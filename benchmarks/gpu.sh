@@ -17,7 +17,7 @@ cd "$repository"
 
 python="${PYTHON:-python3}"
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
-needs="import transformer_vq.ops.bench, transformer_vq.cli.bench"
+needs="import transformer_vq.measure.bench, transformer_vq.cli.bench"
 if ! "$python" -c "$needs"; then
   "$python" -m venv --system-site-packages build/gpu-venv
   python=build/gpu-venv/bin/python

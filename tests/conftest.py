@@ -94,6 +94,13 @@ def parity_dir() -> Path:
 
 
 @pytest.fixture
+def double():
+    """Computation in float64."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
 def user_env() -> dict[str, str]:
     """The environment for a `tvq` subprocess: one device and all cores, as a user has it."""
     flags = [f for f in os.environ["XLA_FLAGS"].split() if f.split("=")[0] not in _XLA_FLAGS]

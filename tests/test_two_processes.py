@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import re
 import signal
 import socket
@@ -14,11 +13,12 @@ import time
 import numpy as np
 import pytest
 
-import test_sample
+import tests.ops.test_sample as test_sample
+from tests.helpers import ROOT
 from transformer_vq import cli, generate
+from transformer_vq.engine.batch import Session
 from transformer_vq.io.checkpoint import Checkpoints
-from transformer_vq.metrics import read_metrics
-from transformer_vq.ops.generate import Session
+from transformer_vq.run.log import read_metrics
 
 PROGRAM = """
     import faulthandler, json, sys
@@ -30,7 +30,7 @@ PROGRAM = """
     assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (2, 8, 4)
 
     sys.path.insert(0, folder)
-    import test_sample as t
+    import tests.ops.test_sample as t
     from jax.experimental.multihost_utils import process_allgather
 
     out = {"rows": []}
@@ -40,7 +40,7 @@ PROGRAM = """
         local = [shard.index[0].indices(t.BATCH)[:2] for shard in tokens.addressable_shards]
         out["rows"].append([min(local)[0], max(local)[1]])
         out[name] = process_allgather(tokens, tiled=True).tolist()
-    from transformer_vq.ops.generate import Session
+    from transformer_vq.engine.batch import Session
     from transformer_vq.sharding import data_mesh
     session = Session(t.MODEL, t.PROMPTS, t.REQUESTS, mesh=data_mesh())
     out["requests"] = [[token.row, int(token)] for token in session]
@@ -109,7 +109,7 @@ def quiet(output):
 
 def run_two(env):
     """What both processes print of sampling."""
-    program, folder = textwrap.dedent(PROGRAM), os.path.dirname(__file__)
+    program, folder = textwrap.dedent(PROGRAM), str(ROOT)
     with two_processes(env, 4, "-c", program, "INDEX", "PORT", folder) as processes:
         return [json.loads(output.splitlines()[-1]) for output in outputs(processes)]
 

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformer_vq.config import ModelConfig, TrainConfig
+    from transformer_vq.engine.batch import generate, stream
+    from transformer_vq.engine.request import SamplingParams, Token
+    from transformer_vq.engine.score import score
     from transformer_vq.io.state import StateError, load_state, save_state
     from transformer_vq.nn.extend import extend
     from transformer_vq.nn.model import Model, State, init_model, init_state
-    from transformer_vq.ops.generate import generate, stream
-    from transformer_vq.ops.requests import SamplingParams, Token
     from transformer_vq.ops.sample import SampleConfig, sample_op
-    from transformer_vq.ops.score import score
 
 # Public name: the module it lives in, imported when first asked for. So `tvq --help` and readers of
 # configurations do not wait for JAX.
@@ -20,10 +20,10 @@ _HOMES = {
     "io.state": ["StateError", "load_state", "save_state"],
     "nn.extend": ["extend"],
     "nn.model": ["Model", "State", "init_model", "init_state"],
-    "ops.generate": ["generate", "stream"],
-    "ops.requests": ["SamplingParams", "Token"],
+    "engine.batch": ["generate", "stream"],
+    "engine.request": ["SamplingParams", "Token"],
     "ops.sample": ["SampleConfig", "sample_op"],
-    "ops.score": ["score"],
+    "engine.score": ["score"],
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -67,7 +67,7 @@ class Bench:
         except ValueError as error:
             raise as_usage(error, "--config.", ModelConfig) from None
 
-        from transformer_vq.ops import bench
+        from transformer_vq.measure import bench
 
         about = bench.device_info()
         if not self.json:
@@ -87,7 +87,7 @@ class Bench:
         return 0
 
     def _measure(self, config: ModelConfig):
-        from transformer_vq.ops import bench
+        from transformer_vq.measure import bench
 
         if self.what == "decode":
             for batch in self.batch or (1, 8, 32):

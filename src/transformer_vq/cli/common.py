@@ -26,9 +26,9 @@ from transformer_vq.data import (
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from transformer_vq.metrics import Tracker
-    from transformer_vq.ops.loop import TrainResult
-    from transformer_vq.ops.run import DataSource
+    from transformer_vq.run.folder import DataSource
+    from transformer_vq.run.log import Tracker
+    from transformer_vq.run.loop import TrainResult
 
 
 CheckpointOption = Annotated[
@@ -100,8 +100,8 @@ def train_with_progress(
     mesh: "Mesh | None" = None,
 ) -> "TrainResult":
     """`ops.loop.train` on the train split of `tokens`, live on the terminal."""
-    from transformer_vq.metrics import Progress
-    from transformer_vq.ops import loop
+    from transformer_vq.run import loop
+    from transformer_vq.show.progress import Progress
 
     source = as_source(tokens)
     tokens_per_step = train.batch_size * train.update_len

@@ -70,9 +70,10 @@ class Demo:
 
     def _make(self) -> int:
         from transformer_vq.cli.evaluate import score, summary
-        from transformer_vq.figures import learning_curve
-        from transformer_vq.metrics import duration, read_metrics
-        from transformer_vq.ops.run import DataSource, checkpoints_of, load_info, load_run
+        from transformer_vq.run.folder import DataSource, checkpoints_of, load_info, load_run
+        from transformer_vq.run.log import read_metrics
+        from transformer_vq.show.figures import learning_curve
+        from transformer_vq.show.progress import duration
 
         path = bundled_corpus()
         tokens = load_bytes(path)

@@ -14,7 +14,7 @@ from transformer_vq.data import run_tokenizer
 if TYPE_CHECKING:
     from transformer_vq import Model
     from transformer_vq.ops.evaluate import Evaluation
-    from transformer_vq.ops.run import RunInfo
+    from transformer_vq.run.folder import RunInfo
 
 
 TOO_MUCH = 1.2  # bpb after the longest histories over the best beyond the length of training
@@ -63,7 +63,7 @@ class Evaluate:
                 f"{self.chunk_len}, or less than it"
             )
 
-        from transformer_vq.ops.run import find_step, load_run
+        from transformer_vq.run.folder import find_step, load_run
 
         model, info = load_run(self.run, find_step(self.run, self.checkpoint))
         source = run_data(info.data, flat(self.data), run_tokenizer(self.run))

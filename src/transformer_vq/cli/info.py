@@ -39,8 +39,8 @@ class Info:
 
 def describe(folder: Path, checkpoint: str = "latest") -> dict[str, Any]:
     """All that `tvq info` tells. Raises `RunError` and `CheckpointError` as `load_info` does."""
-    from transformer_vq.metrics import read_metrics
-    from transformer_vq.ops.run import checkpoints_of, find_step, load_info
+    from transformer_vq.run.folder import checkpoints_of, find_step, load_info
+    from transformer_vq.run.log import read_metrics
 
     info = load_info(folder, find_step(folder, checkpoint))
     config, train = info.config, info.train
@@ -91,7 +91,7 @@ def _show(record: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from transformer_vq.metrics import duration
+    from transformer_vq.show.progress import duration
 
     model, data, training = record["model"], record["data"], record["training"]
     config, train = record["config"], record["train"]

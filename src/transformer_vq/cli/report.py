@@ -13,15 +13,15 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from transformer_vq.charts import Series, heat_map, line_chart
 from transformer_vq.cli.common import describe_model, number, run_data, size
 from transformer_vq.cli.parse import DataPaths, UsageError, flat, option
 from transformer_vq.config import ModelConfig
 from transformer_vq.data import DataError, run_tokenizer
+from transformer_vq.show.charts import Series, heat_map, line_chart
 
 if TYPE_CHECKING:
-    from transformer_vq.metrics import Record
     from transformer_vq.ops.evaluate import Evaluation
+    from transformer_vq.run.log import Record
 
 EVAL_TOKENS = 65_536
 SAMPLES = 8  # of those in samples.jsonl
@@ -50,7 +50,7 @@ class Report:
 
     def main(self) -> int:
         from transformer_vq.cli.info import describe
-        from transformer_vq.metrics import read_metrics
+        from transformer_vq.run.log import read_metrics
 
         path = Path(self.out) if self.out else self.run / "report.html"
         if not path.parent.is_dir() and self.out:
@@ -76,7 +76,7 @@ class Report:
 
     def _evaluate(self) -> "Evaluation":
         from transformer_vq.cli.evaluate import score
-        from transformer_vq.ops.run import load_run
+        from transformer_vq.run.folder import load_run
 
         model, info = load_run(self.run)
         source = run_data(info.data, flat(self.data), run_tokenizer(self.run))
@@ -145,7 +145,7 @@ def _head(name: str, run: Mapping[str, Any]) -> str:
 
 
 def _tiles(run: Mapping[str, Any], records: Sequence["Record"]) -> str:
-    from transformer_vq.metrics import duration
+    from transformer_vq.show.progress import duration
 
     training, model = run["training"], run["model"]
     scored = [r for r in records if "validation_bpb" in r]

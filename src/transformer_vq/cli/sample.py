@@ -299,7 +299,7 @@ def open_model(
 ) -> "tuple[Model, Any, State | None]":
     """The model of a run, its info, and a state of it from a file, if one is named."""
     from transformer_vq.io.state import StateError, load_state
-    from transformer_vq.ops.run import find_step, load_run
+    from transformer_vq.run.folder import find_step, load_run
 
     model, info = load_run(folder, find_step(folder, checkpoint))
     if not state_file:
@@ -329,8 +329,8 @@ def read(
     model: "Model", prompt: list[int], state: "State | None", *, room: int, quiet: bool = False
 ) -> "State":
     """The state after a prompt, read piece by piece; `room`: for so many tokens more."""
+    from transformer_vq.engine.request import SamplingParams
     from transformer_vq.nn.model import init_state
-    from transformer_vq.ops.requests import SamplingParams
 
     capacity = None
     if model.config.attention == "full":
@@ -350,7 +350,7 @@ def read(
 def _session(
     model: "Model", prompt: list[int], params: "SamplingParams", state: "State | None"
 ) -> Any:
-    from transformer_vq.ops.generate import Session
+    from transformer_vq.engine.batch import Session
 
     return Session(model, [prompt], params, state)
 

@@ -63,7 +63,7 @@ class Score:
             if info.data.image_shape:
                 raise UsageError(f"the run in {self.run} is one of pictures: tvq eval scores those")
 
-            from transformer_vq.ops.score import score_pieces
+            from transformer_vq.engine.score import score_pieces
 
             began = time.monotonic()
             total, lines = _Total(tokenizer), _Lines(tokenizer)

@@ -25,7 +25,7 @@ from transformer_vq.data import (
 DEFAULT_PRESET = "tiny"  # minutes on a laptop
 
 if TYPE_CHECKING:
-    from transformer_vq.metrics import Tracker
+    from transformer_vq.run.log import Tracker
 
     ConfigOptions = dict[str, Any]  # the fields that are given
     TrainOptions = dict[str, Any]
@@ -166,7 +166,7 @@ class Train:
         if self.distributed or self.coordinator:
             join_processes(self.coordinator, self.num_processes, self.process_id)
 
-        from transformer_vq.ops.run import DataSource
+        from transformer_vq.run.folder import DataSource
         from transformer_vq.sharding import make_mesh
 
         print(f"model: {describe_model(config)}")
@@ -199,7 +199,7 @@ class Train:
 
     def _trackers(self) -> "list[Tracker]":
         """What was asked for besides metrics.jsonl; raises `TrackerError` if it is missing."""
-        from transformer_vq.trackers import TensorBoard, WandB
+        from transformer_vq.show.trackers import TensorBoard, WandB
 
         trackers: list[Tracker] = [TensorBoard()] if self.tensorboard else []
         return [*trackers, WandB(self.wandb)] if self.wandb else trackers
@@ -213,7 +213,7 @@ class Train:
             config = config.replace(vocab_size=load_tokenizer(self.tokenizer).vocab_size)
 
         from transformer_vq.cli.common import describe_model, number, size
-        from transformer_vq.ops.dry_run import plan
+        from transformer_vq.run.plan import plan
 
         print(f"model: {describe_model(config)}")
         print(

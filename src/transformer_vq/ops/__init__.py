@@ -1,5 +1,1 @@
-"""Programs over the mathematics: training, evaluation, sampling. Here things are compiled."""
-
-from transformer_vq.ops.trim import trim_after_compiling
-
-trim_after_compiling()
+"""Programs over the mathematics, compiled: training, evaluation, sampling."""

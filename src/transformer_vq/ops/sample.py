@@ -2,7 +2,7 @@
 
 A step is the same everywhere: take the logits in the state, apply each row's controls, draw a token
 with the row's own key, consume it. Rows never meet, so a request's tokens depend on its prompt, its
-parameters and its seed alone. Requests are handled on the host, in `ops/generate.py`.
+parameters and its seed alone. Requests are handled on the host, in `engine/batch.py`.
 """
 
 import functools

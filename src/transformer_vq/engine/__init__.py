@@ -1,0 +1,1 @@
+"""Requests on the host: token ids in, token ids out."""

@@ -1,0 +1,72 @@
+"""Scoring: how probable a model finds the tokens of given texts."""
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from transformer_vq.engine.batch import Session, prompt_pieces
+from transformer_vq.engine.request import SamplingParams
+from transformer_vq.nn.model import Model, State, forward
+from transformer_vq.ops.loss import token_nll
+
+Scores = list[float | None]  # of the tokens of a text
+
+
+def score(model: Model, texts: Sequence[Sequence[int]], state: State | None = None) -> list[Scores]:
+    """The log-probability of every token of every text given all before it, in nats.
+
+    Texts are read block-parallel, as prompts are. The first token of a text that follows nothing
+    has no probability: None. With a `state`, of one row each or one row for all, texts continue it.
+
+    Raises `ValueError` as `generate` does.
+    """
+    return _score(model, texts, state)[0]
+
+
+def score_pieces(
+    model: Model, pieces: Iterable[Sequence[int]], state: State | None = None
+) -> Iterator[tuple[Sequence[int], Scores]]:
+    """`score` of one text that comes in pieces: each with its scores, in memory for one of them.
+
+    Where it is cut changes nothing but the rounding. (A state of full attention holds no more
+    than it was made for: there, the text is one piece.) Raises `ValueError` as `score` does.
+    """
+    for piece in pieces:
+        (scores,), state = _score(model, [piece], state)
+        yield piece, scores
+
+
+def _score(
+    model: Model, texts: Sequence[Sequence[int]], state: State | None
+) -> tuple[list[Scores], State]:
+    """The scores of texts, and the state after them."""
+    session = Session(model, texts, SamplingParams(max_tokens=1), state)
+    now = session.state
+    rows = now.position.shape[0]
+    known = np.asarray(now.position) > 0
+    scores: list[Scores] = [[] for _ in texts]
+    for tokens, lengths in prompt_pieces([list(text) for text in texts], rows):
+        now, logprobs = _score_piece(model, now, tokens, lengths)
+        for row, found in enumerate(np.asarray(logprobs)):
+            scores[row] += found[: lengths[row]].tolist()
+    for row, known_row in enumerate(known):
+        if scores[row] and not known_row:
+            scores[row][0] = None
+    return scores, now
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def _score_piece(
+    model: Model, state: State, tokens: jax.Array, lengths: jax.Array
+) -> tuple[State, jax.Array]:
+    """The state after a piece of every text, `[B, T]`, and the log-probabilities of its tokens."""
+    before = jax.nn.log_softmax(state.logits)
+    first = jnp.take_along_axis(before, tokens[:, :1], axis=1)
+    features, state, _ = forward(model, state, tokens, lengths=lengths)
+    if tokens.shape[1] == 1:
+        return state, first
+    rest = -token_nll(model, features[:, :-1], tokens[:, 1:])
+    return state, jnp.concatenate([first, rest], axis=1).astype(jnp.float32)

@@ -1,0 +1,1 @@
+"""How fast and how large: benchmarks, and the memory of the process."""

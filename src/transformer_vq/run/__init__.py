@@ -1,0 +1,1 @@
+"""A run's life: its folder, its loop, what it logs, how it stops and goes on."""

@@ -1,0 +1,241 @@
+"""The folder of a run: what was trained on what, and the model that came of it.
+
+runs/NAME/
+  config.json     model, training and data of the run, for people and tools to read; and the
+                  versions and devices of its latest sitting
+  metrics.jsonl   a JSON object a line (`transformer_vq.run.log`)
+  samples.jsonl   what the model wrote at each validation (`transformer_vq.run.samples`)
+  checkpoints/    one folder per step (`transformer_vq.io.checkpoint`), each with its RunInfo
+"""
+
+import collections
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from transformer_vq.config import ModelConfig, TrainConfig
+from transformer_vq.data import OnError, Source, as_source
+from transformer_vq.io.checkpoint import Checkpoints
+from transformer_vq.nn.layers import wide
+from transformer_vq.nn.model import Model, init_model
+
+# What decides which data an update sees: a run cannot go on with another value.
+DATA_FIELDS = ("batch_size", "sequence_len", "update_len", "seed")
+# What decides which arrays a checkpoint holds: neither.
+STATE_FIELDS = ("optimizer", "ema_decay", "streaming")
+
+
+class RunError(ValueError):
+    """A run cannot be started, resumed, read or go on; one sentence says why and what to do."""
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """What a run was trained on: where it was, and what identifies it wherever it is now."""
+
+    path: str  # the first of the paths
+    size: int  # tokens, all splits together
+    fingerprint: str  # SHA-256 of them
+    documents: int = 1
+    more_paths: tuple[str, ...] = ()
+    text_column: str = "text"  # these: how they were read
+    image_size: int = 0
+    on_error: OnError = "stop"
+    image_shape: tuple[int, int, int] | None = None  # height, width, channels; None for text
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "more_paths", tuple(self.more_paths))  # JSON knows lists only
+        if self.image_shape is not None:
+            object.__setattr__(self, "image_shape", tuple(self.image_shape))
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.path, *self.more_paths)
+
+    @classmethod
+    def of(cls, path: str | os.PathLike, tokens: np.ndarray | Source, **how: Any) -> "DataSource":
+        """The source `tokens`, loaded from `path`, and how. Reads all of them, if it must."""
+        source = as_source(tokens)
+        return cls(
+            str(path),
+            len(source.tokens),
+            source.fingerprint,
+            documents=len(source.starts),
+            image_shape=source.image_shape,
+            **how,
+        )
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What defines a run, and how far it is."""
+
+    config: ModelConfig
+    train: TrainConfig
+    data: DataSource
+    tokenizer: str = "bytes"
+    step: int = 0  # updates done
+    seconds: float = 0.0  # of training that they took, all sittings together
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RunInfo":
+        """The inverse of `to_dict`. Raises `RunError` for fields that it does not know."""
+        try:
+            return cls(
+                **{
+                    **values,
+                    "config": ModelConfig.from_dict(values["config"]),
+                    "train": TrainConfig(**values["train"]),
+                    "data": DataSource(**values["data"]),
+                }
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(f"the run is of another version of this program: {error}") from None
+
+
+def checkpoints_of(folder: str | os.PathLike, keep: int = 3) -> Checkpoints:
+    """The checkpoints of the run in `folder`, which need not exist yet."""
+    return Checkpoints(Path(folder) / "checkpoints", keep=keep)
+
+
+def find_step(folder: str | os.PathLike, checkpoint: str) -> int | None:
+    """The step that `latest` (as None), `best` or a number names in the run in `folder`.
+
+    Raises `RunError` for another name, or `best` where no checkpoint has a validation loss.
+    """
+    if checkpoint == "latest":
+        return None
+    if checkpoint == "best":
+        best = checkpoints_of(folder).best()
+        if best is None and checkpoints_of(folder).latest() is not None:
+            raise RunError(
+                f"no checkpoint in {folder} has a validation loss: use latest, and let "
+                f"evaluate_every and checkpoint_every meet in the next run"
+            )
+        return best
+    if not (checkpoint.isascii() and checkpoint.isdecimal()):
+        raise RunError(f"the checkpoint is {checkpoint!r}: it must be latest, best or a step")
+    return int(checkpoint)
+
+
+def load_info(folder: str | os.PathLike, step: int | None = None) -> RunInfo:
+    """What the checkpoint of `step` (by default the newest) says of the run in `folder`.
+
+    Raises `RunError` if there is no such folder or it has no checkpoint, `CheckpointError` if the
+    checkpoint is damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise RunError(f"there is no run folder {folder}: name one that was trained")
+    checkpoints = checkpoints_of(folder)
+    if checkpoints.latest() is None:
+        raise RunError(f"{folder} has no checkpoint: train until one is saved")
+    return RunInfo.from_dict(checkpoints.metadata(step))
+
+
+def load_run(
+    folder: str | os.PathLike, step: int | None = None, *, average: bool = True
+) -> tuple[Model, RunInfo]:
+    """The model of the run in `folder` at `step` (by default the newest checkpoint), and its info.
+
+    A run with `ema_decay` gives the average of its weights, or those of `step` alone if not
+    `average`. Raises `RunError` and `CheckpointError` as `load_info` does.
+    """
+    info = load_info(folder, step)
+    like = jax.eval_shape(functools.partial(init_model, info.config), jax.random.key(0))
+    parts = {"params": like.params, "codebook": like.codebook}
+    if average and info.train.ema_decay:
+        wide_parts = jax.tree.map(lambda x: jax.eval_shape(wide, x), parts)
+        saved, _ = checkpoints_of(folder).restore_subtree(info.step, {"average": wide_parts})
+        parts = jax.tree.map(lambda x: x.astype(info.config.param_dtype), saved["average"])
+    else:
+        parts, _ = checkpoints_of(folder).restore_subtree(info.step, parts)
+    return Model(parts["params"], parts["codebook"], info.config), info
+
+
+def open_run(folder: Path, info: RunInfo, *, resume: bool) -> RunInfo:
+    """Make `folder` ready for training: the info to go on from, of which `step` may be 0.
+
+    Raises `RunError`: for a folder that holds checkpoints, unless `resume`; with `resume` if it
+    does not exist, or its run has another model, other data, or another order of them.
+    """
+    latest = checkpoints_of(folder).latest()
+    if latest is not None and not resume:
+        raise RunError(
+            f"{folder} already holds a run, at step {latest}: resume it or use another folder"
+        )
+    if resume and not folder.is_dir():
+        raise RunError(f"there is no run folder {folder} to resume: start without resuming")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot make the run folder {folder}: {error.strerror}") from None
+    if latest is not None:
+        saved = load_info(folder)
+        _require_same(folder, saved, info)
+        info = dataclasses.replace(info, step=saved.step, seconds=saved.seconds)
+    if jax.process_index() == 0:
+        content = info.to_dict()
+        del content["step"], content["seconds"]  # checkpoints know
+        content["environment"] = environment()
+        _write_json(folder / "config.json", content)
+    return info
+
+
+def environment() -> dict[str, str]:
+    """What this process runs on: versions by name, and the devices."""
+    packages = ("transformer-vq", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "grain")
+    devices = collections.Counter(device.device_kind for device in jax.devices())
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+        "system": f"{platform.system()} {platform.machine()}",
+        "devices": ", ".join(f"{count} × {kind}" for kind, count in devices.items()),
+        "processes": str(jax.process_count()),
+    }
+
+
+def _require_same(folder: Path, saved: RunInfo, given: RunInfo) -> None:
+    """Raise `RunError` naming the first thing that a run cannot change as it goes on."""
+
+    def require(name: str, old: Any, new: Any) -> None:
+        if old != new:
+            raise RunError(
+                f"the run in {folder} has {name} {old}, not {new}: "
+                f"resume it with the same, or start another in a new folder"
+            )
+
+    for field in dataclasses.fields(ModelConfig):
+        require(field.name, getattr(saved.config, field.name), getattr(given.config, field.name))
+    for name in (*DATA_FIELDS, *STATE_FIELDS):
+        require(name, getattr(saved.train, name), getattr(given.train, name))
+    require("tokenizer", saved.tokenizer, given.tokenizer)
+    if saved.data.fingerprint != given.data.fingerprint:
+        raise RunError(
+            f"the run in {folder} was trained on other data ({saved.data.path}, "
+            f"{saved.data.size:,} tokens) than {given.data.path}, {given.data.size:,} tokens: "
+            f"resume it with the same, or start another in a new folder"
+        )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file that is whole at any moment. Raises `RunError` if that cannot be."""
+    draft = path.with_name(f".{path.name}.new")
+    try:
+        draft.write_text(json.dumps(content, indent=2) + "\n")
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path}: {error.strerror}") from None

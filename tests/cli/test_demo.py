@@ -1,0 +1,68 @@
+"""`tvq demo`, small; and, slowly, the real one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from transformer_vq.cli import demo, main
+from transformer_vq.config import ModelConfig, TrainConfig
+from transformer_vq.show.figures import learning_curve
+
+FILES = {"checkpoints", "config.json", "metrics.jsonl", "learning_curve.png", "samples.txt",
+         "results.json"}  # fmt: skip
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        return picture.size
+
+
+def test_demo_leaves_a_run_and_is_done(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("TVQ_CACHE", "")
+    config = ModelConfig(d_model=32, d_k=16, num_layers=1, codebook_size=16, window_len=16)
+    train = TrainConfig(batch_size=8, sequence_len=64, steps=4, evaluate_tokens=500, remat=False)
+    monkeypatch.setattr(demo, "CONFIG", config)
+    monkeypatch.setattr(demo, "TRAIN", train)
+    monkeypatch.setattr(demo, "SAMPLE_TOKENS", 20)
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out)]) == 0
+    first = capsys.readouterr().out
+    for text in ("Transformer-VQ", "bz2 -9", "2.873", "xz -9e", "3.175", "The whale", "tvq sample"):
+        assert text in first
+    assert {path.name for path in out.iterdir()} >= FILES
+    assert picture_size(out / "learning_curve.png") == (1200, 675)
+    assert all(prompt in (out / "samples.txt").read_text() for prompt in demo.PROMPTS)
+    results = json.loads((out / "results.json").read_text())
+    assert results["finished"] and results["tokens"] == 60_249
+
+    written = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert main(["demo", "--out", str(out)]) == 0
+    again = capsys.readouterr().out
+    again_written = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert again_written == written  # told again: neither trained nor evaluated
+    assert "is done" in again and f"{results['bpb']:.3f}" in again and "The whale" in again
+
+    # An interrupted demo, trained but not evaluated, goes on.
+    (out / "results.json").unlink()
+    assert main(["demo", "--out", str(out)]) == 0
+    assert json.loads((out / "results.json").read_text())["bpb"] == results["bpb"]
+
+
+def test_learning_curve_of_little(tmp_path):
+    """No measurements, or one, are no reason to fail."""
+    learning_curve([], tmp_path / "none.png")
+    learning_curve([{"step": 1, "bpb": 8.0}], tmp_path / "one.png", levels={"xz": 3.0}, test=2.0)
+    assert picture_size(tmp_path / "one.png") == (1200, 675)
+
+
+@pytest.mark.slow
+def test_the_demo_beats_bz2_in_five_minutes(tmp_path, user_env):
+    tvq = str(Path(sys.executable).with_name("tvq"))
+    subprocess.run([tvq, "demo"], cwd=tmp_path, env=user_env, check=True, stdout=subprocess.PIPE)
+    results = json.loads((tmp_path / "runs/demo/results.json").read_text())
+    assert results["seconds"] < 5 * 60  # of training, however slow the machine is
+    assert results["bpb"] < 8 * results["bz2_bytes"] / results["bytes"] - 0.2

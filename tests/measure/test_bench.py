@@ -1,0 +1,62 @@
+"""`tvq bench` on a tiny model: every benchmark gives its figures; wrong options a sentence."""
+
+import json
+
+import pytest
+
+from transformer_vq.cli import main
+from transformer_vq.measure import bench
+
+TINY = ["--config.d-model", "16", "--config.d-k", "8", "--config.num-layers", "1"]
+TINY += ["--config.codebook-size", "8", "--config.window-len", "8", "--config.block-len", "8"]
+
+
+def record(capsys, *arguments):
+    assert main(["bench", *arguments, "--preset", "tiny", *TINY, "--repeats", "1", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["decode", "--batch", "2", "--position", "3"],
+        ["prefill", "--length", "20"],
+        ["sample", "--batch", "8", "--length", "4", "5"],
+        ["train", "--batch", "8", "--length", "16", "--attention", "vq", "full"],
+        ["evaluate", "--length", "20"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_figures(arguments, capsys, monkeypatch):
+    monkeypatch.setenv("TVQ_CACHE", "")
+    monkeypatch.setattr(bench, "PROBE_BYTES", 2**20)
+    monkeypatch.setattr(bench, "PROBE_SIZE", 128)
+    found = record(capsys, *arguments)
+    assert found["what"] == arguments[0] and found["devices"] == 8 and found["jax"]
+    assert len(found["results"]) == (2 if arguments[0] in ("sample", "train") else 1)
+    for row in found["results"]:
+        assert row["tokens_per_second"] > 0 and row["peak_bytes"] > 0
+        if arguments[0] == "decode":
+            assert row["bandwidth"] > 0 and row["ms_low"] <= row["ms_per_step"] <= row["ms_high"]
+            fraction = row["bytes_per_step"] / (row["ms_per_step"] / 1e3) / row["bandwidth"]
+            assert row["bandwidth_fraction"] == pytest.approx(fraction)
+        if arguments[0] == "train":
+            rate = row["tokens_per_second"] * row["flops_per_token"] / row["product_rate"]
+            assert row["mfu"] == pytest.approx(rate)
+            assert row["block_len"] == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["decode", "--batch", "0"], "--batch is 0: it must be at least 1"),
+        (["train", "--repeats", "0"], "--repeats is 0: it must be at least 1"),
+        (["prefill", "--preset", "none"], "unknown preset 'none'"),
+        (["flight"], "flight"),
+        (["train", "--batch", "3", *TINY], "batch_size is 3: it must be a multiple of the 8"),
+    ],
+)
+def test_wrong_options(arguments, sentence, capsys, monkeypatch):
+    monkeypatch.setenv("TVQ_CACHE", "")
+    assert main(["bench", *arguments]) in (1, 2)
+    assert sentence in capsys.readouterr().err
