@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from transformer_vq.errors import UserError
+
 HeadType = Literal["shga", "mqa", "mha"]
 Attention = Literal["vq", "full"]
 DType = Literal["float32", "bfloat16", "float16", "float64"]
@@ -75,30 +77,28 @@ class ModelConfig:
             if not value and name in ("d_v", "num_heads"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ValueError(
-                    f"{name} is {value!r}: it must be a whole number of at least {low}"
-                )
+                raise UserError(f"{name} is {value!r}: it must be a whole number of at least {low}")
         for name in (*_PROBABILITIES, *_FINITE):
             try:
                 fill(name, float(getattr(self, name)))
             except (TypeError, ValueError):
-                raise ValueError(f"{name} is {getattr(self, name)!r}: not a number") from None
+                raise UserError(f"{name} is {getattr(self, name)!r}: not a number") from None
         for name in _PROBABILITIES:
             if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be in [0, 1)")
+                raise UserError(f"{name} is {getattr(self, name)}: it must be in [0, 1)")
         for name in ("max_wavelength", "logit_scale"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} is {value}: it must be a finite number above 0")
+                raise UserError(f"{name} is {value}: it must be a finite number above 0")
         if not (math.isfinite(self.commit_coefficient) and self.commit_coefficient >= 0):
-            raise ValueError(
+            raise UserError(
                 f"commit_coefficient is {self.commit_coefficient}: it must be finite, 0 or more"
             )
         if self.d_model % 2:
-            raise ValueError(f"d_model is {self.d_model}: it must be even (sine and cosine halves)")
+            raise UserError(f"d_model is {self.d_model}: it must be even (sine and cosine halves)")
         if not self.num_heads:
             if self.head_type != "shga" and self.d_model % self.d_k:
-                raise ValueError(
+                raise UserError(
                     f"d_model is {self.d_model}, not a multiple of d_k, {self.d_k}: "
                     f"change one of them, or give num_heads"
                 )
@@ -143,7 +143,7 @@ class ModelConfig:
         Fields that follow from others (`d_v`, `num_heads`) follow the replaced ones.
         """
         if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}: the presets are {', '.join(PRESETS)}")
+            raise UserError(f"unknown preset {name!r}: the presets are {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
 
     def replace(self, **changes: Any) -> "ModelConfig":
@@ -162,7 +162,7 @@ class ModelConfig:
         known = [f.name for f in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
-            raise ValueError(
+            raise UserError(
                 f"unknown configuration field {unknown[0]!r}: the fields are {', '.join(known)}"
             )
         return cls(**values)
@@ -172,9 +172,9 @@ class ModelConfig:
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"the configuration is not JSON: {error}") from None
+            raise UserError(f"the configuration is not JSON: {error}") from None
         if not isinstance(values, dict):
-            raise ValueError(f"the configuration is a JSON {type(values).__name__}, not an object")
+            raise UserError(f"the configuration is a JSON {type(values).__name__}, not an object")
         return cls.from_dict(values)
 
 
@@ -204,9 +204,9 @@ def _check_choices(config: Any) -> None:
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
         if get_origin(hint) is Literal and value not in get_args(hint):
-            raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(get_args(hint))}")
+            raise UserError(f"{name} is {value!r}: it must be one of {', '.join(get_args(hint))}")
         if hint is bool and not isinstance(value, bool):
-            raise ValueError(f"{name} is {value!r}: it must be true or false")
+            raise UserError(f"{name} is {value!r}: it must be true or false")
 
 
 @dataclass(frozen=True)
@@ -257,31 +257,31 @@ class TrainConfig:
         for name, low in _TRAIN_AT_LEAST.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ValueError(f"{name} is {value!r}: it must be a whole number, {low} or more")
+                raise UserError(f"{name} is {value!r}: it must be a whole number, {low} or more")
         for name in _TRAIN_NUMBERS:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool):
-                raise ValueError(f"{name} is {value!r}: it must be a number")
+                raise UserError(f"{name} is {value!r}: it must be a number")
         for name in ("learning_rate", "epsilon"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} is {value}: it must be a finite number above 0")
+                raise UserError(f"{name} is {value}: it must be a finite number above 0")
         for name in ("final_learning_rate", "weight_decay", "grad_clip", "max_loss_spike"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} is {value}: it must be a finite number, 0 or more")
+                raise UserError(f"{name} is {value}: it must be a finite number, 0 or more")
         for name in ("beta1", "beta2", "ema_decay", "revive_below"):
             if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be in [0, 1)")
+                raise UserError(f"{name} is {getattr(self, name)}: it must be in [0, 1)")
         if not self.update_len:
             object.__setattr__(self, "update_len", self.sequence_len)
         if self.sequence_len % self.update_len:
-            raise ValueError(
+            raise UserError(
                 f"sequence_len is {self.sequence_len}, not a multiple of update_len, "
                 f"{self.update_len}: change one of them"
             )
         if self.accumulate and self.batch_size % self.accumulate:
-            raise ValueError(
+            raise UserError(
                 f"batch_size is {self.batch_size}, not a multiple of accumulate, "
                 f"{self.accumulate}: change one of them"
             )
@@ -290,7 +290,7 @@ class TrainConfig:
     def preset(cls, name: str, **overrides: Any) -> "TrainConfig":
         """How the model of that name is trained, with some fields replaced."""
         if name not in TRAIN_PRESETS:
-            raise ValueError(f"unknown preset {name!r}: the presets are {', '.join(TRAIN_PRESETS)}")
+            raise UserError(f"unknown preset {name!r}: the presets are {', '.join(TRAIN_PRESETS)}")
         return cls(**{**TRAIN_PRESETS[name], **overrides})
 
     @property
@@ -345,7 +345,7 @@ class MeshConfig:
             automatic = name == "data" and value == -1
             whole = isinstance(value, int) and not isinstance(value, bool)
             if not whole or (value < 1 and not automatic):
-                raise ValueError(f"{name} is {value!r}: it must be a whole number, 1 or more")
+                raise UserError(f"{name} is {value!r}: it must be a whole number, 1 or more")
 
 
 # The models of the paper (appendix, tables of hyperparameters) and two for small machines.

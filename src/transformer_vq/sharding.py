@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from transformer_vq.config import MeshConfig, ModelConfig
+from transformer_vq.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # what the rows of a training batch are spread over
@@ -35,7 +36,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             limit = f"a divisor of the {len(devices)} devices"
         else:
             asked, limit = f"data {data} times {asked}", f"the number of devices, {len(devices)}"
-        raise ValueError(f"the mesh has {asked}: it must be {limit}")
+        raise UserError(f"the mesh has {asked}: it must be {limit}")
     shape = (data, config.fsdp, config.tensor)
     return jax.make_mesh(shape, AXES, (AxisType.Auto,) * 3, devices=tuple(devices))
 
@@ -179,7 +180,7 @@ def _mesh_axes() -> dict[str, int]:
 def require_divisible(rows: int, mesh: Mesh, name: str = "batch_size") -> None:
     """Raise `ValueError` unless `by_rows` gives every device the same number of rows."""
     if rows % _parts(mesh):
-        raise ValueError(
+        raise UserError(
             f"{name} is {rows}: it must be a multiple of the {_parts(mesh)} devices that share "
             f"its rows, or use fewer"
         )
@@ -197,7 +198,7 @@ def process_share(mesh: Mesh) -> tuple[int, int]:
         rows.setdefault(device.process_index, set()).add(part.start or 0)
     shares = sorted({tuple(sorted(held)) for held in rows.values()})
     if sum(map(len, shares)) != parts or len({len(share) for share in shares}) > 1:
-        raise ValueError(
+        raise UserError(
             f"the mesh is {dict(mesh.shape)} over {len(rows)} processes, which then have rows in "
             f"common, but not all: make fsdp and tensor divide the devices of a process, or be "
             f"multiples of them"
@@ -276,7 +277,7 @@ def require_same(value: int, what: str) -> None:
         return
     values = multihost_utils.process_allgather(np.int64(value)).tolist()
     if len(set(values)) > 1:
-        raise ValueError(
+        raise UserError(
             f"{what} are not the same for all processes ({', '.join(map(str, values))}): "
             f"use a folder on a disk that all of them share"
         )

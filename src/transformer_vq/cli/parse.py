@@ -13,8 +13,10 @@ from typing import Annotated, Any, TypedDict, get_type_hints
 import tyro
 from tyro.conf import arg
 
+from transformer_vq.errors import UserError
 
-class UsageError(ValueError):
+
+class UsageError(UserError):
     """The options make no sense; one sentence names the option, its value and what to do."""
 
 

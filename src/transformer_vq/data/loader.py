@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from transformer_vq.data.text import DataError, require_length
+from transformer_vq.errors import UserError
 
 if TYPE_CHECKING:  # grain takes over half a second to import: only those who train pay for it
     import grain
@@ -69,19 +70,19 @@ class Batches:
         _require_flat(self.tokens)
         for name, low in _AT_LEAST.items():
             if getattr(self, name) < low:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {low}")
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least {low}")
         if self.batch_size % self.process_count:
-            raise ValueError(
+            raise UserError(
                 f"batch_size is {self.batch_size}: "
                 f"it must be a multiple of the number of processes, {self.process_count}"
             )
         if self.process_index >= self.process_count:
-            raise ValueError(
+            raise UserError(
                 f"process_index is {self.process_index}: it must be below {self.process_count}"
             )
         require_length(self.tokens, self.sequence_len)
         if self.streaming and self.whole_documents:
-            raise ValueError("streaming is for text: whole documents do not go on in the next row")
+            raise UserError("streaming is for text: whole documents do not go on in the next row")
         if self.streaming and not self._stream_len:
             raise DataError(
                 f"there are {len(self.tokens):,} of the {self.batch_size + 1:,} tokens that "
@@ -108,7 +109,7 @@ class Batches:
     def batch(self, index: int) -> Batch:
         """This process's rows of batch `index`, [batch_size / process_count, sequence_len]."""
         if index < 0:
-            raise ValueError(f"the batch index is {index}: it must be at least 0")
+            raise UserError(f"the batch index is {index}: it must be at least 0")
         count = self.batch_size // self.process_count
         first = self.process_index * count
         rows = [self._row(index, row) for row in range(first, first + count)]
@@ -196,7 +197,7 @@ def eval_chunks(
     _require_flat(tokens)
     for name, value in (("chunk_len", chunk_len), ("rows", rows)):
         if value < 1:
-            raise ValueError(f"{name} is {value}: it must be at least 1")
+            raise UserError(f"{name} is {value}: it must be at least 1")
     if len(tokens) < 2 * rows:
         raise DataError(
             f"there are {len(tokens):,} of the {2 * rows:,} tokens that evaluation needs, "
@@ -240,7 +241,7 @@ def _draw(seed: int, below: int, *counters: int) -> int:
 
 def _require_flat(tokens: np.ndarray) -> None:
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise ValueError(
+        raise UserError(
             f"tokens must be a flat array of whole numbers, "
             f"not {tokens.dtype} of shape {tokens.shape}"
         )

@@ -11,11 +11,13 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
+from transformer_vq.errors import UserError
+
 # Where a split begins and ends, in hundredths of the data: the customary 90/5/5 of enwik8.
 SPLITS = {"train": (0, 90), "validation": (90, 95), "test": (95, 100), "all": (0, 100)}
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """The data cannot be used; the message is one sentence that says why and what to do."""
 
 

@@ -8,6 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
+from transformer_vq.errors import UserError
+
 Tokens = Sequence[int] | np.ndarray
 
 
@@ -147,14 +149,14 @@ def check_tokens(tokens: Tokens, vocab_size: int, first_position: int = 0) -> np
     if not array.size:
         return np.zeros(0, np.int32)  # an empty list would come out as float64
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ValueError(
+        raise UserError(
             f"tokens must be a flat sequence of whole numbers, "
             f"not {array.dtype} of shape {array.shape}"
         )
     outside = np.flatnonzero((array < 0) | (array >= vocab_size))
     if outside.size:
         position = int(outside[0])
-        raise ValueError(
+        raise UserError(
             f"token {array[position]} at position {first_position + position} is outside "
             f"the vocabulary: it must be 0 to {vocab_size - 1}"
         )

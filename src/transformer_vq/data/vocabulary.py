@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from transformer_vq.data.source import Source
 from transformer_vq.data.text import DataError
 from transformer_vq.data.tokenizer import ByteTokenizer, Tokenizer, Tokens, check_tokens
+from transformer_vq.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 # What vocabularies call the token that ends a text.
@@ -52,7 +53,7 @@ class FileTokenizer:
         try:
             return self.encode_batch([text.decode()])[0]
         except UnicodeDecodeError as error:
-            raise ValueError(
+            raise UserError(
                 f"the text is not UTF-8 at byte {error.start:,}, and this vocabulary has no other "
                 f"bytes: give text"
             ) from None

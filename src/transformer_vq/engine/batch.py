@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from transformer_vq import sharding
 from transformer_vq.engine.request import Output, SamplingParams, Token, as_controls
+from transformer_vq.errors import UserError
 from transformer_vq.nn.decode import Decoder
 from transformer_vq.nn.full import FullAttentionState
 from transformer_vq.nn.model import Model, State, init_state
@@ -182,9 +183,7 @@ def _one_each(params, count: int) -> list[SamplingParams]:
         return [params or SamplingParams()] * count
     params = list(params)
     if len(params) != count:
-        raise ValueError(
-            f"there are {len(params)} params for {count} prompts: give one, or {count}"
-        )
+        raise UserError(f"there are {len(params)} params for {count} prompts: give one, or {count}")
     return params
 
 
@@ -195,11 +194,11 @@ def _check_prompts(
     state: State | None,
 ) -> None:
     if not prompts:
-        raise ValueError("there are no prompts: give at least one")
+        raise UserError("there are no prompts: give at least one")
     used = None if state is None else np.asarray(state.position)
     for row, prompt in enumerate(prompts):
         if not prompt and (used is None or not used[row % len(used)]):
-            raise ValueError(
+            raise UserError(
                 f"prompt {row} is empty and there is no state to continue: give at least one token"
             )
     named: list[tuple[str, Sequence[int]]]
@@ -209,7 +208,7 @@ def _check_prompts(
         allowed = set(range(vocab_size) if p.allowed_tokens is None else p.allowed_tokens)
         allowed -= set(p.banned_tokens)
         if not allowed or (p.min_tokens and not allowed - set(p.stop_tokens())):
-            raise ValueError(
+            raise UserError(
                 "no token can be drawn: allow one that is not banned, nor a stop before min_tokens"
             )
         named += [("logit_bias", list(p.logit_bias)), ("banned_tokens", p.banned_tokens)]
@@ -218,7 +217,7 @@ def _check_prompts(
     for name, tokens in named:
         bad = next((t for t in tokens if not 0 <= t < vocab_size), None)
         if bad is not None:
-            raise ValueError(
+            raise UserError(
                 f"{name} has the token {bad}, outside of the vocabulary: tokens go from 0 to "
                 f"{vocab_size - 1}"
             )
@@ -228,12 +227,12 @@ def _fork(state: State, rows: int, batch: int, need: list[int], mesh: Mesh | Non
     """A copy of the state, one row per request (a single row serves all), padded to the batch."""
     given = state.position.shape[0]
     if given not in (1, rows):
-        raise ValueError(f"the state has {given} rows for {rows} prompts: 1 or {rows} are needed")
+        raise UserError(f"the state has {given} rows for {rows} prompts: 1 or {rows} are needed")
     cache = state.units[0]
     if isinstance(cache, FullAttentionState):
         end = int(np.max(np.asarray(state.position) + np.array(need)))
         if end > cache.capacity:
-            raise ValueError(
+            raise UserError(
                 f"prompt and output would reach {end} tokens, and this state of full attention "
                 f"holds {cache.capacity}: make one with a larger capacity"
             )

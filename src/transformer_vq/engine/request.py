@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from transformer_vq.errors import UserError
 from transformer_vq.nn import prob
 from transformer_vq.ops.sample import Controls, Generated
 
@@ -43,7 +44,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, limit: str) -> None:
             if not ok:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be {limit}")
+                raise UserError(f"{name} is {getattr(self, name)}: it must be {limit}")
 
         for name, low in (("max_tokens", 1), ("top_k", 0), ("min_tokens", 0)):
             value = getattr(self, name)
@@ -59,11 +60,11 @@ class SamplingParams:
         check("seed", isinstance(self.seed, int | np.integer) and 0 <= self.seed < 2**63,
               "a whole number from 0 to 2^63 - 1")  # fmt: skip
         if any(math.isnan(value) or value >= 1e9 for value in self.logit_bias.values()):
-            raise ValueError(f"logit_bias is {self.logit_bias}: it must be numbers below 1e9")
+            raise UserError(f"logit_bias is {self.logit_bias}: it must be numbers below 1e9")
         if any(not sequence for sequence in self.stop_sequences()):
-            raise ValueError("a stop sequence is empty: give at least one token")
+            raise UserError("a stop sequence is empty: give at least one token")
         if len(self.stop_tokens()) > MAX_STOP_TOKENS:
-            raise ValueError(
+            raise UserError(
                 f"there are {len(self.stop_tokens())} stop tokens: at most {MAX_STOP_TOKENS} fit"
             )
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from transformer_vq.config import ModelConfig
+from transformer_vq.errors import UserError
 from transformer_vq.nn.layers import is_spec
 from transformer_vq.nn.model import Model, model_specs
 
@@ -57,9 +58,9 @@ def official_config(config: Mapping[str, Any]) -> ModelConfig:
     """
     for name in REQUIRED:
         if name not in config:
-            raise ValueError(f"the configuration has no field {name!r}")
+            raise UserError(f"the configuration has no field {name!r}")
     if config.get("d_ff"):
-        raise ValueError(f"d_ff is {config['d_ff']}: gated models with MLPs are not supported")
+        raise UserError(f"d_ff is {config['d_ff']}: gated models with MLPs are not supported")
     fields = {ours: config[theirs] for theirs, ours in FIELDS.items() if theirs in config}
     for name in ("use_cache", "grad_through_cache", "absolute_positions"):
         if name in fields:
@@ -88,7 +89,7 @@ def from_official(params: Mapping[str, Any], config: Mapping[str, Any]) -> Model
 
     def take(path: str) -> jax.Array:
         if path not in params:
-            raise ValueError(f"the parameters have no {path!r}")
+            raise UserError(f"the parameters have no {path!r}")
         used.add(path)
         return jnp.asarray(params[path])
 
@@ -136,13 +137,13 @@ def from_official(params: Mapping[str, Any], config: Mapping[str, Any]) -> Model
         tree["position_scale"] = take("position_embedder/scale")
     unused = sorted(set(params) - used - {"token_embedder/bias_out"})
     if unused:
-        raise ValueError(f"the configuration has no place for the parameter {unused[0]!r}")
+        raise UserError(f"the configuration has no place for the parameter {unused[0]!r}")
 
     specs = jax.tree.flatten_with_path(model_specs(ours), is_leaf=is_spec)[0]
     arrays = jax.tree.leaves((tree, codebook))
     for (path, spec), array in zip(specs, arrays, strict=True):
         if array.shape != spec.shape:
-            raise ValueError(
+            raise UserError(
                 f"{jax.tree_util.keystr(path)} has shape {array.shape}, and the configuration "
                 f"says {spec.shape}"
             )

@@ -12,6 +12,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from transformer_vq.errors import UserError
 from transformer_vq.nn.full import FullAttentionState
 from transformer_vq.nn.model import Model, State, init_state
 
@@ -19,7 +20,7 @@ VERSION = 2  # 1 had no spare rows in its tables
 FORMAT = "transformer-vq state"
 
 
-class StateError(ValueError):
+class StateError(UserError):
     """A state file that cannot be used, and why, in one sentence."""
 
 

@@ -9,6 +9,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from transformer_vq.config import ModelConfig
+from transformer_vq.errors import UserError
 from transformer_vq.nn.attention import AttentionState
 from transformer_vq.nn.decode import decode_step, prepare
 from transformer_vq.nn.full import FullAttentionState
@@ -97,22 +98,22 @@ def check_tokens(
     """Raise `ValueError` for arguments of `extend` that do not fit, as far as they are known."""
     batch = state.position.shape[0]
     if tokens.ndim != 2 or tokens.shape[0] != batch or tokens.shape[1] < 1:
-        raise ValueError(
+        raise UserError(
             f"tokens have shape {tokens.shape}: the state has {batch} rows, so [{batch}, T] is "
             f"needed, with T at least 1"
         )
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"tokens are {tokens.dtype}: they must be whole numbers")
+        raise UserError(f"tokens are {tokens.dtype}: they must be whole numbers")
     for name, array, shape in (
         ("lengths", lengths, (batch,)),
         ("document_ids", document_ids, tokens.shape),
     ):
         if array is not None and jnp.shape(array) != shape:
-            raise ValueError(f"{name} have shape {jnp.shape(array)}: it must be {shape}")
+            raise UserError(f"{name} have shape {jnp.shape(array)}: it must be {shape}")
         if array is not None and not jnp.issubdtype(array.dtype, jnp.integer):
-            raise ValueError(f"{name} are {array.dtype}: they must be whole numbers")
+            raise UserError(f"{name} are {array.dtype}: they must be whole numbers")
     if not _fits(config, state):
-        raise ValueError(
+        raise UserError(
             "the state is of another model: make one with init_state(model.config, batch_size)"
         )
 
@@ -123,13 +124,13 @@ def check_tokens(
     values = known(tokens)
     if values is not None and (values.min() < 0 or values.max() >= config.vocab_size):
         bad = values[(values < 0) | (values >= config.vocab_size)][0]
-        raise ValueError(
+        raise UserError(
             f"token {bad} is outside of the vocabulary: tokens go from 0 to {config.vocab_size - 1}"
         )
     counts = known(length if lengths is None else lengths)
     if counts is not None and (counts.min() < 0 or counts.max() > length):
         bad = counts[(counts < 0) | (counts > length)][0]
-        raise ValueError(
+        raise UserError(
             f"a length is {bad}: it must be from 0 to {length}, the number of tokens in a row"
         )
     cache = state.units[0]
@@ -137,7 +138,7 @@ def check_tokens(
         capacity, used = cache.capacity, known(state.position)
         end = 0 if counts is None else int(np.max(counts + (0 if used is None else used)))
         if end > capacity:
-            raise ValueError(
+            raise UserError(
                 f"the sequence would reach {end} tokens, and this state of full attention holds "
                 f"{capacity}: give init_state a larger capacity"
             )

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from transformer_vq.config import ModelConfig
+from transformer_vq.errors import UserError
 from transformer_vq.nn import attention, blockwise, full, layers, pieces, vq
 from transformer_vq.nn.attention import AttentionState, Timeline
 from transformer_vq.nn.full import FullAttentionState
@@ -128,15 +129,15 @@ def init_state(
     tokens its key/value cache can hold (4096 by default). A vq state holds any number.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+        raise UserError(f"batch_size is {batch_size}: it must be at least 1")
     dtype = dtype or config.state_dtype
     if config.attention == "full":
         capacity = DEFAULT_CAPACITY if capacity is None else capacity
         if capacity < 1:
-            raise ValueError(f"capacity is {capacity}: it must be at least 1")
+            raise UserError(f"capacity is {capacity}: it must be at least 1")
         make = functools.partial(full.init_full_state, config, batch_size, capacity, dtype)
     elif capacity is not None:
-        raise ValueError('capacity is for attention = "full": a vq state has no limit')
+        raise UserError('capacity is for attention = "full": a vq state has no limit')
     else:
         make = functools.partial(attention.init_attention_state, config, batch_size, dtype)
     return State(

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from transformer_vq.config import ModelConfig
 from transformer_vq.data import Source, as_source, check_tokens, eval_chunks, row_starts
+from transformer_vq.errors import UserError
 from transformer_vq.nn.model import DEFAULT_CAPACITY, Model, State, forward, init_state
 from transformer_vq.ops.loss import token_nll
 from transformer_vq.sharding import replicated, rows_or_whole, traced_on
@@ -77,7 +78,7 @@ def evaluate(
             chunk_len = context_len = int(np.diff(starts, append=len(tokens)).max())
     if max_tokens is not None:
         if max_tokens < 1:
-            raise ValueError(f"max_tokens is {max_tokens}: it must be at least 1")
+            raise UserError(f"max_tokens is {max_tokens}: it must be at least 1")
         tokens = tokens[: max_tokens + rows]
         starts = starts[starts < len(tokens)]
     resets = model.config.reset_at_document and (pictures or len(starts) > 1)
@@ -169,13 +170,13 @@ def _check_context(
     """The number of tokens after which the state starts anew."""
     if context_len is None:
         if config.attention == "full" and longest > DEFAULT_CAPACITY:
-            raise ValueError(
+            raise UserError(
                 f"a row has {longest:,} tokens, too many for full attention: "
                 f"give a context_len of {DEFAULT_CAPACITY:,} or less"
             )
         return chunk_len * -(-longest // chunk_len)
     if context_len < 1 or context_len % chunk_len:
-        raise ValueError(
+        raise UserError(
             f"context_len is {context_len}: it must be a multiple of chunk_len, {chunk_len}"
         )
     return context_len

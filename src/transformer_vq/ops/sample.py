@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from transformer_vq import sharding
 from transformer_vq.config import ModelConfig
+from transformer_vq.errors import UserError
 from transformer_vq.nn import prob
 from transformer_vq.nn.decode import Decoder, decode_step, prepare
 from transformer_vq.nn.layers import as_key
@@ -203,9 +204,9 @@ class SampleConfig:
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "sequence_len"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if not 0.0 < self.p_nucleus <= 1.0:
-            raise ValueError(f"p_nucleus is {self.p_nucleus}: it must be above 0 and at most 1")
+            raise UserError(f"p_nucleus is {self.p_nucleus}: it must be above 0 and at most 1")
 
 
 def sample_op(config: SampleConfig, eos_id: int, model: Model, key: Any) -> jax.Array:
@@ -220,7 +221,7 @@ def sample_op(config: SampleConfig, eos_id: int, model: Model, key: Any) -> jax.
     mesh = sharding.data_mesh()
     sharding.require_divisible(config.global_batch_size, mesh, "global_batch_size")
     if not 0 <= eos_id < model.config.vocab_size:
-        raise ValueError(f"eos_id is {eos_id}: tokens go from 0 to {model.config.vocab_size - 1}")
+        raise UserError(f"eos_id is {eos_id}: tokens go from 0 to {model.config.vocab_size - 1}")
     key_data = jax.random.key_data(as_key(key))
     model, key_data = jax.device_put((model, key_data), sharding.replicated(mesh))
     return _sample_sequences(config, int(eos_id), mesh, model, key_data)

@@ -24,6 +24,7 @@ import numpy as np
 
 from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.data import OnError, Source, as_source
+from transformer_vq.errors import UserError
 from transformer_vq.io.checkpoint import Checkpoints
 from transformer_vq.nn.layers import wide
 from transformer_vq.nn.model import Model, init_model
@@ -34,7 +35,7 @@ DATA_FIELDS = ("batch_size", "sequence_len", "update_len", "seed")
 STATE_FIELDS = ("optimizer", "ema_decay", "streaming")
 
 
-class RunError(ValueError):
+class RunError(UserError):
     """A run cannot be started, resumed, read or go on; one sentence says why and what to do."""
 
 

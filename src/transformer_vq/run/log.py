@@ -20,6 +20,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
+from transformer_vq.errors import UserError
+
 Record = dict[str, Any]  # a line of metrics.jsonl
 
 SPIKE_WINDOW = 32  # logged losses that say what is usual
@@ -42,7 +44,7 @@ def read_metrics(path: str | os.PathLike) -> list[Record]:
             records.append(json.loads(line))
             records[-1]["step"]  # every record has one
         except (ValueError, TypeError, KeyError):
-            raise ValueError(f"line {number} of {path} is damaged: remove it") from None
+            raise UserError(f"line {number} of {path} is damaged: remove it") from None
     return records
 
 

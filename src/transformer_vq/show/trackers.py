@@ -13,10 +13,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from transformer_vq.errors import UserError
 from transformer_vq.run.log import Record
 
 
-class TrackerError(ValueError):
+class TrackerError(UserError):
     """A tracker cannot be used; one sentence says why and what to do."""
 
 
