@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from transformer_vq import sharding
 from transformer_vq.engine.request import Output, SamplingParams, Token, as_controls
 from transformer_vq.errors import UserError
+from transformer_vq.nn.attention import FullAttentionState
 from transformer_vq.nn.decode import Decoder
-from transformer_vq.nn.full import FullAttentionState
 from transformer_vq.nn.model import Model, State, init_state
 from transformer_vq.ops.sample import (
     Rows,

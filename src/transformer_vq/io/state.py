@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from transformer_vq.errors import UserError
-from transformer_vq.nn.full import FullAttentionState
+from transformer_vq.nn.attention import FullAttentionState
 from transformer_vq.nn.model import Model, State, init_state
 
 VERSION = 2  # 1 had no spare rows in its tables

@@ -10,9 +10,8 @@ from jax.typing import ArrayLike
 
 from transformer_vq.config import ModelConfig
 from transformer_vq.errors import UserError
-from transformer_vq.nn.attention import AttentionState
+from transformer_vq.nn.attention import AttentionState, FullAttentionState
 from transformer_vq.nn.decode import decode_step, prepare
-from transformer_vq.nn.full import FullAttentionState
 from transformer_vq.nn.model import Model, State, forward, to_logits
 from transformer_vq.types import Logits
 

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 
 from transformer_vq.config import ModelConfig
 from transformer_vq.errors import UserError
-from transformer_vq.nn import attention, blockwise, full, layers, pieces, vq
-from transformer_vq.nn.attention import AttentionState, Timeline
-from transformer_vq.nn.full import FullAttentionState
+from transformer_vq.nn import attention, layers, pieces, vq
+from transformer_vq.nn.attention import AttentionState, FullAttentionState
 from transformer_vq.nn.layers import ArraySpec
 from transformer_vq.nn.pieces import Piece
+from transformer_vq.nn.timeline import Timeline, make_timeline
 from transformer_vq.nn.unit import Statistics, apply_unit, prepare_unit
 from transformer_vq.nn.vq import Places
 from transformer_vq.sharding import cuts_columns, keep_rows, whole_columns
@@ -135,7 +135,7 @@ def init_state(
         capacity = DEFAULT_CAPACITY if capacity is None else capacity
         if capacity < 1:
             raise UserError(f"capacity is {capacity}: it must be at least 1")
-        make = functools.partial(full.init_full_state, config, batch_size, capacity, dtype)
+        make = functools.partial(attention.init_full_state, config, batch_size, capacity, dtype)
     elif capacity is not None:
         raise UserError('capacity is for attention = "full": a vq state has no limit')
     else:
@@ -187,28 +187,6 @@ def to_logits(params: Params, x: jax.Array, config: ModelConfig) -> jax.Array:
     w_out = jax.tree.map(lambda a: a.astype(dtype), w_out)
     logits = layers.multiply(x.astype(dtype), w_out) + params["output_bias"].astype(dtype)
     return logits * config.logit_scale
-
-
-def make_timeline(
-    config: ModelConfig, state: State, lengths: PerRow, length: int, document_ids: Tokens | None
-) -> tuple[Timeline, jax.Array, jax.Array]:
-    """The timeline of a call of `length` tokens, and the new document start and id of each row."""
-    ring, start = config.ring_len, state.position
-    first_before = ring + state.document_start - start
-    first = jnp.broadcast_to(first_before[:, None], (start.shape[0], length))
-    document_start, document_id = state.document_start, state.document_id
-    if config.reset_at_document and document_ids is not None:
-        before = jnp.concatenate([document_id[:, None], document_ids[:, :-1]], axis=1)
-        index = ring + jnp.arange(length, dtype=jnp.int32)
-        first = jax.lax.cummax(jnp.where(document_ids != before, index, first), axis=1)
-        last = jnp.clip(lengths - 1, 0)[:, None]
-        last_first, last_id = (
-            jnp.take_along_axis(x, last, axis=1)[:, 0] for x in (first, document_ids)
-        )
-        document_start = jnp.where(lengths > 0, last_first - ring + start, document_start)
-        document_id = jnp.where(lengths > 0, last_id, document_id)
-    timeline = Timeline(start=start, length=lengths, first_before=first_before, first=first)
-    return timeline, document_start, document_id
 
 
 def forward(
@@ -288,7 +266,7 @@ def forward(
             return unit_state, (x, statistics)
 
         if remat:  # what is dear to make again is kept: the outputs of attention
-            keep = jax.checkpoint_policies.save_only_these_names(*blockwise.SAVED, "codes")
+            keep = jax.checkpoint_policies.save_only_these_names(*attention.SAVED, "codes")
             one_piece = jax.checkpoint(one_piece, policy=keep)
 
         def one_group(unit_state, group: Piece):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from transformer_vq.config import ModelConfig
 from transformer_vq.nn import layers
-from transformer_vq.nn.attention import Timeline
+from transformer_vq.nn.timeline import Timeline
 from transformer_vq.nn.vq import Places
 from transformer_vq.sharding import row_shares
 from transformer_vq.types import Features, Key

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from transformer_vq.config import ModelConfig
-from transformer_vq.nn import attention, full, layers, vq
-from transformer_vq.nn.attention import AttentionState, Timeline
-from transformer_vq.nn.full import FullAttentionState
+from transformer_vq.nn import attention, layers, vq
+from transformer_vq.nn.attention import AttentionState, FullAttentionState
 from transformer_vq.nn.layers import OutputMajor
+from transformer_vq.nn.timeline import Timeline
 from transformer_vq.nn.vq import Places
 from transformer_vq.types import Features, Params
 
@@ -102,7 +102,7 @@ def apply_unit(
         from_empty = weights is not None and length >= state.capacity
         k = k.astype(dtype)
         constants = unit["u"], unit["w"], unit["r"]
-        out, state = full.attend_full(
+        out, state = attention.attend_full(
             q, k, v, *constants, state, timeline, config, from_empty=from_empty
         )
     else:

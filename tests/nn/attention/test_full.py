@@ -11,9 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.helpers import close, far, make_config, quick_jit
 from transformer_vq import init_state
-from transformer_vq.nn.full import FullAttentionState, attend_full
-from transformer_vq.nn.model import make_timeline
+from transformer_vq.nn.attention import FullAttentionState, attend_full
 from transformer_vq.nn.reference import quadratic_attention
+from transformer_vq.nn.timeline import make_timeline
 from transformer_vq.sharding import AXES, data_mesh
 
 BATCH, LENGTH, CAPACITY = 3, 19, 22

@@ -2,7 +2,7 @@
 
 As in flash attention (Dao et al., 2022) the weights are not kept for the backward pass: they are
 made again from the scores and the saved log-sum-exp, block by block. Everything here is one softmax
-over two kinds of columns, near keys and codes; `nn/attention.py` says what they are.
+over two kinds of columns, near keys and codes; `blocks.py` says what they are.
 
 Axes beyond those of `types.py`: n blocks, c queries of a block, j keys of a span (M + block), s
 codes, d distances (M + 1, farthest first), r query heads of a key/value head.

@@ -1,7 +1,7 @@
 """The quadratic baseline: attention over unquantized keys, position biases at every distance.
 
 Its state is a key/value cache of a capacity fixed when the state is made. Many tokens go block by
-block (`nn/tiled.py`); with one block for all of them the whole score matrix is there at once.
+block (`tiled.py`); with one block for all of them the whole score matrix is there at once.
 """
 
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from transformer_vq.config import ModelConfig
-from transformer_vq.nn import tiled
-from transformer_vq.nn.attention import Timeline
-from transformer_vq.nn.blockwise import MASKED
+from transformer_vq.nn.attention import tiled
+from transformer_vq.nn.attention.blockwise import MASKED
 from transformer_vq.nn.layers import wide
+from transformer_vq.nn.timeline import Timeline
 
 
 @jax.tree_util.register_dataclass

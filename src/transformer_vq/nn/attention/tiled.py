@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from transformer_vq.nn.blockwise import MASKED, SAVED
+from transformer_vq.nn.attention.blockwise import MASKED, SAVED
 from transformer_vq.nn.layers import wide
 
 

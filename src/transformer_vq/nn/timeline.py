@@ -1,0 +1,63 @@
+"""Where the tokens of a call stand: positions, padding, documents."""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from transformer_vq.config import ModelConfig
+from transformer_vq.types import PerRow, Tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Timeline:
+    """Where the tokens of one call stand; shared by all units.
+
+    Keys are indexed in time order over the ring and the call: index i < W is the ring's i-th oldest
+    slot, index W + t is token t of this call. A query sees the keys from its `first` to itself.
+    """
+
+    start: jax.Array  # int32 [B]: tokens consumed before this call
+    length: jax.Array  # int32 [B]: real tokens in this call
+    first_before: jax.Array  # int32 [B]: `first` of the document the state is in
+    first: jax.Array  # int32 [B, T]: index of the first key of each token's document
+
+
+@runtime_checkable
+class HasPosition(Protocol):
+    """What a timeline needs of a `State`."""
+
+    @property
+    def position(self) -> PerRow: ...
+    @property
+    def document_start(self) -> PerRow: ...
+    @property
+    def document_id(self) -> PerRow: ...
+
+
+def make_timeline(
+    config: ModelConfig,
+    state: HasPosition,
+    lengths: PerRow,
+    length: int,
+    document_ids: Tokens | None,
+) -> tuple[Timeline, jax.Array, jax.Array]:
+    """The timeline of a call of `length` tokens, and the new document start and id of each row."""
+    ring, start = config.ring_len, state.position
+    first_before = ring + state.document_start - start
+    first = jnp.broadcast_to(first_before[:, None], (start.shape[0], length))
+    document_start, document_id = state.document_start, state.document_id
+    if config.reset_at_document and document_ids is not None:
+        before = jnp.concatenate([document_id[:, None], document_ids[:, :-1]], axis=1)
+        index = ring + jnp.arange(length, dtype=jnp.int32)
+        first = jax.lax.cummax(jnp.where(document_ids != before, index, first), axis=1)
+        last = jnp.clip(lengths - 1, 0)[:, None]
+        last_first, last_id = (
+            jnp.take_along_axis(x, last, axis=1)[:, 0] for x in (first, document_ids)
+        )
+        document_start = jnp.where(lengths > 0, last_first - ring + start, document_start)
+        document_id = jnp.where(lengths > 0, last_id, document_id)
+    timeline = Timeline(start=start, length=lengths, first_before=first_before, first=first)
+    return timeline, document_start, document_id
