@@ -1,57 +1,30 @@
-"""Transformer-VQ: generative models over very long sequences, at linear cost."""
+"""Transformer-VQ: generative models over very long sequences, at linear cost.
 
+`__init__.pyi` lists the public names. Each is imported when it is first asked for, so that
+`tvq --help` and readers of configurations do not wait for JAX.
+"""
+
+import ast
 import importlib
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:
-    from transformer_vq.config import ModelConfig, TrainConfig
-    from transformer_vq.engine.batch import generate, stream
-    from transformer_vq.engine.request import SamplingParams, Token
-    from transformer_vq.engine.score import score
-    from transformer_vq.io.state import StateError, load_state, save_state
-    from transformer_vq.nn.extend import extend
-    from transformer_vq.nn.model import Model, State, init_model, init_state
-    from transformer_vq.ops.sample import SampleConfig, sample_op
 
-# Public name: the module it lives in, imported when first asked for. So `tvq --help` and readers of
-# configurations do not wait for JAX.
-_HOMES = {
-    "config": ["ModelConfig", "TrainConfig"],
-    "io.state": ["StateError", "load_state", "save_state"],
-    "nn.extend": ["extend"],
-    "nn.model": ["Model", "State", "init_model", "init_state"],
-    "engine.batch": ["generate", "stream"],
-    "engine.request": ["SamplingParams", "Token"],
-    "ops.sample": ["SampleConfig", "sample_op"],
-    "engine.score": ["score"],
-}
-_HOME = {name: home for home, names in _HOMES.items() for name in names}
+def _homes() -> dict[str, str]:
+    """Public name: the module it lives in."""
+    index = ast.parse(Path(__file__).with_suffix(".pyi").read_text())
+    imports = [node for node in index.body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: node.module or "" for node in imports for alias in node.names}
 
-__all__ = [
-    "Model",
-    "ModelConfig",
-    "SampleConfig",
-    "SamplingParams",
-    "State",
-    "StateError",
-    "Token",
-    "TrainConfig",
-    "extend",
-    "generate",
-    "init_model",
-    "init_state",
-    "load_state",
-    "sample_op",
-    "save_state",
-    "score",
-    "stream",
-]
+
+_HOMES = _homes()
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from transformer_vq.config import ModelConfig, TrainConfig
-from transformer_vq.data import OnError, Source, as_source
+from transformer_vq.data import OnError, Source, Tokenizer, as_source, run_tokenizer
 from transformer_vq.errors import UserError
 from transformer_vq.io.checkpoint import Checkpoints
 from transformer_vq.nn.layers import wide
@@ -164,6 +164,16 @@ def load_run(
     else:
         parts, _ = checkpoints_of(folder).restore_subtree(info.step, parts)
     return Model(parts["params"], parts["codebook"], info.config), info
+
+
+def load(folder: str | os.PathLike, checkpoint: str | int = "latest") -> tuple[Model, Tokenizer]:
+    """A trained model and its vocabulary: what `generate`, `stream` and `score` need.
+
+    `checkpoint`: latest, best (by validation loss), or a step. Raises `RunError` and
+    `CheckpointError` as `find_step` and `load_info` do.
+    """
+    model, _ = load_run(folder, find_step(folder, str(checkpoint)))
+    return model, run_tokenizer(Path(folder))
 
 
 def open_run(folder: Path, info: RunInfo, *, resume: bool) -> RunInfo:
