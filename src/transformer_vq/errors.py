@@ -6,6 +6,10 @@ out. The command line prints that sentence. Any other exception is a fault of th
 its traceback.
 """
 
+from typing import Any
+
+MOST_SHOWN = 100  # characters of a value in a sentence
+
 
 class UserError(ValueError):
     """Something that was given cannot be used. The message says what, why, and what to do."""
@@ -14,9 +18,30 @@ class UserError(ValueError):
 class ConfigError(UserError):
     """A field of a configuration has a value that it cannot have.
 
-    `field`: its name, where the error is about one.
+    `field`: its name, with which the message begins, where the error is about one.
     """
 
     def __init__(self, message: str, field: str = ""):
         super().__init__(message)
         self.field = field
+
+
+def shown(value: Any) -> str:
+    """A value as a sentence shows it: as Python has it, and cut in the middle if it is long."""
+    try:
+        return cut(plain(repr(value)))
+    except ValueError:  # Python writes no whole numbers of more than 4,300 digits
+        return "a number of thousands of digits"
+
+
+def cut(text: str, most: int = MOST_SHOWN) -> str:
+    """The text, of which the middle is left out if it is longer than `most` characters."""
+    if len(text) <= most:
+        return text
+    head = (most - 3) // 2
+    return f"{text[:head]}...{text[len(text) - (most - 3 - head) :]}"
+
+
+def plain(text: str) -> str:
+    r"""The text with all that does not print as an escape (`\x1b`), fit for any terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rich.console import Console
 
 from transformer_vq import Model, ModelConfig, init_model, init_state
 from transformer_vq.config import TrainConfig
@@ -37,6 +36,7 @@ from transformer_vq.run import loop, samples
 from transformer_vq.run.folder import DataSource, RunError, load_info, load_run
 from transformer_vq.run.log import MetricsLog, read_metrics
 from transformer_vq.sharding import data_mesh
+from transformer_vq.show.console import Console
 from transformer_vq.show.progress import Progress, duration
 
 CONFIG = ModelConfig(

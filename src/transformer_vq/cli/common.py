@@ -204,9 +204,10 @@ def progress_bar(
     what: str, *, quiet: bool = False, unit: str = "tokens"
 ) -> Iterator[Callable[[int, int | None], None]]:
     """A live line on standard error while it is open: call what it gives with (done, of all)."""
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
     from rich.text import Text
+
+    from transformer_vq.show.console import Console
 
     class Speed(ProgressColumn):
         def render(self, task: Any) -> Text:

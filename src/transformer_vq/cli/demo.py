@@ -136,8 +136,9 @@ class Demo:
 
     def _show(self, results: dict[str, Any]) -> None:
         from rich import box
-        from rich.console import Console
         from rich.table import Table
+
+        from transformer_vq.show.console import Console
 
         rows = [
             ("Transformer-VQ", results["bpb"], "bold green"),

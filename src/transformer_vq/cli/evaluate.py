@@ -158,8 +158,9 @@ def _warn_of_long_histories(record: dict[str, Any], sequence_len: int) -> None:
 
 def _show(record: dict[str, Any]) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
+
+    from transformer_vq.show.console import Console
 
     console = Console(highlight=False, soft_wrap=True)
     unit = "bits per dimension" if "bpd" in record else "bpb"

@@ -88,9 +88,9 @@ def _folder_size(folder: Path) -> int:
 
 
 def _show(record: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from transformer_vq.show.console import Console
     from transformer_vq.show.progress import duration
 
     model, data, training = record["model"], record["data"], record["training"]

@@ -4,13 +4,14 @@ import time
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from transformer_vq.run.log import Record
+from transformer_vq.show.console import Console
 
 PLAIN_SECONDS = 10.0  # between lines, where there is no terminal
 
