@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 
 from transformer_vq import Model, ModelConfig, TrainConfig, init_model
+from transformer_vq.cli import main
 from transformer_vq.data import ByteTokenizer
 from transformer_vq.ops.train import init_train_state
 from transformer_vq.run.folder import DataSource, RunInfo, checkpoints_of, open_run
@@ -119,3 +123,37 @@ def hugging_face():
         import torch
         from transformers.generation import logits_process
     return torch, logits_process
+
+
+# ---------------------------------------------------------------- the command line
+
+TVQ = str(Path(sys.executable).with_name("tvq"))
+STEPS = 4
+MODEL = {"d-model": 32, "d-k": 16, "num-layers": 1, "codebook-size": 16, "window-len": 16}
+TRAINING = {"batch-size": 8, "sequence-len": 64, "evaluate-tokens": 500, "log-every": 1}
+SIZES = [
+    *(f"--config.{name}={value}" for name, value in MODEL.items()),
+    "--config.block-len=256",
+    *(f"--train.{name}={value}" for name, value in TRAINING.items()),
+]
+
+
+def sample(capsys, run: str, *arguments: str) -> dict:
+    """The first sample, as JSON."""
+    assert main(["sample", "--run", run, "--json", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)["samples"][0]
+
+
+def fails(capsys, status: int, *arguments: str) -> str:
+    """The one sentence with which a command refuses."""
+    capsys.readouterr()
+    assert main(arguments) == status
+    printed = capsys.readouterr().err
+    assert printed.startswith("tvq: ") and printed.count("\n") == 1
+    assert "Traceback" not in printed
+    return printed
+
+
+def start(user_env: dict, *arguments: str) -> subprocess.Popen:
+    pipe = subprocess.PIPE
+    return subprocess.Popen([TVQ, *arguments], env=user_env, stdout=pipe, stderr=pipe)

@@ -1,0 +1,71 @@
+"""`tvq eval`: the same in words and in JSON, and whose data it scores."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.helpers import fails
+from transformer_vq.cli import main
+from transformer_vq.ops.evaluate import Evaluation
+
+
+def test_eval_says_the_same_in_words_and_in_json(capsys, run):
+    assert main(["eval", "--run", run, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["split"] == "test" and record["tokens"] == 2999
+    assert record["bpb"] == pytest.approx(record["loss"] / np.log(2))
+    assert [row["start"] for row in record["by_position"]][:3] == [0, 64, 128]
+    assert main(["eval", "--run", run]) == 0
+    printed = capsys.readouterr().out
+    assert f"{record['bpb']:.4f} bpb" in printed and "2,999 tokens" in printed
+    assert f"{record['by_position'][-1]['loss']:.4f}" in printed
+
+
+def test_eval_forgets_when_it_is_told_to(capsys, run):
+    assert main(["eval", "--run", run, "--context-len", "128", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["tokens"] == 2999 and record["by_position"][-1]["end"] == 128
+    assert main(["eval", "--run", run, "--json"]) == 0  # control
+    whole = json.loads(capsys.readouterr().out)
+    assert whole["bpb"] != record["bpb"] and whole["by_position"][-1]["end"] == 2999
+    said = fails(capsys, 2, "eval", "--run", run, "--context-len", "2500")
+    assert "--context-len is 2500: it must be a multiple of --chunk-len, 2048" in said
+
+
+def test_eval_says_that_long_histories_confuse(capsys, monkeypatch, run):
+    for late, warned in ((1.1, False), (1.3, True)):
+        bins = [(0, 64, 2.0), (64, 128, 1.0), (128, 256, late)]
+        result = Evaluation(1.5, 256, bins)
+        monkeypatch.setattr("transformer_vq.cli.evaluate.score", lambda *_, r=result, **__: r)
+        assert main(["eval", "--run", run]) == 0
+        assert ("longer histories confuse it" in capsys.readouterr().out) == warned
+
+
+def test_eval_knows_the_data_of_the_run(capsys, tmp_path, run):
+    """A file that went or changed is not scored in silence."""
+    moved = shutil.copytree(run, tmp_path / "run")
+    path = next((moved / "checkpoints").glob("*/metadata.json"))
+    saved = json.loads(path.read_text())
+
+    def with_data(file: Path) -> None:
+        saved["metadata"]["data"]["path"] = str(file)
+        path.write_text(json.dumps(saved))
+        (path.parent / "SHA256SUMS").write_text(_checksums(path.parent))
+
+    with_data(tmp_path / "gone.txt")
+    assert "not there any more" in fails(capsys, 1, "eval", "--run", str(moved))
+    (tmp_path / "other.txt").write_text("other text " * 20)
+    with_data(tmp_path / "other.txt")
+    assert "has changed" in fails(capsys, 1, "eval", "--run", str(moved))
+    other = ["--data", str(tmp_path / "other.txt"), "--split", "all"]
+    assert main(["eval", "--run", run, *other, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == 219
+
+
+def _checksums(folder: Path) -> str:
+    from transformer_vq.io import checkpoint
+
+    return "".join(f"{checkpoint._sha256(folder / n)}  {n}\n" for n in checkpoint._files(folder))

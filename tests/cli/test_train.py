@@ -1,0 +1,137 @@
+"""`tvq train`: what it prints, what it leaves, and how it goes on."""
+
+import gzip
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import SIZES, STEPS, fails, start
+from transformer_vq import costs
+from transformer_vq.cli import main
+from transformer_vq.config import ModelConfig
+from transformer_vq.run.folder import load_run
+from transformer_vq.run.log import read_metrics
+
+
+def test_dry_run_tells_and_leaves_nothing(capsys, tmp_path, monkeypatch):
+    """The model and recipe of a preset, changed; on the eight devices of the tests."""
+    monkeypatch.chdir(tmp_path)
+    changes = ["--train.batch-size=16", "--train.ema-decay=0.9", "--config.num-layers=1"]
+    changes += ["--train.update-len=64", "--train.sequence-len=64"]
+    assert main(["train", "--preset", "small", "--dry-run", *changes]) == 0
+    printed = capsys.readouterr().out
+    config = ModelConfig.preset("small", num_layers=1)
+    size = 4 * costs.parameter_count(config) / 1e6
+    for line in (
+        "recipe: adamw, 5,000 updates of 16 rows by 64 tokens, in sequences of 64",
+        "for 8 devices (cpu)",
+        f"  parameters                {size:.2f} MB",
+        f"  optimizer                 {2 * size:.2f} MB",
+        " of 1,024 tokens",
+        "in all: 5.12 M tokens",
+    ):
+        assert line in printed, printed
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(None, "no file"), (b"", "is empty"), (b"x", "0 of the 65 tokens"), ("folder", "a directory")],
+)
+def test_data_that_cannot_be_trained_on(capsys, tmp_path, content, says):
+    path = tmp_path / "data"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    out = str(tmp_path / "run")
+    assert says in fails(capsys, 1, "train", "--data", str(path), "--out", out, *SIZES)
+    assert not Path(out).exists()
+
+
+def test_a_run_is_not_overwritten(capsys, run, data):
+    says = fails(capsys, 1, "train", "--data", str(data), "--out", run, *SIZES)
+    assert f"already holds a run, at step {STEPS}" in says
+
+
+def test_the_same_command_gives_the_same_losses(capsys, tmp_path, run, content):
+    """Digit for digit; and a compressed file is what it holds."""
+    data, out = tmp_path / "book.gz", str(tmp_path / "run")
+    data.write_bytes(gzip.compress(content))
+    assert main(["train", "--data", str(data), "--out", out, "--steps", str(STEPS), *SIZES]) == 0
+    printed = capsys.readouterr().out
+    assert "60,000 bytes" in printed and f"done: {STEPS} steps" in printed
+
+    def losses(folder: str) -> list:
+        records = read_metrics(Path(folder) / "metrics.jsonl")
+        return [(r["step"], r.get("loss"), r.get("validation_loss")) for r in records]
+
+    assert losses(out) == losses(run)
+    assert len(losses(out)) == STEPS + 1
+
+
+def test_resuming_needs_nothing_but_the_folder(capsys, tmp_path, run):
+    out = shutil.copytree(run, tmp_path / "run")
+    arguments = ["train", "--out", str(out), "--resume"]
+    assert "d_model 32, not 64" in fails(capsys, 1, *arguments, "--config.d-model", "64",
+                                         "--config.d-v", "64")  # fmt: skip
+    assert main([*arguments, "--steps", str(STEPS + 2)]) == 0
+    assert f"resuming at step {STEPS}" in capsys.readouterr().out
+    steps = [r["step"] for r in read_metrics(out / "metrics.jsonl") if "loss" in r]
+    assert steps == list(range(1, STEPS + 3))
+
+
+def test_ctrl_c_in_training_saves(tmp_path, data, user_env):
+    out = str(tmp_path / "run")
+    process = start(user_env, "train", "--data", str(data), "--out", out, "--steps", "1000000",
+                    "--train.checkpoint-every", "1000000", *SIZES)  # fmt: skip
+    while not (line := process.stdout.readline()).startswith(b"step "):
+        assert line, process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
+    step = int(re.search(rb"interrupted and saved at step (\d+)", printed)[1])
+    assert f"train --resume --out {out}".encode() in printed
+    assert load_run(out)[1].step == step > 0
+
+
+@pytest.mark.slow
+def test_kill_during_a_checkpoint(tmp_path, data, user_env):
+    """Whatever was being written when it was killed, `--resume` goes on from a whole checkpoint."""
+    arguments = ["train", "--data", str(data), "--steps", "80", "--train.checkpoint-every", "2",
+                 "--train.evaluate-every", "0", *SIZES]  # fmt: skip
+    out = tmp_path / "run"
+    checkpoints = out / "checkpoints"
+    for kill in range(3):
+        resume = ["--resume"] if kill else []
+        process = start(user_env, *arguments, "--out", str(out), *resume)
+        before = max(
+            (int(p.name) for p in checkpoints.glob("[0-9]*") if p.name.isdecimal()), default=0
+        )
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline and process.poll() is None:
+            names = [p.name for p in checkpoints.glob("*")] if checkpoints.is_dir() else []
+            newest = max((int(n) for n in names if n.isdecimal()), default=0)
+            if newest > before + 4 and any("tmp" in name for name in names):
+                break
+        assert process.poll() is None, process.communicate()
+        process.kill()
+        process.communicate()
+    process = start(user_env, *arguments, "--out", str(out), "--resume")
+    printed, errors = process.communicate(timeout=500)
+    assert process.returncode == 0, errors
+    assert b"done: 80 steps" in printed
+
+    unbroken = tmp_path / "unbroken"
+    process = start(user_env, *arguments, "--out", str(unbroken))
+    process.communicate(timeout=500)
+
+    def losses(folder: Path) -> list:
+        return [(r["step"], r.get("loss")) for r in read_metrics(folder / "metrics.jsonl")]
+
+    assert losses(out) == losses(unbroken)

@@ -1,0 +1,57 @@
+"""What a model costs, beside the arrays that it has."""
+
+import jax
+import pytest
+
+from transformer_vq import costs
+from transformer_vq.config import PRESETS, ModelConfig, TrainConfig
+from transformer_vq.nn.model import init_model, init_state
+
+VARIANTS = [
+    *(ModelConfig.preset(name) for name in PRESETS),
+    *(
+        ModelConfig(head_type=kind, d_model=64, d_k=16, num_layers=3, **switches)
+        for kind in ("shga", "mqa", "mha")
+        for switches in (
+            {},
+            {"tie_embeddings": True, "absolute_positions": True, "final_norm": False},
+            {"attention": "full", "state_dtype": "bfloat16"},
+        )
+    ),
+    ModelConfig(d_model=64, num_heads=2, d_v=48),
+]
+
+
+@pytest.mark.parametrize("config", VARIANTS)
+def test_counts_are_those_of_the_arrays(config):
+    model = jax.eval_shape(lambda: init_model(config, 0))
+    leaves = jax.eval_shape(lambda: jax.tree.leaves(init_state(config, 1)))
+    assert costs.parameter_count(config) == sum(x.size for x in jax.tree.leaves(model.params))
+    assert costs.codebook_count(config) == sum(x.size for x in jax.tree.leaves(model.codebook))
+    assert costs.state_bytes(config) == sum(x.size * x.dtype.itemsize for x in leaves)
+
+
+def test_costs_of_attention():
+    """Full attention costs more with the length; at the length of our columns, about as much. With
+    one block it computes the whole matrix, with n of them n (n + 1) / 2 of n n parts."""
+    config = ModelConfig.preset("small")
+    columns = config.window_len + config.block_len + config.codebook_size
+    full = costs.full_attention_train_flops
+    whole = config.replace(block_len=10**6)
+    ours = costs.train_flops(config)
+    assert 0.8 < ours / full(whole, columns) < 1.2
+    assert full(config, 32 * columns) > 5 * ours
+    length = 4 * config.block_len
+    rest = 2 * full(whole, length) - full(whole, 2 * length)  # what does not depend on the length
+    assert (full(config, length) - rest) / (full(whole, length) - rest) == pytest.approx(10 / 16)
+    # An odd length: 3 blocks of 4 for 9 tokens, so 6 pairs of 16.
+    odd = (full(config.replace(block_len=4), 9) - rest) / (full(whole, 9) - rest)
+    assert odd == pytest.approx(6 * 16 / 81, rel=1e-3)  # operations are whole
+    # In parts of a sequence, full attention looks back over all of it; VQ's cost is the part's.
+    parts = TrainConfig(sequence_len=32 * columns, update_len=columns)
+    of_all = full(config, 32 * columns)
+    assert costs.run_flops(config.replace(attention="full"), parts) == of_all
+    assert costs.run_flops(config, parts) == ours < of_all
+    one, two = costs.decode_bytes(config, 1), costs.decode_bytes(config, 2)
+    assert two - one == costs.state_bytes(config) + 4 * config.d_model
+    assert costs.decode_flops(config) > 2 * costs.parameter_count(config) * 0.8
