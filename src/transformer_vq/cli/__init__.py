@@ -100,10 +100,6 @@ def _run(arguments: list[str]) -> int:
     if options is None:  # it was a question, and is answered
         return 0
     _use_compilation_cache()
-    if name not in ("info", "tokenizer"):  # commands that compile
-        from transformer_vq.measure.memory import trim_after_compiling
-
-        trim_after_compiling()
     return options.main()
 
 

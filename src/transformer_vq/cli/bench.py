@@ -68,7 +68,9 @@ class Bench:
             raise as_usage(error, "--config.", ModelConfig) from None
 
         from transformer_vq.measure import bench
+        from transformer_vq.measure.memory import trim_after_compiling
 
+        trim_after_compiling()
         about = bench.device_info()
         if not self.json:
             print(

@@ -100,9 +100,11 @@ def train_with_progress(
     mesh: "Mesh | None" = None,
 ) -> "TrainResult":
     """`ops.loop.train` on the train split of `tokens`, live on the terminal."""
+    from transformer_vq.measure.memory import trim_after_compiling
     from transformer_vq.run import loop
     from transformer_vq.show.progress import Progress
 
+    trim_after_compiling()
     source = as_source(tokens)
     tokens_per_step = train.batch_size * train.update_len
     with Progress(train.steps, tokens_per_step, max_seconds=max_seconds) as progress:

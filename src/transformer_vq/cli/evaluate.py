@@ -110,8 +110,10 @@ def score(
     quiet: bool = False,
 ) -> "Evaluation":
     """`ops.evaluate.evaluate` with progress on the terminal."""
+    from transformer_vq.measure.memory import trim_after_compiling
     from transformer_vq.ops.evaluate import evaluate
 
+    trim_after_compiling()
     if model.config.attention == "full":  # which knows the distances that it was trained on
         most = info.train.sequence_len
         chunk_len = context_len = min(context_len or most, most)

@@ -299,8 +299,10 @@ def open_model(
 ) -> "tuple[Model, Any, State | None]":
     """The model of a run, its info, and a state of it from a file, if one is named."""
     from transformer_vq.io.state import StateError, load_state
+    from transformer_vq.measure.memory import trim_after_compiling
     from transformer_vq.run.folder import find_step, load_run
 
+    trim_after_compiling()
     model, info = load_run(folder, find_step(folder, checkpoint))
     if not state_file:
         return model, info, None
