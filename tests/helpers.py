@@ -15,7 +15,7 @@ import pytest
 
 from transformer_vq import Model, ModelConfig, TrainConfig, init_model
 from transformer_vq.cli import main
-from transformer_vq.data import ByteTokenizer
+from transformer_vq.data import Batch, Batches, ByteTokenizer
 from transformer_vq.ops.train import init_train_state
 from transformer_vq.run.folder import DataSource, RunInfo, checkpoints_of, open_run
 
@@ -94,6 +94,35 @@ def far(actual, expected):
     """Not a matter of rounding."""
     with pytest.raises(AssertionError):
         close(actual, expected, 1e-4)
+
+
+# Training: a small model, a text that can be learnt, and what is compared.
+
+CONFIG = ModelConfig(
+    vocab_size=32, d_model=16, d_k=8, num_layers=1, codebook_size=8, block_len=8, window_len=5
+)
+START = jax.jit(init_train_state, static_argnums=(0, 1))
+
+
+def walk(length) -> np.ndarray:
+    """A walk of small steps round 32 tokens: the last token says much of the next."""
+    return (np.random.default_rng(0).integers(0, 8, length).cumsum() % 32).astype(np.uint8)
+
+
+TOKENS = walk(600)
+
+
+def replace(config, **changes):
+    return type(config)(**{**vars(config), **changes})
+
+
+def one_batch(train, index=0, tokens=TOKENS) -> Batch:
+    options = dict(batch_size=train.batch_size, sequence_len=train.sequence_len, seed=train.seed)
+    return Batches(tokens, **options).batch(index)
+
+
+def raw(tree) -> list[bytes]:
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
 def make_run(folder: Path, tokenizer=None, image_shape=None, **changes) -> str:

@@ -7,41 +7,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer_vq import Model, ModelConfig, init_state
+import tests.helpers as helpers
+from tests.helpers import CONFIG, START, raw, replace, walk
+from transformer_vq import Model, init_state
 from transformer_vq.config import TrainConfig
-from transformer_vq.data import Batch, Batches
+from transformer_vq.data import Batch
 from transformer_vq.io.checkpoint import Checkpoints
 from transformer_vq.nn import vq
 from transformer_vq.nn.model import forward
 from transformer_vq.nn.vq import Places
 from transformer_vq.ops.loss import token_nll
-from transformer_vq.ops.train import init_train_state, make_train_step, start_codebook
+from transformer_vq.ops.train import make_train_step, start_codebook
 from transformer_vq.run import loop
 from transformer_vq.run.log import read_metrics
 from transformer_vq.sharding import by_rows, data_mesh
 
-CONFIG = ModelConfig(
-    vocab_size=32, d_model=16, d_k=8, num_layers=1, codebook_size=8, block_len=8, window_len=5
-)
 TRAIN = TrainConfig(
     batch_size=8, sequence_len=16, update_len=8, steps=8, warmup_steps=0, learning_rate=0.02
 )
-TOKENS = (np.random.default_rng(0).integers(0, 8, 2000).cumsum() % 32).astype(np.uint8)
-
-START = jax.jit(init_train_state, static_argnums=(0, 1))
+TOKENS = walk(2000)
 
 
-def replace(config, **changes):
-    return type(config)(**{**vars(config), **changes})
-
-
-def one_batch(index=0, train=TRAIN) -> Batch:
-    options = dict(batch_size=train.batch_size, sequence_len=train.sequence_len, seed=train.seed)
-    return Batches(TOKENS, **options).batch(index)
-
-
-def raw(tree) -> list[bytes]:
-    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+def one_batch(index=0) -> Batch:
+    return helpers.one_batch(TRAIN, index, TOKENS)
 
 
 def distance(tree, other) -> float:

@@ -1,0 +1,33 @@
+"""What a run shows on the terminal."""
+
+import io
+
+import pytest
+
+from transformer_vq.show.console import Console
+from transformer_vq.show.progress import Progress, duration
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress(terminal):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=120, legacy_windows=False)
+    record = {"loss": 1.5, "bpb": 2.164, "tokens_per_second": 512.0, "codebook_used": 0.5}
+    record["seconds"] = 83.0
+    with Progress(100, 1024, console=console) as progress:
+        progress.say("resuming at [step] 39")
+        progress.show({"step": 40, **record})
+        progress.saved(40)
+        progress.show({"step": 41, **record})
+        progress.show({"step": 41, "validation_loss": 1.25, "validation_bpb": 1.8034})
+    text = out.getvalue()
+    wanted = ["resuming at [step] 39", "1.5000", "2.1640", "512", "tokens/s", "codes", "50%"]
+    assert all(part in text for part in [*wanted, "step 41: validation loss 1.2500, 1.8034 bpb"])
+    assert ("step 40/100  loss 1.5000  bpb 2.1640" in text) != terminal  # not shown when it is over
+    assert ("2:00 left" in text) != terminal
+    for part in ("1:58 left", " 41/100  41%", "validation 1.8034 bpb, the best", "checkpoint 40"):
+        assert (part in text) == terminal
+
+
+def test_duration():
+    assert [duration(s) for s in (0.4, 65, 3600, 90_061)] == ["0:00", "1:05", "1:00:00", "25:01:01"]
