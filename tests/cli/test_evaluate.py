@@ -9,6 +9,7 @@ import pytest
 
 from tests.helpers import fails
 from transformer_vq.cli import main
+from transformer_vq.io.checksums import seal
 from transformer_vq.ops.evaluate import Evaluation
 
 
@@ -53,7 +54,7 @@ def test_eval_knows_the_data_of_the_run(capsys, tmp_path, run):
     def with_data(file: Path) -> None:
         saved["metadata"]["data"]["path"] = str(file)
         path.write_text(json.dumps(saved))
-        (path.parent / "SHA256SUMS").write_text(_checksums(path.parent))
+        seal(path.parent)
 
     with_data(tmp_path / "gone.txt")
     assert "not there any more" in fails(capsys, 1, "eval", "--run", str(moved))
@@ -63,9 +64,3 @@ def test_eval_knows_the_data_of_the_run(capsys, tmp_path, run):
     other = ["--data", str(tmp_path / "other.txt"), "--split", "all"]
     assert main(["eval", "--run", run, *other, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] == 219
-
-
-def _checksums(folder: Path) -> str:
-    from transformer_vq.io import checkpoint
-
-    return "".join(f"{checkpoint._sha256(folder / n)}  {n}\n" for n in checkpoint._files(folder))

@@ -12,15 +12,15 @@ Arrays are stored under their path in the tree ("params/embed"), so that reading
 classes that were saved nor the arrays that are not wanted.
 """
 
+import contextlib
 import errno
-import hashlib
 import json
 import logging
 import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,6 +28,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from transformer_vq.io import checksums
+from transformer_vq.io.checksums import METADATA_FILE
 from transformer_vq.io.leaves import (
     CheckpointError,
     as_like,
@@ -39,10 +41,9 @@ from transformer_vq.io.leaves import (
     storable,
 )
 
-METADATA_FILE = "metadata.json"
-CHECKSUM_FILE = "SHA256SUMS"
-# Written after the checksums, and not needed to restore.
-_UNVERIFIED = {CHECKSUM_FILE, "_CHECKPOINT_METADATA", "commit_success.txt"}
+# By default orbax makes the folder of a save in a thread, and when that fails, the threads that
+# wait for it keep the process alive for five minutes.
+_ASYNC = ocp.options.AsyncOptions(create_directories_asynchronously=False)
 
 
 class Checkpoints:
@@ -50,7 +51,7 @@ class Checkpoints:
 
     The last `keep` are kept, and the one with the lowest `best_metric`. With several processes,
     all of them make the same calls. Use it as a context manager: leaving it waits for the save in
-    progress, which is lost if the program ends before.
+    progress, which is lost if the program ends before. One program at a time may write.
 
         with Checkpoints("runs/book/checkpoints") as checkpoints:
             checkpoints.save(100, train_state, {"position": 51_200})
@@ -62,14 +63,16 @@ class Checkpoints:
     ):
         """Nothing is created before the first save.
 
-        Raises `CheckpointError` if `keep` is not positive.
+        Raises `CheckpointError` if `keep` is not positive, or the path is not UTF-8.
         """
         if keep < 1:
             raise CheckpointError(f"keep is {keep}: at least 1 checkpoint must be kept")
         self.folder = Path(folder).absolute()  # orbax refuses relative paths
+        _require_utf8(self.folder)
         self._keep = keep
         self._best_metric = best_metric
         self._saving: tuple[int, ocp.AsyncCheckpointer] | None = None  # in the background
+        self._made = False  # the folder, by this object
         _mute_orbax()
 
     def __enter__(self) -> Self:
@@ -105,7 +108,7 @@ class Checkpoints:
         if newest is not None and step <= newest:
             raise CheckpointError(
                 f"step {step} cannot be saved in {self.folder}, which already has step {newest}: "
-                f"delete the checkpoints from step {step} on, or use another folder"
+                f"go on from that one, or use another folder"
             )
         arrays = {name: storable(name, leaf) for name, leaf in named_leaves(tree).items()}
         sidecar = _to_json(
@@ -119,10 +122,13 @@ class Checkpoints:
         # Orbax refuses arrays without elements; their description says all there is.
         stored = {name: array for name, array in arrays.items() if array.size}
         # A new one for every save: after an error, orbax would report it again at the next.
-        checkpointer = ocp.AsyncCheckpointer(_Handler(sidecar))
+        checkpointer = ocp.AsyncCheckpointer(_Handler(sidecar), async_options=_ASYNC)
         self._saving = step, checkpointer
         try:
+            if self._made and not self.folder.is_dir():
+                raise FileNotFoundError("the folder has been removed or moved")
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._made = True
             self._tidy()
             checkpointer.save(self.folder / str(step), args=_Save(stored))
         except Exception as error:
@@ -135,15 +141,22 @@ class Checkpoints:
 
         Raises `CheckpointError` if it failed; the checkpoints before it stay as they are.
         """
-        if self._saving is None:
-            return
-        step, checkpointer = self._saving
-        try:
-            checkpointer.close()  # which waits
-        except Exception as error:
-            raise self._save_failed(step, error) from error
-        self._saving = None
-        self._tidy()
+        if self._saving is not None:
+            self._finish()
+            self._tidy()
+
+    def withdraw(self, steps: Iterable[int]) -> None:
+        """Put checkpoints aside, as folders named `STEP.diverged` that nothing here reads.
+
+        Whatever `keep` says, none is deleted for them. A save in progress is waited for first.
+
+        Raises `CheckpointError` if that save failed.
+        """
+        self._finish()
+        for step in steps if jax.process_index() == 0 else ():
+            aside = self.folder / f"{step}.diverged"
+            shutil.rmtree(aside, ignore_errors=True)  # of an earlier attempt
+            (self.folder / str(step)).rename(aside)
 
     def close(self) -> None:
         """Wait for the save in progress; leaving the context does the same.
@@ -158,14 +171,20 @@ class Checkpoints:
         """The steps of all complete checkpoints, oldest first; empty without a folder."""
         if not self.folder.is_dir():
             return []
-        return sorted(int(entry.name) for entry in self.folder.iterdir() if entry.name.isdecimal())
+        numbers = [entry.name for entry in self.folder.iterdir() if entry.is_dir()]
+        # A name as `030` is not one that a save gives.
+        return sorted(int(n) for n in numbers if n.isdecimal() and str(int(n)) == n)
 
     def latest(self) -> int | None:
         """The newest complete step, or None."""
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """The step with the lowest `best_metric`, or None if none was saved with it."""
+        """The step with the lowest `best_metric`, or None if none was saved with it.
+
+        Raises `CheckpointError` if a checkpoint does not say what its metric was: it is damaged,
+        and might be the best.
+        """
         measured = [(self._metric(step), step) for step in self.steps()]
         metric, step = min(measured, default=(math.inf, None))
         return step if metric < math.inf else None
@@ -242,25 +261,48 @@ class Checkpoints:
                 f"it has {', '.join(map(str, steps))}"
             )
         path = self.folder / str(step)
-        if damage := _find_damage(path):
+        if damage := _damage(path):
             earlier = (s for s in reversed(steps) if s < step)
-            intact = next((s for s in earlier if not _find_damage(self.folder / str(s))), None)
+            intact = next((s for s in earlier if not _damage(self.folder / str(s))), None)
             advice = (
                 "and no earlier one is intact: delete it and train anew"
                 if intact is None
                 else f"but step {intact} is intact: delete {path} to go on from there"
             )
             raise CheckpointError(f"the checkpoint {path} is damaged ({damage}), {advice}")
-        return path, json.loads((path / METADATA_FILE).read_text())
+        return path, json.loads((path / METADATA_FILE).read_bytes())
 
     def _metric(self, step: int) -> float:
-        """The `best_metric` of `step`; infinite if it has none, or is not worth keeping."""
+        """The `best_metric` of `step`; infinite if it has none. Raises `CheckpointError`."""
+        path = self.folder / str(step)
+        if damage := _damage(path, [METADATA_FILE]):
+            raise CheckpointError(
+                f"the checkpoint {path} is damaged ({damage}), so which one is the best is not "
+                f"known: name a step, or delete {path}"
+            )
+        metric = json.loads((path / METADATA_FILE).read_bytes())["metrics"].get(self._best_metric)
+        return math.inf if metric is None or math.isnan(metric) else metric
+
+    def _superfluous(self) -> set[int]:
+        """The steps that are neither among the last nor the best. Damaged ones stay: who knows."""
+        steps, metrics = self.steps(), {}
+        for step in steps:
+            with contextlib.suppress(CheckpointError):
+                metrics[step] = self._metric(step)
+        lowest = min(metrics.values(), default=math.inf)
+        best = next((s for s in metrics if metrics[s] == lowest < math.inf), None)
+        return metrics.keys() - {*steps[-self._keep :], best}
+
+    def _finish(self) -> None:
+        """Wait for the save in progress, and delete nothing. Raises `CheckpointError`."""
+        if self._saving is None:
+            return
+        step, checkpointer = self._saving
         try:
-            saved = json.loads((self.folder / str(step) / METADATA_FILE).read_text())
-            metric = float(saved["metrics"][self._best_metric])
-        except (OSError, ValueError, KeyError, TypeError):  # also damage: not our concern here
-            return math.inf
-        return math.inf if math.isnan(metric) else metric
+            checkpointer.close()  # which waits
+        except Exception as error:
+            raise self._save_failed(step, error) from error
+        self._saving = None
 
     def _save_failed(self, step: int, error: Exception) -> CheckpointError:
         """The error to raise; clears the remains away, which may be what fills the disk."""
@@ -276,8 +318,7 @@ class Checkpoints:
         """Delete what is not to be kept and what interrupted saves and deletions left."""
         if jax.process_index() != 0 or not self.folder.is_dir():
             return
-        steps = self.steps()
-        for step in set(steps[: -self._keep]) - {self.best()}:
+        for step in self._superfluous():
             # Renamed first: deleting takes time, and half a checkpoint must not look like one.
             path = self.folder / str(step)
             path.rename(path.with_suffix(".deleted"))
@@ -297,9 +338,8 @@ class _Handler(ocp.PyTreeCheckpointHandler):
         """Runs in one process, when all have written, before the folder gets its name."""
         super().finalize(directory)
         folder = Path(directory)
-        (folder / METADATA_FILE).write_text(self._metadata)
-        sums = "".join(f"{_sha256(folder / name)}  {name}\n" for name in _files(folder))
-        (folder / CHECKSUM_FILE).write_text(sums)
+        (folder / METADATA_FILE).write_text(self._metadata, "utf-8")
+        checksums.seal(folder)
 
 
 # Orbax asks for argument types of its own for every class of handler.
@@ -322,35 +362,24 @@ def _not_from_orbax(record: logging.LogRecord) -> bool:
     return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
-# Files
-
-
-def _files(checkpoint: Path) -> Iterator[str]:
-    """All files of a checkpoint that are verified, in order; hidden ones are not ours."""
-    for path in sorted(checkpoint.rglob("*")):
-        if path.is_file() and path.name not in _UNVERIFIED and not path.name.startswith("."):
-            yield path.relative_to(checkpoint).as_posix()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, or None if every byte is as written."""
+def _damage(checkpoint: Path, names: Sequence[str] = ()) -> str | None:
+    """What is wrong with a checkpoint (`checksums.find_damage`), also if it cannot be read."""
     try:
-        lines = (checkpoint / CHECKSUM_FILE).read_text(errors="replace").splitlines()
-        listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-        present = set(_files(checkpoint))
-        for name in sorted(listed.keys() | present | {METADATA_FILE}):
-            if name not in present:
-                return f"{name} is missing"
-            if _sha256(checkpoint / name) != listed.get(name):
-                return f"{name} is not as it was written"
+        return checksums.find_damage(checkpoint, names)
     except OSError as error:
         return _reason(error)
-    return None
+
+
+def _require_utf8(folder: Path) -> None:
+    """Raise `CheckpointError` for a path that the library which writes arrays cannot take."""
+    try:
+        os.fsencode(folder).decode("utf-8")
+    except UnicodeDecodeError:
+        shown = os.fsencode(folder).decode("utf-8", errors="backslashreplace")
+        raise CheckpointError(
+            f"the name of the folder {shown} is not UTF-8, and arrays cannot be kept below it: "
+            f"rename it"
+        ) from None
 
 
 def _to_json(content: dict[str, Any]) -> str:
