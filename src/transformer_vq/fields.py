@@ -135,13 +135,11 @@ class _Real:
         return above and below and math.isfinite(number)
 
     def _limit(self) -> str:
-        low, high = f"{self.low:g}", f"{self.high:g}"
-        if math.isinf(self.low):
-            return "a finite number"
+        low = f"{'at least' if self.low_belongs else 'above'} {self.low:g}"
+        high = f"{'at most' if self.high_belongs else 'below'} {self.high:g}"
         if math.isinf(self.high):
-            return f"a finite number{f', {low} or more' if self.low_belongs else f' above {low}'}"
-        below = f"{'at most' if self.high_belongs else 'below'} {high}"
-        return f"{'at least' if self.low_belongs else 'above'} {low} and {below}"
+            return "a finite number" if math.isinf(self.low) else f"a finite number {low}"
+        return f"{low} and {high}"
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """Vocabularies: made, read, kept with a run; text comes back as it was, never half a character."""
 
+import functools
 import json
-import os
-import re
 import shutil
 from pathlib import Path
 
@@ -12,10 +11,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import make_run
-from transformer_vq import ModelConfig, SamplingParams, TrainConfig, generate, init_model
-from transformer_vq.cli import main
-from transformer_vq.cli.stops import TextStops
+from tests.vocabularies import MADE_HERE, OTHERS, make_vocabularies
 from transformer_vq.data import (
     ByteTokenizer,
     DataError,
@@ -28,45 +24,54 @@ from transformer_vq.data import (
     run_tokenizer,
     train_tokenizer,
 )
-from transformer_vq.run import loop
-from transformer_vq.run.folder import DataSource, RunInfo, load_run
-from transformer_vq.run.log import read_metrics
-from transformer_vq.run.samples import open_samples
 
-BOOK = bundled_corpus().read_bytes()[:150_000].decode(errors="ignore")
-HARD = "“I — naïve\n\n\t 𝄞  é 日本 \x00 end "
+BOOK = bundled_corpus().read_bytes()[:60_000].decode(errors="ignore")
+load = functools.cache(load_tokenizer)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A book, and vocabularies: byte-level BPE, SentencePiece, words without a decoder."""
-    folder = tmp_path_factory.mktemp("vocabularies")
-    (folder / "book.txt").write_text(BOOK)
-    source = open_source([folder / "book.txt"])
-    train_tokenizer(source, folder / "bpe.json", 500)
-    train_tokenizer(source, folder / "sp.model", 500)
-    words = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    words.decoder = tokenizers.decoders.WordPiece()
-    trainer = tokenizers.trainers.WordPieceTrainer(
-        vocab_size=300, special_tokens=["[UNK]"], show_progress=False
-    )
-    words.train_from_iterator([BOOK[:20_000]], trainer)
-    words.save(str(folder / "words.json"))
-    return folder
+    return make_vocabularies(tmp_path_factory.mktemp("vocabularies"), BOOK)
 
 
-NAMES = ["bpe.json", "sp.model", "words.json"]
+# Text and back
 
 
-@pytest.mark.parametrize("name", NAMES[:2])
-def test_what_is_made_here_loses_nothing(folder, name):
-    tokenizer = load_tokenizer(folder / name)
-    for text in (BOOK[:20_000], HARD, "", " two  spaces ", "\n"):
-        tokens = tokenizer.encode(text)
-        assert tokenizer.decode(tokens) == text.encode()
-        assert all(0 <= token < tokenizer.vocab_size for token in tokens)
-    assert len(tokenizer.encode(BOOK)) < 0.6 * len(BOOK)
+TEXTS = [
+    BOOK[:20_000],
+    "“I — naïve\n\n\t 𝄞  é 日本 \x00 end ",
+    "",
+    " two  spaces ",
+    "\n",
+    "before<|endoftext|>after",
+    "<|endoftext|>",
+    "<s> </s> <unk> <0x41> <pad>",
+    "▁ a▁b ▁▁",
+]
+
+
+@pytest.mark.parametrize("name", MADE_HERE)
+@pytest.mark.parametrize("text", TEXTS)
+def test_what_is_made_here_loses_nothing(folder, name, text):
+    tokenizer = load(folder / name)
+    tokens = tokenizer.encode(text)
+    assert tokenizer.decode(tokens) == text.encode()
+    assert all(0 <= token < tokenizer.vocab_size for token in tokens)
+    assert tokenizer.eos_id not in tokens and tokenizer.changes == ""
+
+
+@pytest.mark.parametrize("name", MADE_HERE)
+@given(text=st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("▁ \n<|"))))
+def test_any_text_comes_back(folder, name, text):
+    tokenizer = load(folder / name)
+    assert tokenizer.decode(tokenizer.encode(text)) == text.encode()
+    assert tokenizer.encode_batch([text, "▁", text])[2] == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("name", MADE_HERE)
+def test_vocabularies_have_ends_starts_and_limits(folder, name):
+    tokenizer = load(folder / name)
+    assert len(tokenizer.encode(BOOK)) < 0.65 * len(BOOK)
     assert tokenizer.decode([*tokenizer.encode("a"), tokenizer.eos_id]) == b"a"
     assert tokenizer.decode([tokenizer.start_id]) == b"\n"
     with pytest.raises(ValueError, match="not UTF-8 at byte 2"):
@@ -76,41 +81,102 @@ def test_what_is_made_here_loses_nothing(folder, name):
 
 
 def test_an_end_is_added_where_there_is_none(folder):
-    words = load_tokenizer(folder / "words.json")
+    words = load(folder / "words.json")
     own = tokenizers.Tokenizer.from_file(str(folder / "words.json")).get_vocab_size()
     assert (words.eos_id, words.vocab_size) == (own, own + 1)
-    bpe = load_tokenizer(folder / "bpe.json")
-    assert (bpe.eos_id, bpe.vocab_size) == (0, 500)
+    bpe = load(folder / "bpe.json")
+    assert (bpe.eos_id, bpe.vocab_size) == (0, 400)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("special", [True, False])
+def test_the_letters_of_the_end_are_text(folder, tmp_path, special):
+    """Also where the file does not call the end a special token; the others are as they were."""
+    values = json.loads((folder / "llama.json").read_text())
+    for token in values["added_tokens"]:
+        token["special"] = special
+    (tmp_path / "t.json").write_text(json.dumps(values))
+    tokenizer = load_tokenizer(tmp_path / "t.json")
+    assert tokenizer.eos_id == 2
+    tokens = tokenizer.encode("it</s>was")
+    assert 2 not in tokens and tokenizer.decode(tokens) == b"it</s>was"
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "t.json"))
+    assert 2 in library.encode("it</s>was").ids  # control
+
+
+CHANGES = {
+    "default.model": "spaces at the ends or side by side, line breaks or tabs, accents, U+2581",
+    "llama.json": "U+2581",
+    "metaspace.json": "rare characters",
+    "suffix.json": "punctuation",
+    "words.json": "line breaks or tabs",
+    "level.json": "spaces at the ends or side by side",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_a_vocabulary_changes_is_named(folder, name):
+    assert CHANGES[name] in load(folder / name).changes
+    assert load(folder / name).decode(load(folder / name).encode("I was a")) == b"I was a"
+
+
+def test_an_end_that_is_a_word_is_named(folder):
+    """Words of WordLevel are looked up, those of the end too."""
+    assert "the letters </s>" in load(folder / "level.json").changes
+
+
+@pytest.mark.parametrize("name", ["sp.model", "default.model", "llama.json"])
+def test_a_byte_is_a_byte(folder, name):
+    """Half a character is its bytes, and not U+FFFD; the rest is as the library has it."""
+    tokenizer = load(folder / name)
+    tokens = tokenizer.encode("it was 𝄞 日 and a")
+    library = tokenizer._library
+    assert tokenizer.decode(tokens).decode() == library.decode(tokens) == "it was 𝄞 日 and a"
+    halves = [tokenizer.decode(tokens[:n]) for n in range(len(tokens))]
+    whole = "it was 𝄞 日 and a".encode()
+    assert all(whole.startswith(half) for half in halves)
+    assert b"it was \xf0\x9d" in halves and b"it was \xf0\x9d\x84\x9e \xe6" in halves
+
+
+# As it comes
+
+
+@pytest.mark.parametrize("name", [*MADE_HERE, *OTHERS])
 @given(data=st.data())
 def test_streamed_text_is_the_text(folder, name, data):
-    """Also of random tokens; and no half character is ever shown but in the end."""
-    tokenizer = _loaded(folder / name)
+    """Of any tokens, after any others; and no half character is shown but in the end."""
+    tokenizer = load(folder / name)
     if data.draw(st.booleans()):
-        tokens = tokenizer.encode(data.draw(st.text("a é—𝄞日\n", max_size=20)))
+        tokens = tokenizer.encode(data.draw(st.text("a é—𝄞日\n▁ It", max_size=20)))
         valid = True
     else:
         tokens = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
         valid = False
-    decoder = StreamDecoder(tokenizer)
+    cut = data.draw(st.integers(0, len(tokens)))
+    decoder = StreamDecoder(tokenizer, tokens[:cut])
+    before, whole = tokenizer.decode(tokens[:cut]), tokenizer.decode(tokens)
+    expected = whole[len(before) :].decode(errors="replace")
     for _ in range(2):
-        pieces = [decoder.push(token) for token in tokens]
-        if valid:
+        pieces = [decoder.push(token) for token in tokens[cut:]]
+        if valid and not cut:
             assert not any("\ufffd" in piece for piece in pieces)
-        assert "".join(pieces) + decoder.flush() == tokenizer.decode_text(tokens)
+        assert "".join(pieces) + decoder.flush() == expected
 
 
-_cache: dict[Path, object] = {}
-
-
-def _loaded(path: Path):
-    return _cache.setdefault(path, load_tokenizer(path))
+@pytest.mark.parametrize("name", [*MADE_HERE, *OTHERS])
+def test_the_space_after_a_prompt_is_kept(folder, name):
+    tokenizer = load(folder / name)
+    prompt, rest = tokenizer.encode("I was"), tokenizer.encode("I was a I")
+    assert rest[: len(prompt)] == prompt
+    for before in (prompt, None):  # None: a state, whose tokens nobody knows
+        decoder = StreamDecoder(tokenizer, before)
+        shown = "".join(decoder.push(token) for token in rest[len(prompt) :])
+        assert shown + decoder.flush() == " a I"
+    alone = tokenizer.decode_text(rest[len(prompt) :])  # control
+    assert (alone == " a I") == (name in MADE_HERE)
 
 
 def test_characters_come_whole(folder):
-    tokenizer = load_tokenizer(folder / "bpe.json")
+    tokenizer = load(folder / "bpe.json")
     tokens = tokenizer.encode("日")
     assert len(tokens) == 3  # a rare character is its bytes
     decoder = StreamDecoder(tokenizer)
@@ -118,11 +184,14 @@ def test_characters_come_whole(folder):
     assert tokenizer.decode_text(tokens[:1]) == "\ufffd"  # what is avoided
 
 
+# Data
+
+
 def test_the_split_is_the_same_text(folder):
     """Bits per byte of a split can be compared between vocabularies."""
     plain = open_source([folder / "book.txt"])
-    for name in NAMES[:2]:
-        tokenizer = load_tokenizer(folder / name)
+    for name in MADE_HERE:
+        tokenizer = load(folder / name)
         source = open_source([folder / "book.txt"], tokenizer=tokenizer)
         assert source.tokens.dtype == np.uint16
         for part in ("train", "validation", "test"):
@@ -136,7 +205,7 @@ def test_the_split_is_the_same_text(folder):
 
 def test_long_documents_in_pieces(folder, monkeypatch):
     """Pieces change no text; documents begin where they begin."""
-    tokenizer = load_tokenizer(folder / "bpe.json")
+    tokenizer = load(folder / "bpe.json")
     texts = [BOOK[:5000], "日" * 400, BOOK[:300].replace("\n", " ")]
     path = folder / "t.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -149,7 +218,7 @@ def test_long_documents_in_pieces(folder, monkeypatch):
 
 
 def test_bytes_that_are_no_text_are_named(folder, tmp_path):
-    tokenizer = load_tokenizer(folder / "bpe.json")
+    tokenizer = load(folder / "bpe.json")
     (tmp_path / "good.txt").write_text("good")
     (tmp_path / "bad.txt").write_bytes("é".encode() * 50 + b"\xe9 latin")
     with pytest.raises(DataError, match=r"bad.txt is not UTF-8 at byte 100, .*or train on bytes"):
@@ -178,108 +247,7 @@ def test_what_is_no_vocabulary(tmp_path, name, content, sentence):
     assert "\n" not in str(caught.value)
 
 
-def test_stop_texts():
-    def run(pieces: list[str], *stops: str) -> tuple[str, bool]:
-        found = TextStops(stops)
-        out = ""
-        for piece in pieces:
-            out += found.push(piece)
-            if found.found:
-                break
-        return out + found.flush("?"), found.found
-
-    assert run(["one t", "wo th", "ree"], "two") == ("one ", True)
-    assert run(["one t", "wo th", "ree"], "tree", "o tt") == ("one two three?", False)
-    assert run(["aab", "aaba", "ac"], "aabaac", "x") == ("aab", True)
-    assert run(["a", "b"]) == ("ab?", False)
-
-
-# The command line
-
-SIZES = [
-    "--config.d-model=16",
-    "--config.d-k=8",
-    "--config.num-layers=1",
-    "--config.codebook-size=8",
-    "--config.block-len=32",
-    "--config.window-len=16",
-    "--train.batch-size=8",
-    "--train.sequence-len=32",
-    "--train.evaluate-tokens=500",
-    "--train.log-every=1",
-    "--steps=2",
-]
-
-
-@pytest.mark.slow
-def test_a_run_keeps_its_vocabulary(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("TVQ_CACHE", "")
-    vocabulary, out = tmp_path / "tokenizer.json", tmp_path / "run"
-    data = ["--data", str(folder / "book.txt")]
-    make = ["tokenizer", "train", *data, "--out", str(vocabulary), "--vocab-size", "400"]
-    assert main(make) == 0
-    assert "400 tokens, made of " in capsys.readouterr().out
-    train = ["train", "--tokenizer", str(vocabulary), "--out", str(out), *SIZES]
-    assert main([*train, *data]) == 0
-    assert "tokens (tokenizer.json " in capsys.readouterr().out
-    os.remove(vocabulary)
-
-    tokenizer = run_tokenizer(out)
-    model, info = load_run(out)
-    assert tokenizer.vocab_size == model.config.vocab_size == 400
-    assert info.tokenizer == tokenizer.name != load_tokenizer(folder / "bpe.json").name
-    record = next(r for r in read_metrics(out / "metrics.jsonl") if "loss" in r)
-    part = open_source([folder / "book.txt"], tokenizer=tokenizer).split("train")
-    assert record["bpb"] == pytest.approx(record["loss"] / np.log(2) / part.bytes_per_token)
-
-    assert main(["eval", "--run", str(out), "--json"]) == 0
-    record = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert 3 < record["bpb"] < 0.7 * record["loss"] / np.log(2)
-    ask = ["sample", "--run", str(out), "--prompt", "“It was", "--max-tokens", "30"]
-    assert main([*ask, "--json"]) == 0
-    answer = json.loads(capsys.readouterr().out)
-    (sample,) = answer["samples"]
-    assert answer["prompt_tokens"] == len(tokenizer.encode("“It was")) < len("“It was".encode())
-    assert sample["text"] == tokenizer.decode_text(sample["tokens"]) and len(sample["tokens"]) == 30
-    stop = sample["text"][10:12]
-    assert main([*ask, "--stop", stop, "--json"]) == 0
-    (short,) = json.loads(capsys.readouterr().out)["samples"]
-    assert short["text"] == sample["text"].partition(stop)[0] and short["stopped"]
-    assert short["tokens"] == sample["tokens"][: len(short["tokens"])]
-    assert main(["sample", "--run", str(out), "--max-tokens", "3"]) == 0
-    assert main(["info", "--run", str(out)]) == 0
-    assert "tokenizer.json" in capsys.readouterr().out
-
-    assert main(["train", "--out", str(out), "--resume"]) == 0
-    other = ["--tokenizer", str(folder / "bpe.json"), "--resume"]
-    assert main(["train", "--out", str(out), *other]) == 2
-    assert "bpe.json, another vocabulary than that of the run" in capsys.readouterr().err
-    damaged = shutil.copytree(out, tmp_path / "damaged")
-    (damaged / "tokenizer.json").write_text("{}")
-    assert main(["sample", "--run", str(damaged)]) == 1
-    assert "is no vocabulary" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["tokenizer"], "train"),
-        (["tokenizer", "tran", "--data", "x", "--out", "y"], "one of train"),
-        (["tokenizer", "train", "--data", "x", "--out", "no/y.json"], "no such folder"),
-        (["tokenizer", "train", "--data", "BOOK", "--out", "y.txt"], "must end with .json"),
-        (["tokenizer", "train", "--data", "BOOK", "--out", "y.json", "--vocab-size", "9"], "257"),
-        (["tokenizer", "train", "--data", "BOOK", "--out", "y.model", "--vocab-size", "9"], "9"),
-        (["train", "--data", "BOOK", "--out", "r", "--tokenizer", "no.json"], "no file no.json"),
-    ],
-)
-def test_wrong_options(folder, tmp_path, monkeypatch, capsys, arguments, says):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TVQ_CACHE", "")
-    arguments = [str(folder / "book.txt") if a == "BOOK" else a for a in arguments]
-    assert main(arguments) in (1, 2)
-    printed = capsys.readouterr().err
-    assert says in printed and printed.count("\n") == 1
-    assert not (tmp_path / "r").exists()
+# The vocabulary of a run
 
 
 def test_bytes_have_nothing_to_keep(tmp_path):
@@ -289,63 +257,32 @@ def test_bytes_have_nothing_to_keep(tmp_path):
 
 def test_a_new_run_keeps_no_other_vocabulary(folder, tmp_path):
     """What an earlier start left, of whatever kind, is not taken for that of the run."""
-    sorts = [load_tokenizer(folder / name) for name in ("bpe.json", "sp.model")]
+    sorts = [load(folder / name) for name in ("bpe.json", "sp.model")]
     for before in (*sorts, ByteTokenizer()):
         for now in (ByteTokenizer(), *sorts):
             (out := tmp_path / "run").mkdir(exist_ok=True)
             before.save(out)
             keep_tokenizer(out, now)
-            assert run_tokenizer(out).name == now.name
+            assert run_tokenizer(out, now.name).name == now.name
             assert len(list(out.iterdir())) == (now.name != "bytes")
             shutil.rmtree(out)
 
 
-def test_train_replaces_the_vocabulary_of_an_earlier_start(folder, tmp_path):
-    """In a folder without checkpoints; one that the caller answers for stays."""
-    config = ModelConfig(d_model=16, d_k=8, num_layers=1, codebook_size=8, window_len=8)
-    train = TrainConfig(batch_size=8, sequence_len=16, steps=1, evaluate_every=0)
-    tokens, vocabulary = np.zeros(50, np.uint8), load_tokenizer(folder / "bpe.json")
-    for name, kept in (("", "bytes"), ("mine", vocabulary.name)):
-        (out := tmp_path / f"run{name}").mkdir()
-        vocabulary.save(out)
-        loop.train(config, train, tokens, None, out, tokenizer=name)
-        assert run_tokenizer(out).name == kept
-
-
-def test_sample_draws_what_the_vocabulary_has(folder, tmp_path, monkeypatch, capsys):
-    """Where the model has more tokens than the vocabulary; what cannot be drawn can be shown."""
-    monkeypatch.setenv("TVQ_CACHE", "")
-    for name in (None, "bpe.json"):
-        tokenizer = load_tokenizer(folder / name) if name else ByteTokenizer()
-        size = tokenizer.vocab_size
-        run = make_run(tmp_path / f"run{name}", tokenizer, vocab_size=2 * size)
-        ask = ["sample", "--run", run, "--prompt", "It", "--max-tokens", "60", "--temperature", "9"]
-        assert main([*ask, "--json"]) == 0
-        (sample,) = json.loads(capsys.readouterr().out)["samples"]
-        assert len(sample["tokens"]) == 60 and max(sample["tokens"]) < size
-        assert sample["text"] == tokenizer.decode_text(sample["tokens"])
-        model, prompt = load_run(run)[0], tokenizer.encode("It")
-        (drawn,) = generate(model, [prompt], SamplingParams(max_tokens=60, temperature=9))
-        assert max(drawn) >= size  # control
-        assert main([*ask, "--logprobs"]) == 0
-        assert re.search(r" <\d{3,}> 0\.", capsys.readouterr().out)
-
-
-def test_samples_of_a_run_are_of_its_vocabulary(tmp_path):
-    """The same in training, as long as the tokens are those of the vocabulary."""
-    config = ModelConfig(
-        vocab_size=4096, d_model=16, d_k=8, num_layers=1, codebook_size=8, window_len=8
-    )
-    train = TrainConfig(batch_size=1, sequence_len=16, sample_tokens=40)
-    model, texts = init_model(config, 0), {}
-    for name, top in (("bytes", 255), ("others", 4000)):
-        validation = Source.of(np.linspace(0, top, 30).astype(np.int32))
-        info = RunInfo(config, train, DataSource.of("", validation))
-        folder = tmp_path / name
-        folder.mkdir()
-        with open_samples(folder, info, validation, lambda tokens: f"{tokens}") as samples:
-            samples.write(1, model, lambda: None)
-        record = json.loads((folder / "samples.jsonl").read_text())
-        texts[name] = [int(token) for token in re.findall(r"\d+", record["text"])]
-    assert len(texts["bytes"]) >= 40 and max(texts["bytes"]) < 256
-    assert max(texts["others"]) >= 256  # control
+def test_another_vocabulary_than_that_of_the_run_is_refused(folder, tmp_path):
+    """Lost, another of its kind, of another kind, or where there was none."""
+    bpe, sp, llama = (load(folder / name) for name in ("bpe.json", "sp.model", "llama.json"))
+    for kept, name, says in [
+        (ByteTokenizer(), bpe.name, r"tokenizer.json is gone: put it back"),
+        (sp, bpe.name, r"tokenizer.json is gone: put it back"),
+        (llama, bpe.name, r"tokenizer.json is another vocabulary \(.*put its own back"),
+        (bpe, "bytes", r"tokenizer.json is another .*\(bytes, .*remove the file"),
+    ]:
+        (out := tmp_path / "run").mkdir()
+        kept.save(out)
+        with pytest.raises(DataError, match=says) as caught:
+            run_tokenizer(out, name)
+        assert "\n" not in str(caught.value)
+        assert run_tokenizer(out, kept.name).name == kept.name  # control
+        for unknown in (None, "a name of the caller's own"):
+            assert run_tokenizer(out, unknown).name == kept.name
+        shutil.rmtree(out)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import recorded
 from transformer_vq import extend, init_state
 from transformer_vq.io.official import from_official
 from transformer_vq.nn import vq
@@ -26,9 +25,9 @@ CASES = [
 class Case:
     """One recorded file: arrays by name, parameters by path."""
 
-    def __init__(self, name):
-        self.arrays = recorded(name)
-        self.config = json.loads(self.arrays["config_json"].tobytes())
+    def __init__(self, path):
+        self.arrays = dict(np.load(path))
+        self.config = json.loads(str(self.arrays["config_json"]))
         self.double = self.config["dtype"] == "float64"
 
     def tree(self, prefix):
@@ -39,8 +38,8 @@ class Case:
 
 
 @pytest.fixture(params=CASES)
-def case(request):
-    case = Case(request.param)
+def case(request, parity_dir):
+    case = Case(parity_dir / f"{request.param}.npz")
     with jax.enable_x64(case.double):
         yield case
 
@@ -120,8 +119,8 @@ def test_new_codebook(case):
         (lambda p, c: c.update(n_vocab=18), "has shape"),
     ],
 )
-def test_misfits_are_refused(change, message):
-    case = Case("f32_h1_pe1_tie1_agg1")
+def test_misfits_are_refused(parity_dir, change, message):
+    case = Case(parity_dir / "f32_h1_pe1_tie1_agg1.npz")
     params, config = case.tree("params/"), dict(case.config)
     change(params, config)
     with pytest.raises(ValueError, match=message):

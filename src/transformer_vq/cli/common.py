@@ -136,10 +136,19 @@ def data_cache() -> Path | None:
 
 
 def open_data(paths: Sequence[str | Path], *, tokenizer: Tokenizer, **how: Any) -> Source:
-    """`open_source` with the cache of this user; says on standard error what was left out."""
+    """`open_source` with the cache of this user; says on standard error what was left out.
+
+    And what of the text the vocabulary changes.
+    """
     source = open_source(paths, tokenizer=tokenizer, cache=data_cache(), **how)
     for note in source.notes:
         print(f"tvq: {note}", file=sys.stderr)
+    if tokenizer.changes:
+        print(
+            f"tvq: the vocabulary {tokenizer.name} does not give every text back as it was: it "
+            f"changes {tokenizer.changes}",
+            file=sys.stderr,
+        )
     return source
 
 

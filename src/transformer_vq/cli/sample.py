@@ -14,7 +14,6 @@ from tyro.conf import UseAppendAction
 
 from transformer_vq.cli.common import CheckpointOption, progress_bar, size
 from transformer_vq.cli.parse import UsageError, as_usage, option
-from transformer_vq.cli.stops import TextStops
 from transformer_vq.data import (
     ByteTokenizer,
     StreamDecoder,
@@ -22,6 +21,7 @@ from transformer_vq.data import (
     load_bytes,
     run_tokenizer,
 )
+from transformer_vq.serve.text import TextStops
 
 if TYPE_CHECKING:
     from transformer_vq import Model, SamplingParams, State, Token

@@ -36,7 +36,7 @@ from transformer_vq.data.tokenizer import ByteTokenizer, Tokenizer
 
 OnError = Literal["stop", "skip"]
 
-_VERSION = 1  # of what is in the cache
+_VERSION = 2  # of what is in the cache; since 2, the letters of special tokens are text
 _PIECE = 1 << 20  # bytes of a document that are made tokens at once
 _BATCH = 64  # pieces at once
 _IMAGE_BYTES = 1 << 24  # of pictures that are written at once

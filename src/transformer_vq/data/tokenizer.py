@@ -39,6 +39,11 @@ class Tokenizer(Protocol):
         """Whether every token is always the same bytes, whatever is around it."""
         ...
 
+    @property
+    def changes(self) -> str:
+        """What of a text does not come back as it was, in words; empty if all does."""
+        ...
+
     def encode(self, text: str | bytes) -> list[int]:
         """The tokens of `text`. Raises `ValueError` for what the vocabulary cannot express."""
         ...
@@ -67,6 +72,7 @@ class ByteTokenizer:
     name: str = field(default="bytes", init=False)
     vocab_size: int = field(default=256, init=False)
     by_bytes: bool = field(default=True, init=False)
+    changes: str = field(default="", init=False)
     start_id: int = 10  # a newline: what stands before a text that has no prompt
     eos_id: int = 0  # NUL: the one byte that ordinary text never holds
 
@@ -98,45 +104,84 @@ class ByteTokenizer:
 class StreamDecoder:
     """Text from tokens one at a time: a character appears when its last byte does.
 
-    All pieces joined, `flush` included, equal `decode_text` of all the tokens.
+    `before`: the tokens that the stream goes on from. Many vocabularies write a space as part of
+    the word after it, and leave it out where a text begins: what is streamed is what the tokens add
+    to the text of those before. None: unknown ones, such as those of a saved state.
+
+    All pieces joined, `flush` included, equal `decode_text` of all tokens, less that of `before`.
     """
 
-    def __init__(self, tokenizer: Tokenizer = ByteTokenizer()) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer = ByteTokenizer(), before: Tokens | None = ()) -> None:
+        self._tokenizer, self._before = tokenizer, before
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._position = 0
-        # For vocabularies whose tokens mean other things in other places: those shown last, and
-        # then those that wait for the rest of a character.
-        self._tokens: list[int] = []
-        self._shown = 0
+        self._word = [] if tokenizer.by_bytes else _word(tokenizer)
+        self._begin()
 
     def push(self, token: int) -> str:
         """The characters that `token` completes: often one, maybe none.
 
         Raises `ValueError` as `check_tokens` does, with the position in the stream.
         """
+        return self._utf8.decode(self.push_bytes(token))
+
+    def push_bytes(self, token: int) -> bytes:
+        """The bytes that `token` adds, whole characters or not. Use it, or `push`: not both."""
         tokens = check_tokens([token], self._tokenizer.vocab_size, self._position)
         self._position += 1
         if self._tokenizer.by_bytes:
-            return self._utf8.decode(self._tokenizer.decode(tokens))
+            return self._tokenizer.decode(tokens)
         self._tokens.append(int(token))
         text = self._unseen()
-        if text.endswith("\ufffd"):
-            return ""
-        self._tokens = self._tokens[self._shown :]
-        self._shown = len(self._tokens)
+        if text.endswith(_REPLACEMENT) and len(self._tokens) - self._shown < _MOST_OF_CHARACTER:
+            return b""  # what is no character yet, in vocabularies that do not tell its bytes
+        self._take(text)
         return text
 
     def flush(self) -> str:
         """U+FFFD if the stream stopped inside a character; the decoder is as new afterwards."""
-        text = self._utf8.decode(b"", final=True) + self._unseen()
-        self._position, self._tokens, self._shown = 0, [], 0
+        text = self._utf8.decode(self._unseen(), final=True)
+        self._utf8.reset()
+        self._begin()
         return text
 
-    def _unseen(self) -> str:
+    def _begin(self) -> None:
+        self._position = 0
+        # The tokens shown last, as many as tell how the next is written; then those that wait.
+        self._tokens: list[int] = []
+        self._shown = 0
+        self._begun = self._before is None  # whether there is text before
+        if self._before is not None and not self._tokenizer.by_bytes:
+            parts = (self._before[i : i + 1024] for i in range(0, len(self._before), 1024))
+            self._begun = any(self._tokenizer.decode(part) for part in parts)
+            self._tokens = [int(token) for token in self._before[-_KEPT:]]
+            self._shown = len(self._tokens)
+
+    def _unseen(self) -> bytes:
         """What the waiting tokens add to the text of those before them."""
-        before = self._tokenizer.decode_text(self._tokens[: self._shown])
-        return self._tokenizer.decode_text(self._tokens)[len(before) :]
+        before = self._word if self._begun else []
+        shown = self._tokenizer.decode([*before, *self._tokens[: self._shown]])
+        return self._tokenizer.decode([*before, *self._tokens])[len(shown) :]
+
+    def _take(self, text: bytes) -> None:
+        """The waiting tokens, which add this text, become those that were shown last."""
+        # What follows a word does not depend on what came before it.
+        self._tokens = self._tokens[self._shown if text else 0 :][-_KEPT:]
+        self._shown = len(self._tokens)
+        self._begun = self._begun or bool(text)
+
+
+_KEPT = 16  # tokens before the next, of which some add nothing to the text
+_REPLACEMENT = "\ufffd".encode()
+_MOST_OF_CHARACTER = 4  # tokens of a character, if each is a byte
+
+
+def _word(tokenizer: Tokenizer) -> list[int]:
+    """Tokens of some word: what follows it is in the middle of a text."""
+    tokens = tokenizer.encode("a")
+    if tokenizer.decode(tokens).strip():
+        return tokens
+    some = ([token] for token in range(min(tokenizer.vocab_size, 4096)))
+    return next((token for token in some if tokenizer.decode(token).strip()), [])
 
 
 def check_tokens(tokens: Tokens, vocab_size: int, first_position: int = 0) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Vocabularies in files: SentencePiece models and Hugging Face's tokenizer.json; made here too.
 
-Both are kept whole in memory, so that a run can have a copy of its own.
+Both are kept whole in memory, so that a run can have a copy of its own. A text is text: letters
+that spell a special token, such as `<|endoftext|>`, are encoded as letters.
 """
 
 import hashlib
@@ -8,6 +9,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +22,20 @@ END_OF_TEXT = "<|endoftext|>"
 # What vocabularies call the token that ends a text.
 _ENDS = (END_OF_TEXT, "</s>", "<eos>", "[EOS]", "<|end_of_text|>", "<|eos|>", "[SEP]")
 _PIECE = 1 << 20  # bytes of text given to a trainer at once
+MAX_VOCAB_SIZE = 1_000_000  # of a vocabulary made here: trainers take memory for all at once
+_SPACE = "\u2581"  # how SentencePiece writes a space
+
+# What some vocabularies change, and a text that shows it.
+_CHANGES = {
+    "the beginning of a text": "a",
+    "spaces at the ends or side by side": " a  b ",
+    "line breaks or tabs": "a\nb\r\n\tc",
+    "capital letters": "aBc",
+    "punctuation": "a, (b) don't.",
+    "accents": "\u00e9 e\u0301",
+    "rare characters": "a \u65e5 \U0001d11e",
+    "U+2581": "a\u2581b",
+}
 
 
 class FileTokenizer:
@@ -30,12 +46,26 @@ class FileTokenizer:
 
     file_name: ClassVar[str]  # in the folder of a run
 
-    def __init__(self, content: bytes, library: Any, size: int, end: int | None, by_bytes: bool):
-        """`content`: of the file. `size`: tokens in it. `end`: which of them ends a text."""
+    def __init__(
+        self,
+        content: bytes,
+        library: Any,
+        size: int,
+        end: int | None,
+        *,
+        by_bytes: bool = False,
+        bytes_of: dict[int, int] | None = None,
+    ):
+        """`content`: of the file. `size`: tokens in it. `end`: which of them ends a text.
+
+        `bytes_of`: the tokens that are a single byte, of vocabularies that have such for what they
+        have no other token for.
+        """
         self.content, self._library, self.by_bytes = content, library, by_bytes
         self.name = f"{self.file_name} {hashlib.sha256(content).hexdigest()[:12]}"
         self.vocab_size = size + (end is None)
         self.eos_id = size if end is None else end
+        self._single = bytes_of or {}
         line_break = self.encode("\n")
         self.start_id = line_break[0] if len(line_break) == 1 else self.eos_id
 
@@ -43,7 +73,8 @@ class FileTokenizer:
         """`encode` of each, in parallel."""
         raise NotImplementedError
 
-    def _decode(self, tokens: list[int]) -> bytes:
+    def _text(self, tokens: list[int]) -> str:
+        """The text of tokens, as the library has it."""
         raise NotImplementedError
 
     def encode(self, text: str | bytes) -> list[int]:
@@ -67,6 +98,23 @@ class FileTokenizer:
         """`decode` as text; what is not UTF-8 becomes U+FFFD."""
         return self.decode(tokens).decode(errors="replace")
 
+    @property
+    def changes(self) -> str:
+        """What of a text does not come back as it was, in words; empty if all does."""
+        return self._changes
+
+    @cached_property
+    def _changes(self) -> str:
+        found = [what for what, text in _CHANGES.items() if not self._gives_back(text)]
+        end = self.decode_end()
+        if end and self.eos_id in self.encode(f"a {end} b"):
+            found.append(f"the letters {end}")
+        return ", ".join(found)
+
+    def decode_end(self) -> str:
+        """The letters of the end token; empty if it has none."""
+        return ""
+
     def save(self, folder: Path) -> None:
         """A copy of the file in `folder`, unless it is there."""
         path = folder / self.file_name
@@ -75,6 +123,26 @@ class FileTokenizer:
             draft.write_bytes(self.content)
             draft.replace(path)
 
+    def _gives_back(self, text: str) -> bool:
+        return self.decode(self.encode(text)) == text.encode()
+
+    def _decode(self, tokens: list[int]) -> bytes:
+        """The bytes of tokens. The library knows text only: bytes that are none are put in here."""
+        out: list[bytes] = []
+        for single, group in groupby(tokens, key=self._single.__contains__):
+            ids = list(group)
+            if single:
+                out.append(bytes(self._single[token] for token in ids))
+            elif not any(out):
+                out.append(self._text(ids).encode(errors="replace"))
+            else:  # not the beginning of a text, where a space may be left out
+                out.append(self._text([self._letter, *ids])[1:].encode(errors="replace"))
+        return b"".join(out)
+
+    @cached_property
+    def _letter(self) -> int:
+        return next(token for token, byte in self._single.items() if byte == ord("A"))
+
 
 class HuggingFaceTokenizer(FileTokenizer):
     """A tokenizer.json of the library `tokenizers`."""
@@ -82,23 +150,45 @@ class HuggingFaceTokenizer(FileTokenizer):
     file_name = "tokenizer.json"
 
     def __init__(self, content: bytes):
+        values = json.loads(content)
         library = _import("tokenizers").Tokenizer.from_str(content.decode())
+        vocabulary = library.get_vocab()
+        self._end = next((token for token in _ENDS if token in vocabulary), "")
+        added = values.get("added_tokens") or []
+        if any(token["content"] == self._end and not token["special"] for token in added):
+            for token in added:
+                token["special"] |= token["content"] == self._end
+            library = type(library).from_str(json.dumps(values))
         library.no_truncation()
         library.no_padding()
-        vocabulary = library.get_vocab()
-        end = next((vocabulary[token] for token in _ENDS if token in vocabulary), None)
-        decoder = json.loads(content).get("decoder") or {}
-        by_bytes = decoder.get("type") == "ByteLevel"
-        super().__init__(content, library, max(vocabulary.values()) + 1, end, by_bytes)
+        library.encode_special_tokens = True  # their letters are text
+        decoder = values.get("decoder") or {}
+        kinds = {decoder.get("type"), *(d.get("type") for d in decoder.get("decoders", []))}
+        names = {f"<0x{byte:02X}>": byte for byte in range(256)}
+        single = names.keys() <= vocabulary.keys() and "ByteFallback" in kinds
+        super().__init__(
+            content,
+            library,
+            max(vocabulary.values()) + 1,
+            vocabulary.get(self._end),
+            by_bytes=decoder.get("type") == "ByteLevel",
+            bytes_of={vocabulary[name]: byte for name, byte in names.items()} if single else None,
+        )
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         encoded = self._library.encode_batch_fast(texts, add_special_tokens=False)
         return [one.ids for one in encoded]
 
+    def decode_end(self) -> str:
+        return self._end
+
+    def _text(self, tokens: list[int]) -> str:
+        return self._library.decode(tokens, skip_special_tokens=False)
+
     def _decode(self, tokens: list[int]) -> bytes:
         if self.by_bytes:
             return b"".join(self._bytes_of.get(token, b"") for token in tokens)
-        return self._library.decode(tokens, skip_special_tokens=False).encode()
+        return super()._decode(tokens)
 
     @cached_property
     def _bytes_of(self) -> dict[int, bytes]:
@@ -121,16 +211,35 @@ class SentencePieceTokenizer(FileTokenizer):
 
     def __init__(self, content: bytes):
         library = _import("sentencepiece").SentencePieceProcessor(model_proto=content)
-        end = library.eos_id()
-        super().__init__(
-            content, library, library.get_piece_size(), end if end >= 0 else None, by_bytes=False
-        )
+        end, size = library.eos_id(), library.get_piece_size()
+        single = {
+            token: int(library.id_to_piece(token)[3:-1], 16)
+            for token in range(size)
+            if library.is_byte(token)
+        }
+        super().__init__(content, library, size, end if end >= 0 else None, bytes_of=single)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        if self._escape and any(_SPACE in text for text in texts):
+            return [self._encode_escaped(text) for text in texts]
         return self._library.encode(list(texts))
 
-    def _decode(self, tokens: list[int]) -> bytes:
-        return self._library.decode(tokens).encode(errors="replace")
+    def _encode_escaped(self, text: str) -> list[int]:
+        """U+2581, which the library writes spaces as, is its bytes: so it comes back as it was."""
+        first, *rest = self._library.encode(text.split(_SPACE))
+        return first + [token for part in rest for token in (*self._escape, *part)]
+
+    @cached_property
+    def _escape(self) -> list[int]:
+        """The bytes of U+2581, where a text may be cut there: if spaces stay as they are."""
+        token_of = {byte: token for token, byte in self._single.items()}
+        pieces = self._library.encode(["", "a", " a ", "  "])
+        whole = [self._library.decode(ids) for ids in pieces] == ["", "a", " a ", "  "]
+        exact = whole and not self._library.id_to_piece(pieces[1][0]).startswith(_SPACE)
+        return [token_of[byte] for byte in _SPACE.encode()] if exact and token_of else []
+
+    def _text(self, tokens: list[int]) -> str:
+        return self._library.decode(tokens)
 
 
 _KINDS = (HuggingFaceTokenizer, SentencePieceTokenizer)
@@ -161,12 +270,29 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise DataError(f"{path} is no vocabulary of {kind.file_name}'s kind: {reason}") from None
 
 
-def run_tokenizer(folder: Path) -> Tokenizer:
-    """The vocabulary that a run keeps in its folder; bytes if there is none."""
-    for kind in _KINDS:
-        if (folder / kind.file_name).is_file():
-            return load_tokenizer(folder / kind.file_name)
-    return ByteTokenizer()
+def run_tokenizer(folder: str | Path, expected: str | None = None) -> Tokenizer:
+    """The vocabulary that a run keeps in its folder; bytes if there is none.
+
+    `expected`: the name of the one that the run was trained with (`RunInfo.tokenizer`). Raises
+    `DataError` if its file is lost, or is another one. (Names that callers of `ops.loop.train` gave
+    say nothing of a file.)
+    """
+    folder = Path(folder)
+    found = next((folder / k.file_name for k in _KINDS if (folder / k.file_name).is_file()), None)
+    own = next((k.file_name for k in _KINDS if (expected or "").startswith(f"{k.file_name} ")), "")
+    if own and (found is None or found.name != own):
+        raise DataError(
+            f"the run in {folder} was trained with the vocabulary {expected}, and its "
+            f"{folder / own} is gone: put it back"
+        )
+    tokenizer = ByteTokenizer() if found is None else load_tokenizer(found)
+    if found is not None and (own or expected == "bytes") and tokenizer.name != expected:
+        trained = f"the vocabulary {expected}" if own else "bytes, without a vocabulary"
+        raise DataError(
+            f"{found} is another vocabulary ({tokenizer.name}) than the run in {folder} was "
+            f"trained with ({trained}): {'put its own back' if own else 'remove the file'}"
+        )
+    return tokenizer
 
 
 def keep_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
@@ -185,10 +311,14 @@ def train_tokenizer(source: Source, path: Path, vocab_size: int) -> Tokenizer:
 
     `path` says which: `.json` is byte-level BPE, of which any bytes can be made; `.model` is
     SentencePiece's BPE, with bytes for rare characters, spaces and line breaks as they are.
-    Raises `DataError` for another name, too small a size, or a text that is not UTF-8.
+    Raises `DataError` for another name, too small or large a size, or a text that is not UTF-8.
     """
     if path.suffix not in (".json", ".model"):
         raise DataError(f"{path} must end with .json (Hugging Face) or .model (SentencePiece)")
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise DataError(
+            f"the vocabulary size is {vocab_size}: it must be at most {MAX_VOCAB_SIZE:,}"
+        )
     texts = _texts(source.split("train"))
     if path.suffix == ".json":
         content = _train_bpe(texts, vocab_size)

@@ -2,22 +2,29 @@
 
 from collections.abc import Iterable
 
+from transformer_vq.errors import UserError
+
 
 class TextStops:
-    """Passes text on until one of the stop texts is in it; holds back what may begin one."""
+    """Passes text on until one of the stop texts is in it; holds back what may begin one.
+
+    Raises `UserError` for a stop text that is empty, which every text has in it.
+    """
 
     def __init__(self, stops: Iterable[str]):
         self._stops = list(stops)
+        if not all(self._stops):
+            raise UserError("a stop text is empty: give at least one character")
         self._held = ""
         self.found = False
 
     def push(self, text: str) -> str:
         """The text that is certain to come before any stop text."""
         self._held += text
-        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if places:
+        starts = [start for stop in self._stops if (start := self._held.find(stop)) >= 0]
+        if starts:
             self.found = True
-            ready, self._held = self._held[: min(places)], ""
+            ready, self._held = self._held[: min(starts)], ""
             return ready
         keep = max(map(self._overlap, self._stops), default=0)
         ready = self._held[: len(self._held) - keep]
