@@ -1,4 +1,4 @@
-"""What every test stands on: eight virtual CPU devices, checked shapes, and the shared folder."""
+"""What every test stands on: eight virtual CPU devices, checked shapes, and enwik8 where it is."""
 
 import gc
 import os
@@ -60,16 +60,6 @@ settings.load_profile("tvq")
 SHARED = Path(os.environ.get("TVQ_SHARED") or Path(__file__).parents[1].parent / "shared")
 
 
-def _shared(name: str) -> Path:
-    folder = SHARED / name
-    if not folder.is_dir():
-        pytest.skip(
-            f"NOT TESTED: there is no folder {folder}. Put the project's shared/ folder next to "
-            f"the checkout, or set TVQ_SHARED to it."
-        )
-    return folder
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs():
     """Each compiled program holds a few memory maps, of which Linux gives a process 65,530.
@@ -83,14 +73,11 @@ def _forget_programs():
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """`shared/data`: enwik8.gz, moby-dick.txt, fashion-mnist. Skips where it is missing."""
-    return _shared("data")
-
-
-@pytest.fixture(scope="session")
-def parity_dir() -> Path:
-    """`shared/parity`: recorded numbers of the reference implementation. Skips where missing."""
-    return _shared("parity")
+    """A folder with enwik8.gz, which is too large for the tree. Skips where it is missing."""
+    folder = SHARED / "data"
+    if not (folder / "enwik8.gz").is_file():
+        pytest.skip(f"NOT TESTED: there is no {folder}/enwik8.gz; TVQ_SHARED can name its parent")
+    return folder
 
 
 @pytest.fixture

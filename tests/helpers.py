@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gzip
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load as load_arrays
 
 from transformer_vq import Model, ModelConfig, TrainConfig, init_model
 from transformer_vq.cli import main
@@ -123,6 +125,13 @@ def one_batch(train, index=0, tokens=TOKENS) -> Batch:
 
 def raw(tree) -> list[bytes]:
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+def recorded(name: str) -> dict[str, np.ndarray]:
+    """Arrays by name of a file of `tests/data/recorded`; texts as bytes, whole numbers as int32."""
+    content = (TESTS / f"data/recorded/{name}.safetensors.gz").read_bytes()
+    arrays = load_arrays(gzip.decompress(content))
+    return {k: v.astype(np.int32) if v.dtype == np.int8 else v for k, v in arrays.items()}
 
 
 def make_run(folder: Path, tokenizer=None, image_shape=None, **changes) -> str:

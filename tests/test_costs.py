@@ -4,8 +4,9 @@ import jax
 import pytest
 
 from transformer_vq import costs
-from transformer_vq.config import PRESETS, ModelConfig, TrainConfig
+from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.nn.model import init_model, init_state
+from transformer_vq.presets import PRESETS
 
 VARIANTS = [
     *(ModelConfig.preset(name) for name in PRESETS),

@@ -135,11 +135,13 @@ class _Real:
         return above and below and math.isfinite(number)
 
     def _limit(self) -> str:
-        low = f"{'at least' if self.low_belongs else 'above'} {self.low:g}"
-        high = f"{'at most' if self.high_belongs else 'below'} {self.high:g}"
+        low, high = f"{self.low:g}", f"{self.high:g}"
+        if math.isinf(self.low):
+            return "a finite number"
         if math.isinf(self.high):
-            return "a finite number" if math.isinf(self.low) else f"a finite number {low}"
-        return f"{low} and {high}"
+            return f"a finite number{f', {low} or more' if self.low_belongs else f' above {low}'}"
+        below = f"{'at most' if self.high_belongs else 'below'} {high}"
+        return f"{'at least' if self.low_belongs else 'above'} {low} and {below}"
 
 
 @dataclass(frozen=True)

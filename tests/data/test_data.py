@@ -17,7 +17,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers import ROOT
 from transformer_vq.data import (
     Batches,
     ByteTokenizer,
@@ -32,7 +31,6 @@ from transformer_vq.data import (
     split,
 )
 
-SHARED = ROOT.parent / "shared" / "data"
 BYTES = ByteTokenizer()
 few = settings(deadline=None, max_examples=25)
 many = settings(deadline=None, max_examples=200)
@@ -414,10 +412,7 @@ def test_import_leaves_grain_for_later():
 
 
 def test_a_book():
-    path = next((p for p in (bundled_corpus(), SHARED / "moby-dick.txt") if p.exists()), None)
-    if path is None:
-        pytest.skip("NO BOOK: neither the bundled corpus nor ../shared/data/moby-dick.txt is here")
-    tokens = load_bytes(path)
+    tokens = load_bytes(bundled_corpus())
     decoder = StreamDecoder()
     head = tokens[:20_000]
     assert "".join(decoder.push(t) for t in head) + decoder.flush() == BYTES.decode_text(head)
@@ -430,11 +425,8 @@ def test_a_book():
     assert sum(int(c.lengths.sum()) for c in chunks) == len(test) - 2
 
 
-def test_enwik8():
-    path = SHARED / "enwik8.gz"
-    if not path.exists():
-        pytest.skip("NO ENWIK8: ../shared/data/enwik8.gz is not here")
-    tokens = load_bytes(path)
+def test_enwik8(shared_data):
+    tokens = load_bytes(shared_data / "enwik8.gz")
     assert tokens.shape == (100_000_000,)
     assert fingerprint(tokens) == "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"
     assert len(split(tokens, "test")) == 5_000_000

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers import recorded
 from transformer_vq import extend, init_state
 from transformer_vq.io.official import from_official
 from transformer_vq.nn import vq
@@ -25,9 +26,9 @@ CASES = [
 class Case:
     """One recorded file: arrays by name, parameters by path."""
 
-    def __init__(self, path):
-        self.arrays = dict(np.load(path))
-        self.config = json.loads(str(self.arrays["config_json"]))
+    def __init__(self, name):
+        self.arrays = recorded(name)
+        self.config = json.loads(self.arrays["config_json"].tobytes())
         self.double = self.config["dtype"] == "float64"
 
     def tree(self, prefix):
@@ -38,8 +39,8 @@ class Case:
 
 
 @pytest.fixture(params=CASES)
-def case(request, parity_dir):
-    case = Case(parity_dir / f"{request.param}.npz")
+def case(request):
+    case = Case(request.param)
     with jax.enable_x64(case.double):
         yield case
 
@@ -119,8 +120,8 @@ def test_new_codebook(case):
         (lambda p, c: c.update(n_vocab=18), "has shape"),
     ],
 )
-def test_misfits_are_refused(parity_dir, change, message):
-    case = Case(parity_dir / "f32_h1_pe1_tie1_agg1.npz")
+def test_misfits_are_refused(change, message):
+    case = Case("f32_h1_pe1_tie1_agg1")
     params, config = case.tree("params/"), dict(case.config)
     change(params, config)
     with pytest.raises(ValueError, match=message):

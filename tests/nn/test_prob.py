@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tests.helpers import hugging_face
+from tests.helpers import hugging_face, recorded
 from transformer_vq.nn import prob
 from transformer_vq.nn.prob import REMOVED
 
@@ -326,20 +326,19 @@ def test_large_vocabulary():
 # ---------------------------------------------------------------- recorded cases
 
 
-def test_recorded_nucleus(parity_dir):
+def test_recorded_nucleus():
     """The kept sets of the reference implementation.
 
     Its threshold has an offset of 1e-4, so that at p = 1 it still drops a tail; ours is the
     textbook rule. A token whose place in the ranking is within that mass of p may differ.
     """
-    recorded = np.load(parity_dir / "nucleus.npz")
+    arrays = recorded("nucleus")
     compared = differing = 0
-    for name in recorded.files:
+    for name, theirs in arrays.items():
         if name.startswith("logits"):
             continue
         _, group, p = name.split("_")
-        logits, p = recorded[f"logits_{group}"], float(p[1:])
-        theirs = recorded[name] > REMOVED / 2
+        logits, p = arrays[f"logits_{group}"], float(p[1:])
         ours = np.asarray(nucleus(logits, p)) > REMOVED / 2
         for row, a, b in zip(logits, theirs, ours, strict=True):
             mass, ids = softmax(row), np.arange(len(row))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import CONFIG, START, one_batch, raw, replace
+from tests.helpers import CONFIG, START, one_batch, raw, recorded, replace
 from transformer_vq import Model, init_state
 from transformer_vq.config import TrainConfig
 from transformer_vq.data import Batch
@@ -37,9 +37,9 @@ FOUR = replace(TRAIN, batch_size=4, warmup_steps=0)
 
 
 @pytest.fixture(scope="module")
-def parity(parity_dir):
-    arrays = dict(np.load(parity_dir / "f32_train_op.npz"))
-    config = json.loads(str(arrays["config_json"]))
+def parity():
+    arrays = recorded("f32_train_op")
+    config = json.loads(arrays["config_json"].tobytes())
 
     def tree(prefix):
         return {k[len(prefix) :]: v for k, v in arrays.items() if k.startswith(prefix)}
@@ -47,7 +47,7 @@ def parity(parity_dir):
     def model(index):
         return from_official(tree(f"params_{index}/"), config)
 
-    return json.loads(str(arrays["optimizer_json"])), tree, model
+    return json.loads(arrays["optimizer_json"].tobytes()), tree, model
 
 
 def test_two_training_calls_of_the_reference_implementation(parity):
@@ -77,16 +77,16 @@ def test_two_training_calls_of_the_reference_implementation(parity):
         batch = tree(f"batch_{i}/")
         names = ("inputs", "targets", "loss_mask", "doc_ids")
         state, metrics = step(state, Batch(*(batch[name] for name in names)))
-        recorded, share = tree(f"metrics_{i}/"), batch["loss_mask"].mean()
+        theirs, share = tree(f"metrics_{i}/"), batch["loss_mask"].mean()
         loss = metrics["loss"] * share  # theirs is per place, masked or not
-        assert float(loss) == pytest.approx(recorded["loss_lm_per_token_unscaled"], abs=1e-5)
+        assert float(loss) == pytest.approx(theirs["loss_lm_per_token_unscaled"], abs=1e-5)
         commitment = metrics["commitment"] * share
-        assert float(commitment) == pytest.approx(recorded["loss_commit_per_token"], abs=1e-4)
+        assert float(commitment) == pytest.approx(theirs["loss_commit_per_token"], abs=1e-4)
         expected = model(i + 1)
         ours = jax.tree.leaves_with_path((state.params, state.codebook))
-        theirs = jax.tree.leaves((expected.params, expected.codebook))
-        for (path, actual), wanted in zip(ours, theirs, strict=True):
-            error = np.abs(actual - wanted).max() / np.abs(wanted).max()
+        wanted = jax.tree.leaves((expected.params, expected.codebook))
+        for (path, actual), array in zip(ours, wanted, strict=True):
+            error = np.abs(actual - array).max() / np.abs(array).max()
             assert error < 1e-4, jax.tree_util.keystr(path)
         assert raw(state.params) != before  # control: something was learnt
 

@@ -9,7 +9,8 @@ import tyro
 from transformer_vq import costs
 from transformer_vq.cli.common import number, size
 from transformer_vq.cli.parse import UsageError, as_usage, option, overrides
-from transformer_vq.config import PRESETS, ModelConfig, TrainConfig
+from transformer_vq.config import ModelConfig, TrainConfig
+from transformer_vq.presets import PRESETS
 
 if TYPE_CHECKING:
     ConfigOptions = dict[str, Any]

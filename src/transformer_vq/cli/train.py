@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import tyro
 
 from transformer_vq.cli.parse import DataPaths, UsageError, as_usage, flat, option, overrides
-from transformer_vq.config import PRESETS, TRAIN_PRESETS, MeshConfig, ModelConfig, TrainConfig
+from transformer_vq.config import MeshConfig, ModelConfig, TrainConfig
 from transformer_vq.data import (
     ByteTokenizer,
     OnError,
@@ -21,6 +21,7 @@ from transformer_vq.data import (
     require_length,
     run_tokenizer,
 )
+from transformer_vq.presets import PRESETS, TRAIN_PRESETS
 
 DEFAULT_PRESET = "tiny"  # minutes on a laptop
 
