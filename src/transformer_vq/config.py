@@ -113,8 +113,8 @@ class ModelConfig:
 
     @property
     def table_rows(self) -> int:
-        """Rows of an attention unit's table: the ring's, one for each code, and up to 7 spare ones,
-        so that their number can be divided (`nn.layers.parts_of`)."""
+        """Rows of an attention unit's table: the ring's, one for each code, and up to 7 spare ones:
+        a multiple of 8, so that a product with the table can be made in parts."""
         return -(-(self.ring_len + self.codebook_size) // 8) * 8
 
     # Presets and files.

@@ -57,7 +57,7 @@ def device_info() -> dict[str, Any]:
     return {
         "jax": jax.__version__,
         "jaxlib": version("jaxlib"),
-        "backend": jax.default_backend(),
+        "backend": jax.devices()[0].platform,
         "device": device.device_kind,
         "devices": jax.device_count(),
     }

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from transformer_vq.config import ModelConfig
-from transformer_vq.nn.layers import OutputMajor
 from transformer_vq.nn.model import Model, State, distance_wave, embed, to_logits
+from transformer_vq.nn.products import OutputMajor
 from transformer_vq.nn.timeline import Timeline, make_timeline
 from transformer_vq.nn.unit import apply_unit, for_few_rows, prepare_unit
 from transformer_vq.types import Features, Params, PerRow, PerRowFlag

@@ -1,6 +1,5 @@
 """Small pieces every model has: array declarations, norms, sinusoids, dropout, keys."""
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,11 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from transformer_vq.nn.products import matmul, spread
 from transformer_vq.types import Key, Params
-
-PARTS = 4  # of the product of one row and a large matrix
-LARGE = 2**20  # numbers in it
-FEW = 64  # rows, up to which a product has the matrix first
 
 
 @dataclass(frozen=True)
@@ -68,18 +64,8 @@ def rms_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
 
 def norm(params: Params, x: jax.Array) -> jax.Array:
     """RMS norm with gain and bias, in the dtype of x."""
-    gain, bias = (_spread(params[name], x) for name in ("gain", "bias"))
+    gain, bias = (spread(params[name], x) for name in ("gain", "bias"))
     return (rms_norm(x) * gain + bias).astype(x.dtype)
-
-
-def _spread(vector: jax.Array, x: jax.Array) -> jax.Array:
-    """A vector `[D]` in the shape of x `[..., D]`, by a product, so that its gradient is one too.
-
-    XLA makes a broadcast of it; the sum over all tokens that is a broadcast's gradient is many
-    times slower than a product on a CPU.
-    """
-    ones = jnp.ones((math.prod(x.shape[:-1]), 1), vector.dtype)
-    return jnp.matmul(ones, vector[None], precision="highest").reshape(x.shape)
 
 
 def norm_specs(lead: tuple[int, ...], width: int) -> Params:
@@ -115,60 +101,8 @@ def mlp(params: Params, x: jax.Array) -> jax.Array:
 
     Its weights are in the dtype of x.
     """
-    hidden = multiply(norm(params["norm"], x), params["w_in"])
-    return multiply(jnp.square(jax.nn.relu(hidden)), params["w_out"])
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class OutputMajor:
-    """A matrix that is stored as `[out, in]`, which products with few rows read in order."""
-
-    matrix: jax.Array
-
-
-def multiply(x: jax.Array, matrix: jax.Array | OutputMajor) -> jax.Array:
-    """x `[..., in]` times a matrix `[in, out]`, as two matrices: then its gradient copies no
-    transpose."""
-    lead = x.shape[:-1]
-    x = x.reshape(-1, x.shape[-1])
-    y = by_output(x, matrix.matrix) if isinstance(matrix, OutputMajor) else x @ matrix
-    return y.reshape(*lead, y.shape[-1])
-
-
-def by_output(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """x `[..., rows, in]` times a matrix `[..., out, in]`: `[..., rows, out]`.
-
-    How it is done with few rows is for XLA's CPU backend (docs/benchmarks.md): the matrix first,
-    and one that is not large times each half of the rows, since two products run side by side
-    better than one is shared. Barriers keep XLA from what it likes better: to make one product of
-    products with the same operand, and to put x first.
-    """
-    *lead, rows, width = x.shape
-    out = matrix.shape[-2]
-    parts = parts_of(rows, matrix.size, out)
-    if parts > 1:
-        x = jnp.broadcast_to(x[..., None, :, :], (*lead, parts, rows, width))
-        matrix = matrix.reshape(*lead, parts, out // parts, width)
-        y = jnp.matmul(jax.lax.optimization_barrier(x), jnp.swapaxes(matrix, -1, -2))
-        return jnp.moveaxis(y, -3, -2).reshape(*lead, rows, out)
-    if jax.default_backend() == "cpu" and rows <= FEW:
-        halves = jnp.split(x, 2 if rows % 2 == 0 and matrix.size < LARGE else 1, axis=-2)
-        products = [jnp.matmul(matrix, jnp.swapaxes(half, -1, -2)) for half in halves]
-        products = [jnp.swapaxes(jax.lax.optimization_barrier(y), -1, -2) for y in products]
-        return jnp.concatenate(products, axis=-2)
-    return jnp.matmul(x, jnp.swapaxes(matrix, -1, -2))
-
-
-def parts_of(rows: int, size: int, length: int) -> int:
-    """In how many products to make that of `rows` rows and a matrix of `size` numbers, cut along an
-    axis of `length`.
-
-    XLA's CPU backend gives threads unequal shares of the product of one row and a large matrix;
-    several such products it shares evenly.
-    """
-    shared = jax.default_backend() == "cpu" and rows == 1 and size >= LARGE
-    return math.gcd(length, PARTS) if shared else 1
+    hidden = matmul(norm(params["norm"], x), params["w_in"])
+    return matmul(jnp.square(jax.nn.relu(hidden)), params["w_out"])
 
 
 def mlp_specs(lead: tuple[int, ...], width: int, hidden: int) -> Params:

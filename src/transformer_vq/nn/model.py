@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from transformer_vq.config import ModelConfig
 from transformer_vq.errors import UserError
-from transformer_vq.nn import attention, layers, pieces, vq
+from transformer_vq.nn import attention, layers, pieces, products, vq
 from transformer_vq.nn.attention import AttentionState, FullAttentionState
 from transformer_vq.nn.layers import ArraySpec
 from transformer_vq.nn.pieces import Piece
@@ -183,9 +183,9 @@ def to_logits(params: Params, x: jax.Array, config: ModelConfig) -> jax.Array:
     if config.final_norm:
         x = layers.norm(params["final_norm"], x)
     tied = config.tie_embeddings
-    w_out = layers.OutputMajor(params["embedding"]) if tied else params["w_out"]
+    w_out = products.OutputMajor(params["embedding"]) if tied else params["w_out"]
     w_out = jax.tree.map(lambda a: a.astype(dtype), w_out)
-    logits = layers.multiply(x.astype(dtype), w_out) + params["output_bias"].astype(dtype)
+    logits = products.matmul(x.astype(dtype), w_out) + params["output_bias"].astype(dtype)
     return logits * config.logit_scale
 
 

@@ -12,13 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from transformer_vq.config import ModelConfig
-from transformer_vq.nn import layers
+from transformer_vq.nn import layers, products
 from transformer_vq.nn.timeline import Timeline
 from transformer_vq.nn.vq import Places
 from transformer_vq.sharding import row_shares
 from transformer_vq.types import Features, Key
-
-TOKENS_PER_PIECE = {"cpu": 2048, "others": 65_536}  # of a device, that go through a unit at once
 
 
 class Plan(NamedTuple):
@@ -42,7 +40,7 @@ class Piece(NamedTuple):
 
 def plan(config: ModelConfig, batch: int, length: int) -> Plan:
     """The pieces of a call `[batch, length]`: as many rows as go at once, then as many blocks."""
-    most = TOKENS_PER_PIECE.get(jax.default_backend(), TOKENS_PER_PIECE["others"])
+    most = products.tuning().tokens_per_chunk
     shares = row_shares(batch)  # devices, each of which has rows in every group
     rows = batch // shares
     fitting = (n for n in range(1, rows) if rows % n == 0 and rows // n * length <= most)

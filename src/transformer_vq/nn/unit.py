@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from transformer_vq.config import ModelConfig
 from transformer_vq.nn import attention, layers, vq
 from transformer_vq.nn.attention import AttentionState, FullAttentionState
-from transformer_vq.nn.layers import OutputMajor
+from transformer_vq.nn.products import OutputMajor, computed_once, matmul
 from transformer_vq.nn.timeline import Timeline
 from transformer_vq.nn.vq import Places
 from transformer_vq.types import Features, Params
@@ -120,7 +120,7 @@ def apply_unit(
     out = out.reshape(batch, length, -1)
     if gate is not None:
         out = out * gate
-    x = x + drop(layers.multiply(out, unit["w_o"]), 0)
+    x = x + drop(matmul(out, unit["w_o"]), 0)
     if not gated:
         x = x + drop(layers.mlp(unit["mlp"], x), 1)
     return x, state, statistics
@@ -135,11 +135,9 @@ def _project_in(
     if "w_q" in unit:
         q, k, v = (x @ unit[name] for name in ("w_q", "w_k", "w_v"))
         return (q, k, jax.nn.silu(v), jax.nn.silu(x @ unit["w_g"])) if gated else (q, k, v, None)
-    x = layers.multiply(x, unit["w_in"])
+    x = matmul(x, unit["w_in"])
     ends = (heads * d_k, (heads + groups) * d_k, (heads + groups) * d_k + groups * d_v)
     q, k, v, *gate = jnp.split(x, ends[: 2 + gated], axis=-1)
     if not gated:
         return q, k, v, None
-    # Made once: XLA would make them again wherever they are used.
-    v = jax.lax.optimization_barrier(jax.nn.silu(v))
-    return q, k, v, jax.nn.silu(gate[0])
+    return q, k, computed_once(jax.nn.silu(v)), jax.nn.silu(gate[0])

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from transformer_vq.nn.layers import ArraySpec, by_output, wide
+from transformer_vq.nn import products
+from transformer_vq.nn.layers import ArraySpec, wide
 from transformer_vq.types import Key, Params
 
 MIN_COUNT = 0.01  # a code used less than this keeps its size instead of dividing by nothing
@@ -43,8 +44,8 @@ def assign(keys: jax.Array, words: jax.Array) -> jax.Array:
     batch, length, groups, width = keys.shape
     size = words.shape[1]
     flat = jnp.moveaxis(keys, 2, 0).reshape(groups, batch * length, width)
-    products = by_output(flat, words)
-    distances = jnp.sum(jnp.square(words), axis=-1)[:, None] - 2.0 * products  # [G, B T, S]
+    content = products.matmul_few(flat, words)
+    distances = jnp.sum(jnp.square(words), axis=-1)[:, None] - 2.0 * content  # [G, B T, S]
     # The first of the nearest. Two reductions: XLA runs them much faster than an argmin.
     nearest = distances == jnp.min(distances, axis=-1, keepdims=True)
     codes = jnp.min(jnp.where(nearest, jnp.arange(size, dtype=jnp.int32), size - 1), axis=-1)
@@ -67,30 +68,6 @@ def commitment(keys: jax.Array, quantized: jax.Array, weights: jax.Array) -> jax
     return jnp.sum(weights[..., None] * jnp.sum(jnp.square(error), axis=-1))
 
 
-def sum_by_code(values: jax.Array, codes: jax.Array, size: int) -> jax.Array:
-    """The sum of the values of each code: `[..., j, V]` and `[..., j]` to `[..., S, V]`.
-
-    A value of code S belongs to none and is left out.
-
-    On a CPU by adding rows one after the other, elsewhere by a product, whose order of additions
-    does not change from run to run.
-    """
-
-    def by_rows(values: jax.Array, codes: jax.Array) -> jax.Array:
-        def add(values: jax.Array, codes: jax.Array) -> jax.Array:
-            return jnp.zeros((size, values.shape[-1]), values.dtype).at[codes].add(values)
-
-        for _ in codes.shape[:-1]:
-            add = jax.vmap(add)
-        return add(values, codes)
-
-    def by_product(values: jax.Array, codes: jax.Array) -> jax.Array:
-        hits = jax.nn.one_hot(codes, size, dtype=values.dtype)
-        return jnp.einsum("...js,...jv->...sv", hits, values, precision="highest")
-
-    return jax.lax.platform_dependent(values, codes, cpu=by_rows, default=by_product)
-
-
 def code_statistics(keys: jax.Array, codes: jax.Array, weights: jax.Array, size: int) -> Params:
     """Per code, the weighted sum of its keys `[G, S, K]` and their weight `[G, S]`.
 
@@ -99,7 +76,8 @@ def code_statistics(keys: jax.Array, codes: jax.Array, weights: jax.Array, size:
     keys = wide(jax.lax.stop_gradient(keys))
     weights = jnp.broadcast_to(weights[..., None, None].astype(keys.dtype), (*codes.shape, 1))
     weighted = jnp.concatenate([keys * weights, weights], axis=-1)
-    sums = sum_by_code(jnp.moveaxis(weighted, 2, 1), jnp.moveaxis(codes, 2, 1), size).sum(0)
+    weighted, codes = jnp.moveaxis(weighted, 2, 1), jnp.moveaxis(codes, 2, 1)
+    sums = products.sum_by_code(weighted, codes, size).sum(0)
     return {"sum": sums[..., :-1], "count": sums[..., -1]}
 
 

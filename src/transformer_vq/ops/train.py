@@ -24,6 +24,7 @@ from transformer_vq.nn.model import (
     model_specs,
 )
 from transformer_vq.nn.pieces import plan as plan_pieces
+from transformer_vq.nn.products import tuning
 from transformer_vq.nn.vq import Places
 from transformer_vq.ops.loss import LossTerms, loss_fn
 from transformer_vq.ops.optimizer import learning_rate_at, make_optimizer
@@ -254,7 +255,7 @@ def _default_parts(config: ModelConfig, batch: int, length: int) -> int:
 
     Elsewhere there is one part: each costs a sum of the gradients over devices.
     """
-    if jax.default_backend() != "cpu":
+    if not tuning().micro_batches:
         return 1
     return plan_pieces(config, batch, length).groups
 

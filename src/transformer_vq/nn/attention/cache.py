@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from transformer_vq.config import ModelConfig
-from transformer_vq.nn import vq
+from transformer_vq.nn import products
 from transformer_vq.nn.attention.blockwise import MASKED
 from transformer_vq.nn.timeline import Timeline
 
@@ -55,9 +55,9 @@ class Eviction:
         firsts = jnp.where(start < length, self.first_at(newest), cache_first[:, None])
         joins = (index < length[..., None]) & (index >= firsts[..., None])  # [B, n, j]
         codes = jnp.where(joins[:, None], codes, self.size)  # of no code
-        sums = vq.sum_by_code(values.astype(means.dtype), codes, self.size)
+        sums = products.sum_by_code(values.astype(means.dtype), codes, self.size)
         ones = jnp.ones((*codes.shape, 1), means.dtype)
-        added = vq.sum_by_code(ones, codes, self.size)  # [B, G, n, S, 1]
+        added = products.sum_by_code(ones, codes, self.size)  # [B, G, n, S, 1]
 
         # Cache i holds the cache at first and what blocks 0 to i - 1 added, of its own document.
         firsts = jnp.concatenate([cache_first[:, None], firsts], axis=1)  # [B, n + 1]
@@ -66,7 +66,7 @@ class Eviction:
         def over(keep: jax.Array, x: jax.Array) -> jax.Array:
             """Products, here and in the backward pass: XLA's sums over blocks are slow on a CPU."""
             flat = x.reshape(*x.shape[:3], -1)
-            flat = jnp.matmul(keep[:, None], flat, precision="highest")
+            flat = products.matmul_exact(keep[:, None], flat)
             return flat.reshape(*flat.shape[:3], *x.shape[3:])
 
         sums, added = over(keep[:, :, 1:], sums), over(keep[:, :, 1:], added)

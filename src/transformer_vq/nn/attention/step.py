@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from transformer_vq.config import ModelConfig
-from transformer_vq.nn import layers, vq
+from transformer_vq.nn import products, vq
 from transformer_vq.nn.attention.blockwise import MASKED
 from transformer_vq.nn.attention.cache import log_counts
 from transformer_vq.nn.attention.state import AttentionState
@@ -57,7 +57,7 @@ def attend_step(
     keep = jnp.broadcast_to(~active[:, None], step.shape).astype(old.dtype)
     zero = jnp.zeros_like(step)
     mix = jnp.stack([jnp.stack([keep, zero], -1), jnp.stack([step, 1 - step], -1)], axis=-2)
-    new = jnp.matmul(mix, old, precision="highest")  # kept or cleared; the mean, moved
+    new = products.matmul_exact(mix, old)  # kept or cleared; the mean, moved
     new = new.at[:, :, 0].add(((1 - keep)[..., None] * wide(v[:, 0])).astype(new.dtype))
     values = values.at[rows[..., None], heads_of[..., None], both].set(new.astype(values.dtype))
     counts = counts.at[rows, heads_of, old_code].set(count)
@@ -83,10 +83,7 @@ def attend_step(
         far = jnp.full((*shape, config.codebook_size), MASKED, near.dtype)
     spare = jnp.full((*shape, values.shape[2] - ring - config.codebook_size), MASKED, near.dtype)
     weights = jax.nn.softmax(jnp.concatenate([near, far, spare], axis=-1), axis=-1)
-    parts = layers.parts_of(1, values[0, 0].size, values.shape[2])
-    weights = weights.astype(values.dtype).reshape(*shape, parts, -1)
-    table = values.reshape(batch, groups, parts, -1, values.shape[-1])
-    out = jnp.einsum("bgrpj,bgpjv->bgprv", weights, table).sum(2)
+    out = products.matmul_table(weights.astype(values.dtype), values)
     out = out.reshape(batch, 1, heads, -1).astype(v.dtype)
     return out, new_codes, AttentionState(codes=codes, counts=counts, values=values)
 
