@@ -37,6 +37,8 @@ lint: $(VENV)/.installed-dev ## check style, formatting, types and import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+	@! grep -rnE 'default_backend|platform_dependent' src --include='*.py' | grep -v nn/products.py \
+	  || { echo "only nn/products.py may ask for the backend" >&2; exit 1; }
 
 format: $(VENV)/.installed-dev ## apply the formatter and the safe fixes
 	$(BIN)/ruff check --fix .

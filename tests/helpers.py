@@ -18,6 +18,7 @@ from safetensors.numpy import load as load_arrays
 from transformer_vq import Model, ModelConfig, TrainConfig, init_model
 from transformer_vq.cli import main
 from transformer_vq.data import Batch, Batches, ByteTokenizer
+from transformer_vq.nn import products
 from transformer_vq.ops.train import init_train_state
 from transformer_vq.run.folder import DataSource, RunInfo, checkpoints_of, open_run
 
@@ -31,6 +32,12 @@ SINGLE = dict.fromkeys(("compute_dtype", "param_dtype", "state_dtype"), "float32
 
 # Compiled in half the time; numbers do not need fast code.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def tune(monkeypatch, **changes) -> None:
+    """Products as on another machine. What was compiled before is not compiled anew by this."""
+    tuning = dataclasses.replace(products.CPU, **changes)
+    monkeypatch.setattr(products, "tuning", lambda: tuning)
 
 
 def make_config(head_type="shga", **fields):

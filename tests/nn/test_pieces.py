@@ -13,6 +13,7 @@ from tests.helpers import (
     quick_jit,
     random_inputs,
     random_model,
+    tune,
 )
 from tests.nn.test_extend import CASES, fresh
 from tests.nn.test_reference import run_reference
@@ -27,7 +28,7 @@ VQ = [name for name, config in CASES.items() if config.attention == "vq"]
 
 def run(config, tokens_per_piece, monkeypatch, lengths=None, keys=False, remat=False, dropout=None):
     """Features, state and statistics of a text, and the gradient of a mix of them."""
-    monkeypatch.setattr(pieces, "TOKENS_PER_PIECE", {"others": tokens_per_piece})
+    tune(monkeypatch, tokens_per_chunk=tokens_per_piece)
     model = random_model(config)
     tokens, document_ids, _ = map(jnp.asarray, random_inputs(config))
     rng = np.random.default_rng(5)
@@ -84,7 +85,7 @@ def test_pieces_of_the_oracle(double, monkeypatch):
     config = CASES["gated_heads_documents"]
     model, inputs = random_model(config), list(map(jnp.asarray, random_inputs(config)))
     logits, _ = run_reference(config, model.params, model.codebook, *inputs)
-    monkeypatch.setattr(pieces, "TOKENS_PER_PIECE", {"others": 1})
+    tune(monkeypatch, tokens_per_chunk=1)
     features, _, _ = forward(model, fresh(config, BATCH), inputs[0], document_ids=inputs[1])
     close(model_module.to_logits(model.params, features, config), logits)
 

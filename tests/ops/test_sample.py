@@ -15,7 +15,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, tune
 from transformer_vq import (
     Model,
     ModelConfig,
@@ -30,7 +30,7 @@ from transformer_vq import (
 )
 from transformer_vq.engine.batch import PREFILL_SIZES, Session
 from transformer_vq.engine.request import as_controls
-from transformer_vq.nn import layers
+from transformer_vq.nn import products
 from transformer_vq.nn.model import model_specs
 from transformer_vq.ops import sample
 
@@ -295,12 +295,12 @@ def test_a_step_that_may_reset_copies_no_table(unchecked):
 def test_a_step_in_parts_copies_no_table(unchecked, monkeypatch):
     """Cut in parts, as large tables are, the table is still read where it lies."""
     jax.clear_caches()  # units that were traced with a product in one
-    monkeypatch.setattr(layers, "LARGE", 1)
+    tune(monkeypatch, large=1)
     compiled, state = decoding_loop(variant(donate_argnames="rows"), **SMALLER)
     jax.clear_caches()
     table = state.units[0].values
     *_, rows, width = table.shape
-    assert f",{rows // layers.PARTS},{width}]" in compiled.as_text()  # control: there are parts
+    assert f",{rows // products.CPU.parts},{width}]" in compiled.as_text()  # control
     assert "copy" not in operations_on(compiled, table.shape)
     assert compiled.memory_analysis().temp_size_in_bytes < table.nbytes
 

@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import CONFIG, START, one_batch, raw, recorded, replace
+from tests.helpers import CONFIG, START, one_batch, raw, recorded, replace, tune
 from transformer_vq import Model, init_state
 from transformer_vq.config import TrainConfig
 from transformer_vq.data import Batch
 from transformer_vq.io.official import from_official
-from transformer_vq.nn import pieces as pieces_module
 from transformer_vq.nn.model import DropoutKeys
 from transformer_vq.nn.vq import Places
 from transformer_vq.ops import train as train_module
@@ -160,7 +159,7 @@ def test_the_state_is_carried_from_piece_to_piece():
 def test_eight_devices_are_as_one(monkeypatch):
     """Rows take turns: on one device in 16 parts, on eight in 2."""
     assert jax.device_count() >= 8
-    monkeypatch.setattr(pieces_module, "TOKENS_PER_PIECE", {"others": TRAIN.update_len})
+    tune(monkeypatch, tokens_per_chunk=TRAIN.update_len)
     train = replace(TRAIN, batch_size=16)
     batches = [one_batch(train, i) for i in range(4)]
     steps = {n: make_train_step(CONFIG, train, data_mesh(jax.devices()[:n])) for n in (1, 8)}
@@ -256,7 +255,7 @@ def test_by_default_the_rows_of_a_piece_take_a_turn(monkeypatch):
 
     monkeypatch.setattr(train_module, "_in_turns", in_turns)
     for accumulate, rows in ((0, 8), (0, 4), (0, 3), (0, 1), (2, 8), (2, 1), (1, 1)):
-        monkeypatch.setattr(pieces_module, "TOKENS_PER_PIECE", {"others": rows * TRAIN.update_len})
+        tune(monkeypatch, tokens_per_chunk=rows * TRAIN.update_len)
         step = make_train_step(CONFIG, replace(train, accumulate=accumulate))
         jax.eval_shape(step, state, batch)
     assert made == [2, 4, 8, 2, 2]  # of one part, there are no turns

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.errors import UserError
-from transformer_vq.nn import vq
+from transformer_vq.nn import products, vq
 from transformer_vq.nn.attention import AttentionState, keep_keys
 from transformer_vq.nn.layers import wide
 from transformer_vq.nn.model import (
@@ -24,7 +24,6 @@ from transformer_vq.nn.model import (
     model_specs,
 )
 from transformer_vq.nn.pieces import plan as plan_pieces
-from transformer_vq.nn.products import tuning
 from transformer_vq.nn.vq import Places
 from transformer_vq.ops.loss import LossTerms, loss_fn
 from transformer_vq.ops.optimizer import learning_rate_at, make_optimizer
@@ -255,7 +254,7 @@ def _default_parts(config: ModelConfig, batch: int, length: int) -> int:
 
     Elsewhere there is one part: each costs a sum of the gradients over devices.
     """
-    if not tuning().micro_batches:
+    if not products.tuning().micro_batches:
         return 1
     return plan_pieces(config, batch, length).groups
 

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers import tune
 from transformer_vq import ModelConfig, extend, init_model, init_state
-from transformer_vq.nn import layers
+from transformer_vq.nn import products
+from transformer_vq.sharding import data_mesh, traced_on
 
 SIZES = [(1, 8, 12), (1, 7, 9), (1, 12, 10), (3, 8, 12), (6, 8, 12), (70, 8, 12)]  # rows, in, out
 
@@ -17,7 +19,7 @@ SIZES = [(1, 8, 12), (1, 7, 9), (1, 12, 10), (3, 8, 12), (6, 8, 12), (70, 8, 12)
 def large(request, monkeypatch):
     """Whether every matrix counts as large, or none; what was compiled otherwise is forgotten."""
     jax.clear_caches()
-    monkeypatch.setattr(layers, "LARGE", 1 if request.param else 2**20)
+    tune(monkeypatch, large=1 if request.param else 2**20)
     yield request.param
     jax.clear_caches()
 
@@ -29,7 +31,7 @@ def test_few_rows_have_the_same_product(large, rows, width, out):
     x, matrix = rng.normal(size=(rows, 1, width)), rng.normal(size=(width, out))
 
     def product(x, matrix):
-        return layers.multiply(jnp.asarray(x), layers.OutputMajor(jnp.asarray(matrix).T))
+        return products.matmul(jnp.asarray(x), products.OutputMajor(jnp.asarray(matrix).T))
 
     def loss(function):
         return lambda x, matrix: jnp.sum(jnp.sin(function(x, matrix)))
@@ -48,11 +50,21 @@ def test_few_rows_have_the_same_product(large, rows, width, out):
 
 def test_when_there_are_parts(monkeypatch):
     """For one row and a large matrix, where an axis can be divided: else there is one product."""
-    monkeypatch.setattr(layers, "LARGE", 96)
-    assert layers.parts_of(1, 96, 12) == 4 and layers.parts_of(1, 96, 10) == 2
-    assert layers.parts_of(1, 96, 9) == 1
-    assert layers.parts_of(1, 95, 12) == 1
-    assert layers.parts_of(2, 96, 12) == 1
+    tune(monkeypatch, large=96)
+    assert products.parts_of(1, 96, 12) == 4 and products.parts_of(1, 96, 10) == 2
+    assert products.parts_of(1, 96, 9) == 1
+    assert products.parts_of(1, 95, 12) == 1
+    assert products.parts_of(2, 96, 12) == 1
+
+
+def test_tuning_is_that_of_the_target(monkeypatch):
+    """Of the devices that are traced for, if they are known; else of JAX's default."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert products.tuning() == products.OTHERS
+    with traced_on(data_mesh(jax.devices("cpu"))):
+        assert products.tuning() == products.CPU
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert products.tuning() == products.CPU
 
 
 @pytest.mark.parametrize(("rows", "large"), [(1, True), (6, True), (6, False)], indirect=["large"])
