@@ -1,13 +1,16 @@
 """The frame of `tvq`: help, wrong options, and what is whose fault."""
 
+import errno
 import subprocess
 import sys
 
 import pytest
 
-from tests.helpers import fails
+from tests.helpers import TVQ, fails
 from transformer_vq.cli import COMMANDS, main
+from transformer_vq.cli.cache import cache_folder
 from transformer_vq.config import ModelConfig, TrainConfig
+from transformer_vq.errors import UserError
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -94,9 +97,9 @@ def test_unusable_files(capsys, tmp_path, run):
 
 def test_faults_of_the_program_keep_their_traceback(monkeypatch, run):
     monkeypatch.setattr("transformer_vq.run.folder.load_run", lambda *_: int("x"))
-    monkeypatch.setattr("transformer_vq.cli._is_ours", lambda error: False)
-    with pytest.raises(ValueError, match="invalid literal"):
+    with pytest.raises(ValueError, match="invalid literal") as error:
         main(["sample", "--run", run])
+    assert "a fault of the program" in error.value.__notes__[0]
 
 
 def test_help_and_wrong_options_do_not_wait_for_jax(user_env):
@@ -107,3 +110,75 @@ def test_help_and_wrong_options_do_not_wait_for_jax(user_env):
         "assert 'jax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], env=user_env, check=True, capture_output=True)
+
+
+# What is the machine's: memory, files, the user's folders
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (MemoryError(), "memory does not suffice; make "),
+        (
+            MemoryError("Unable to allocate 3.73 TiB for an array with shape (9,) and"),
+            "memory does not suffice: 3.73 TiB were needed at once; make ",
+        ),
+        (
+            type("JaxRuntimeError", (RuntimeError,), {})(
+                "RESOURCE_EXHAUSTED: Out of memory allocating 4000000000000 bytes."
+            ),
+            "memory does not suffice: 4,000.0 GB were needed at once; make ",
+        ),
+        (OSError(errno.EIO, "Input/output error", "a\x1b]0;x\x07"), r"cannot use a\x1b]0;x\x07: "),
+        (OSError(errno.EIO, "Input/output error"), "cannot use a file: Input/output error"),
+        (OSError(errno.ENOSPC, "No space left on device"), "cannot write a file: No space left on"),
+        (UserError("x\x1b[2J" + 9_999 * "y"), r"tvq: x\x1b[2Jyyy"),
+    ],
+)
+def test_what_is_no_fault_of_the_program(capsys, monkeypatch, error, says):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("transformer_vq.cli.info.describe", fail)
+    printed = fails(capsys, 1, "info", "--run", "x")
+    assert says in printed and len(printed) < 1010
+
+
+@pytest.mark.parametrize("cache", [None, "", "folder"])
+def test_without_a_home_folder(tmp_path, monkeypatch, cache):
+    """A user id that no list of users has, and no HOME: then there is no cache."""
+    for name in ("HOME", "XDG_CACHE_HOME", "TVQ_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    if cache is not None:
+        monkeypatch.setenv("TVQ_CACHE", cache and str(tmp_path / cache))
+    monkeypatch.setattr("pathlib.Path.home", _no_home)
+    assert main(["--help"]) == 0
+    found = cache_folder("data")
+    assert found == (tmp_path / "folder" / "data" if cache else None)
+
+
+def _no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
+# Streams
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "says"),
+    [
+        ("info --run RUN >&-", 0, ""),
+        ("info --run none 2>&-", 1, ""),
+        ("--help >&- 2>&- <&-", 0, ""),
+        ("info --run RUN | head -c 1", 141, ""),
+        ("info --run RUN >/dev/full", 1, "tvq: cannot write the output: No space left on device\n"),
+        ("sample --run RUN --prompt-file - <&-", 2, "tvq: standard input is closed: give a file"),
+        ("score --run RUN --file - <&-", 2, "tvq: standard input is closed: give a file"),
+    ],
+)
+def test_streams_that_are_closed_or_full(user_env, run, command, status, says):
+    line = f"set -o pipefail; {TVQ} {command.replace('RUN', run)}"
+    user_env.pop("PYTHONUNBUFFERED", None)
+    done = subprocess.run(["bash", "-c", line], env=user_env, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert done.stderr.startswith(says) and bool(done.stderr) == bool(says)

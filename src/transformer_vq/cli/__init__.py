@@ -4,18 +4,22 @@ A command is a dataclass: its fields are the options, `main()` does the work and
 status. JAX is imported in there, never at the top of a module, so that help and wrong options
 answer at once.
 
-Exit status: 0; 1 if something given cannot be used; 2 for wrong options; 130 after Ctrl-C.
+Exit status: 0; 1 if something given cannot be used; 2 for wrong options; 130 after Ctrl-C; 141 if
+the reader of the output has gone. What is neither a `UserError` nor the machine's (files, memory)
+is a fault of the program: it keeps its traceback, with status 1.
 """
 
 import importlib
 import os
 import sys
-import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
 from transformer_vq.cli import parse
+from transformer_vq.cli.cache import cache_folder, use_compilation_cache
 from transformer_vq.cli.parse import UsageError
+from transformer_vq.cli.sentences import end, out_of_memory, sentence, too_large
+from transformer_vq.cli.streams import drop_output, open_streams
+from transformer_vq.errors import UserError, plain, shown
 
 # Name: (module, class, one line for the list).
 COMMANDS = {
@@ -51,7 +55,7 @@ examples:
 environment:
   TVQ_CACHE        folder of compiled programs, so that a second start is fast, and of data made
                    into tokens; empty: none
-                   (default: {cache})
+                   ({cache})
   TVQ_TRACEBACK    1: show where an error came from
 """
 
@@ -59,23 +63,29 @@ environment:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `tvq` with these arguments, by default those of the process; return the exit status."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    if reconfigure := getattr(sys.stdout, "reconfigure", None):
-        reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
+    open_streams()
     try:
         status = _run(arguments)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        print("\ntvq: interrupted", file=sys.stderr)
-        return 130
+        return end("\ntvq: interrupted", 130)
     except BrokenPipeError:  # whoever read the output has gone: nothing to say, nobody to say it to
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 141
-    except (ValueError, OSError) as error:
-        if os.environ.get("TVQ_TRACEBACK") or not _is_ours(error):
+    except (UserError, OSError) as error:
+        if os.environ.get("TVQ_TRACEBACK"):
             raise
-        print(f"tvq: {_sentence(error)}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        status = 2 if isinstance(error, UsageError) else 1
+        return end(f"tvq: {sentence(error)}", status)
+    except Exception as error:
+        if out_of_memory(error) and not os.environ.get("TVQ_TRACEBACK"):
+            return end(f"tvq: {too_large(error, arguments[0])}", 1)
+        error.add_note(
+            "tvq: this is a fault of the program, not of what was given: please report it, with "
+            "the command and all of the above"
+        )
+        raise
 
 
 def _run(arguments: list[str]) -> int:
@@ -83,7 +93,7 @@ def _run(arguments: list[str]) -> int:
     if name in ("--help", "-h", "help"):
         width = max(map(len, COMMANDS))
         lines = (f"  {name:{width}}  {line}" for name, (_, _, line) in COMMANDS.items())
-        print(HELP.format(commands="\n".join(lines), cache=_default_cache()), end="")
+        print(HELP.format(commands="\n".join(lines), cache=_said_cache()), end="")
         return 0
     if name == "--version":
         from importlib.metadata import version
@@ -92,60 +102,21 @@ def _run(arguments: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         raise UsageError(
-            f"there is no command {name!r}: the commands are {', '.join(COMMANDS)} (see tvq --help)"
+            f"there is no command {shown(name)}: the commands are {', '.join(COMMANDS)} "
+            f"(see tvq --help)"
         )
     module, kind, _ = COMMANDS[name]
     command = getattr(importlib.import_module(f"transformer_vq.cli.{module}"), kind)
     options = parse.options(command, name, rest)
     if options is None:  # it was a question, and is answered
         return 0
-    _use_compilation_cache()
+    use_compilation_cache()
     return options.main()
 
 
-def _is_ours(error: Exception) -> bool:
-    """Whether an error is a wrong input that our code found, and not a fault of the program."""
-    if isinstance(error, OSError):
-        return True
-    frames = traceback.extract_tb(error.__traceback__)
-    package = str(Path(__file__).parents[1]) + os.sep
-    return bool(frames) and frames[-1].filename.startswith(package)
-
-
-def _sentence(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        where = f" {error.filename}" if error.filename else ""
-        return f"cannot use{where or ' a file'}: {error.strerror}"
-    return " ".join(str(error).split())
-
-
-# Compiled programs, kept between starts.
-
-
-def _default_cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "transformer-vq" / "jax"
-
-
-def _use_compilation_cache() -> None:
-    """Let JAX keep compiled programs in a folder of the user's, if that can be written to."""
-    folder = Path(os.environ.get("TVQ_CACHE", _default_cache()))
-    if os.environ.get("TVQ_CACHE") == "" or "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return
-    if not os.access(folder, os.W_OK | os.X_OK):
-        return
-    settings = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.3,
-    }
-    if "jax" in sys.modules:
-        import jax
-
-        for name, value in settings.items():
-            jax.config.update(name, value)
-    else:  # JAX reads these when it is imported
-        os.environ.update({name.upper(): str(value) for name, value in settings.items()})
+def _said_cache() -> str:
+    """What help says of the folder that is used."""
+    folder = cache_folder("jax")
+    if "TVQ_CACHE" in os.environ:
+        return f"now: {plain(str(folder)) if folder else 'none'}"
+    return f"default: {folder or 'none, where there is no home folder'}"

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import numpy as np
 
 from transformer_vq import costs
+from transformer_vq.cli.cache import cache_folder
 from transformer_vq.cli.parse import UsageError, option
 from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.data import (
@@ -22,6 +23,7 @@ from transformer_vq.data import (
     find_files,
     open_source,
 )
+from transformer_vq.errors import plain
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -55,6 +57,18 @@ def program() -> str:
     if me.name != "tvq" or not me.is_file() or (found and me.samefile(found)):
         return "tvq"
     return os.path.relpath(me)
+
+
+def tell(text: str) -> None:
+    """A line on standard error, whatever characters the names in it have."""
+    print(f"tvq: {plain(text)}", file=sys.stderr)
+
+
+def standard_input() -> BinaryIO:
+    """Where `-` reads from. Raises `UsageError` if it is closed."""
+    if sys.stdin is None:
+        raise UsageError("standard input is closed: give a file, or - with something to read")
+    return sys.stdin.buffer
 
 
 def describe_model(config: ModelConfig) -> str:
@@ -105,6 +119,8 @@ def train_with_progress(
     from transformer_vq.show.progress import Progress
 
     trim_after_compiling()
+    for note in train.notes():
+        tell(note)
     source = as_source(tokens)
     tokens_per_step = train.batch_size * train.update_len
     with Progress(train.steps, tokens_per_step, max_seconds=max_seconds) as progress:
@@ -126,28 +142,18 @@ def train_with_progress(
         )
 
 
-def data_cache() -> Path | None:
-    """Where tokens are kept that took time to make; None if `TVQ_CACHE` is empty."""
-    given = os.environ.get("TVQ_CACHE")
-    if given is not None:
-        return Path(given) / "data" if given else None
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "transformer-vq" / "data"
-
-
 def open_data(paths: Sequence[str | Path], *, tokenizer: Tokenizer, **how: Any) -> Source:
     """`open_source` with the cache of this user; says on standard error what was left out.
 
     And what of the text the vocabulary changes.
     """
-    source = open_source(paths, tokenizer=tokenizer, cache=data_cache(), **how)
+    source = open_source(paths, tokenizer=tokenizer, cache=cache_folder("data"), **how)
     for note in source.notes:
-        print(f"tvq: {note}", file=sys.stderr)
+        tell(note)
     if tokenizer.changes:
-        print(
-            f"tvq: the vocabulary {tokenizer.name} does not give every text back as it was: it "
-            f"changes {tokenizer.changes}",
-            file=sys.stderr,
+        tell(
+            f"the vocabulary {tokenizer.name} does not give every text back as it was: it "
+            f"changes {tokenizer.changes}"
         )
     return source
 

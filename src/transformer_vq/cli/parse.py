@@ -2,18 +2,29 @@
 
 import contextlib
 import dataclasses
+import difflib
 import inspect
 import io
 import re
 import shutil
 import textwrap
-from collections.abc import Callable
-from typing import Annotated, Any, TypedDict, get_type_hints
+from collections.abc import Callable, Mapping, Sequence
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    TypedDict,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 import tyro
 from tyro.conf import arg
 
-from transformer_vq.errors import UserError
+from transformer_vq.errors import UserError, cut, shown
+from transformer_vq.fields import refusal
 
 
 class UsageError(UserError):
@@ -34,36 +45,61 @@ def option(help: str, metavar: str | None = None, *, default: str | None = None)
     return arg(help=help, metavar=metavar, help_behavior_hint=default and f"(default: {default})")
 
 
-def overrides(config: type, name: str, hint: Callable[[dataclasses.Field], str]) -> Any:
-    """A type of options for the fields of a configuration: a dictionary of those that are given.
+def overrides(
+    config: type,
+    name: str,
+    hint: Callable[[dataclasses.Field], str],
+    *,
+    only: Sequence[str] | None = None,
+) -> Any:
+    """A type of options for fields of a configuration: a dictionary of those that are given.
 
     Help texts come from the fields' metadata; `hint` says what a field is if it is not given.
+    `only`: these fields. The options of a command's field `x` are `--x.FIELD`, or `--FIELD` where
+    its type is `Annotated[overrides(...), flat_names]`.
     """
     hints = get_type_hints(config)
     fields = {
         f.name: Annotated[hints[f.name], arg(help=f.metadata["help"], help_behavior_hint=hint(f))]
         for f in dataclasses.fields(config)
+        if only is None or f.name in only
     }
     return TypedDict(name, fields, total=False)  # pyright: ignore[reportArgumentType]
 
 
+flat_names = arg(name="")
+
+
 def as_usage(error: Exception, prefix: str, fields: type) -> UsageError:
-    """An error of a dataclass about one of its fields, as one about the option: `--top-p is 2`."""
+    """An error about a field of a configuration as one about the option: `--top-p is 2`."""
     text = str(error)
-    name = text.split(" ", 1)[0]
-    if name in {f.name for f in dataclasses.fields(fields)}:
-        text = f"{prefix}{name.replace('_', '-')}{text[len(name) :]}"
-    return UsageError(text)
+    name = getattr(error, "field", "") or text.split(" ", 1)[0]
+    others = {f.name for f in dataclasses.fields(fields) if "_" in f.name}
+
+    def as_option(match: re.Match[str]) -> str:
+        word = match[0]
+        known = word in others or (word == name and match.start() == 0)
+        return prefix + word.replace("_", "-") if known else word
+
+    return UsageError(re.sub(r"\w+", as_option, text) if name else text)
 
 
-def options(command: type, name: str, arguments: list[str]) -> Any:
+def options(command: type, name: str, arguments: Sequence[str]) -> Any:
     """The command with the options given; None if help was asked for, and printed.
 
     Raises `UsageError`.
     """
+    known = _known_options(command)
+    _refuse_empty(known, arguments)
+    see = f"(see tvq {name} --help)"
+
+    def refuse(event: Any) -> None:
+        if sentence := _explained(event, list(known)):
+            raise UsageError(sentence.replace("SEE", see))
+
     heard = io.StringIO()
     try:
-        with contextlib.redirect_stderr(heard):
+        with contextlib.redirect_stderr(heard), _told_of_errors(refuse):
             return tyro.cli(
                 command,
                 prog=f"tvq {name}",
@@ -73,9 +109,95 @@ def options(command: type, name: str, arguments: list[str]) -> Any:
             )
     except SystemExit as exit:
         if exit.code:
-            raise UsageError(_sentence(heard.getvalue(), name)) from None
+            words = " ".join(re.sub(r"[│╭╮╰╯─]|--+ | [|+]", " ", heard.getvalue()).split())
+            raise UsageError(f"the options cannot be used: {words}") from None
         print(f"examples:\n{command.examples.strip(chr(10))}")
         return None
+
+
+def _known_options(command: type) -> dict[str, str | None]:
+    """The options of a command, as they are typed: the metavar of each, if it has one."""
+    known: dict[str, str | None] = {}
+    for name, hint in get_type_hints(command, include_extras=True).items():
+        kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        if get_origin(kind) is ClassVar or kind is ClassVar:
+            continue
+        if is_typeddict(kind):
+            prefix = "" if flat_names in marks else f"{name}."
+            names = [prefix + inner for inner in get_type_hints(kind)]
+            known |= dict.fromkeys(f"--{inner.replace('_', '-')}" for inner in names)
+        else:
+            metavar = next((m for x in marks if (m := getattr(x, "metavar", None))), None)
+            known[f"--{name.replace('_', '-')}"] = metavar
+    return known
+
+
+def _refuse_empty(known: Mapping[str, str | None], arguments: Sequence[str]) -> None:
+    """Raise `UsageError` for an empty value of an option that is no text.
+
+    An empty path would be the current folder; mostly it is a variable of a shell that is not set.
+    """
+    option = ""
+    for argument in arguments:
+        given, equals, value = argument.partition("=")
+        if argument.startswith("--"):
+            option = given.replace("_", "-")
+        empty = argument == "" or (argument.startswith("--") and equals and not value)
+        if empty and known.get(option, "TEXT") != "TEXT":
+            raise UsageError(f"{option} is empty: give a value, or leave it out")
+
+
+# What tyro finds wrong, as one sentence.
+
+
+def _told_of_errors(hear: Callable[[Any], None]) -> contextlib.AbstractContextManager[None]:
+    """While it is open, tyro tells what is wrong before it draws a box of it.
+
+    That part of tyro is private: a version without it gives what the box says, in one line.
+    """
+    try:
+        from tyro._errors import on_parse_error
+    except ImportError:
+        return contextlib.nullcontext()
+    return on_parse_error(hear)
+
+
+def _explained(event: Any, known: Sequence[str]) -> str | None:
+    """The sentence for an error of tyro's; None for one of a kind that it does not know."""
+    try:
+        match type(event).__name__:
+            case "UnrecognizedArgs":
+                return _unknown(event.tokens[0], known)
+            case "MissingArgs":
+                if event.unrecognized_tokens:
+                    return _unknown(event.unrecognized_tokens[0], known)
+                return f"{event.missing_arguments[0].arg.display_name()} is missing: give it SEE"
+            case "BadValue":
+                return f"{event.argument.display_name()} needs a value SEE"
+            case "InvalidChoice":
+                choices = ", ".join(c for c in event.choices if c != "None")
+                return str(refusal(event.argument.display_name(), event.value, f"one of {choices}"))
+            case "InstantiationFailure":
+                return _not_a_number(event.argument.display_name(), event.message)
+    except (AttributeError, IndexError):  # another version of tyro
+        pass
+    return None
+
+
+def _unknown(token: str, known: Sequence[str]) -> str:
+    if not token.startswith("-"):
+        return f"there is no use for {shown(token)} SEE"
+    nearest = difflib.get_close_matches(token.replace("_", "-"), known, n=1)
+    meant = f", perhaps you meant {nearest[0]}" if nearest else ""
+    return f"there is no option {cut(token)}{meant} SEE"
+
+
+def _not_a_number(name: str, message: str) -> str:
+    """From what Python says of text that is no number."""
+    limit = "a number" if "float" in message else "a whole number"
+    if found := re.search(r"base 10: '(.*)'|to float: '(.*)'", message):
+        return str(refusal(name, found[1] or found[2] or "", limit))
+    return f"{name} cannot be used: {cut(' '.join(message.split()))} SEE"
 
 
 def _wrapped(text: str) -> str:
@@ -85,44 +207,3 @@ def _wrapped(text: str) -> str:
     # Indented, because tyro joins lines that begin with a letter.
     fill = textwrap.TextWrapper(width, initial_indent=" ", subsequent_indent=" ").fill
     return "\n\n".join(map(fill, paragraphs))
-
-
-# tyro draws boxes: a title, what is wrong, then a line and advice.
-
-
-def _sentence(box: str, name: str) -> str:
-    """What is wrong, from the text that tyro prints."""
-    parts = [""]
-    for line in box.splitlines():
-        line = line.strip(" │╭╮╰╯|+")
-        if line.strip("─-") == "":
-            parts.append("")
-        elif "───" not in line and "---" not in line:  # no title
-            parts[-1] = f"{parts[-1]} {line}".strip()
-    parts = [part for part in parts if part]
-    if "╭" not in box:  # without Unicode the title stands like a part
-        del parts[:1]
-    problem = parts[0] if parts else "the options cannot be used"
-    see = f"(see tvq {name} --help)"
-    if match := re.match(r"Unrecognized options: (.*)", problem):
-        unknown = match[1].split(", ")[0]
-        nearest = re.search(r"--[\w.-]+", parts[1]) if len(parts) > 2 else None
-        meant = f", perhaps you meant {nearest[0]}" if nearest else ""
-        what = f"no option {unknown}" if unknown.startswith("-") else f"no use for {unknown!r}"
-        return f"there is {what}{meant} {see}"
-    if match := re.match(r"invalid choice '(.*)' for argument '(\S+)'.*one of \((.*)\)", problem):
-        choices = match[3].replace("'", "").rstrip(",")
-        return f"{match[2]} is {match[1]!r}: it must be one of {choices}"
-    if match := re.match(r"Missing from .*?: (--\S+)", problem):
-        return f"{match[1]} is missing: give it {see}"
-    if match := re.match(r"Missing value for argument '(\S+)'", problem):
-        return f"{match[1]} needs a value {see}"
-    for pattern, limit in (
-        (r"Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)", "a whole number"),
-        (r"Error parsing (\S+): no type matching INT .* from \['(.*)'\]", "a whole number"),
-        (r"Error parsing (\S+): could not convert string to float: (.*)", "a number"),
-    ):
-        if match := re.match(pattern, problem):
-            value = match[2].strip("'")
-            return f"{match[1]} is {value!r}: it must be {limit}"
-    return f"{problem[0].lower()}{problem[1:].rstrip('.')} {see}"

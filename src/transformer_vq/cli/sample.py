@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import numpy as np
 from tyro.conf import UseAppendAction
 
-from transformer_vq.cli.common import CheckpointOption, progress_bar, size
+from transformer_vq.cli.common import CheckpointOption, progress_bar, size, standard_input
 from transformer_vq.cli.parse import UsageError, as_usage, option
 from transformer_vq.data import (
     ByteTokenizer,
@@ -323,7 +323,7 @@ def prompt_tokens(text: str, file: str, tokenizer: Tokenizer) -> list[int]:
     if text and file:
         raise UsageError("--prompt and --prompt-file are both given: give one")
     if file == "-":
-        return tokenizer.encode(sys.stdin.buffer.read())
+        return tokenizer.encode(standard_input().read())
     return tokenizer.encode(load_bytes(file).tobytes() if file else text)
 
 

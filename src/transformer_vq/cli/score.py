@@ -12,7 +12,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, ClassVar, Literal
 
-from transformer_vq.cli.common import CheckpointOption, progress_bar
+from transformer_vq.cli.common import CheckpointOption, progress_bar, standard_input
 from transformer_vq.cli.parse import UsageError, option
 from transformer_vq.cli.sample import PIECE, RunFolder, open_model, printable, show_token
 from transformer_vq.data import StreamDecoder, Tokenizer, open_binary, run_tokenizer, text_pieces
@@ -97,7 +97,7 @@ class Score:
 
     def _open(self) -> AbstractContextManager[BinaryIO]:
         if self.file == "-":
-            return nullcontext(sys.stdin.buffer)
+            return nullcontext(standard_input())
         if self.file:
             return open_binary(Path(self.file))
         return BytesIO(self.text.encode(errors="surrogateescape"))

@@ -1,0 +1,44 @@
+"""Where the command line keeps what takes time to make: compiled programs, tokens of data."""
+
+import os
+import sys
+from pathlib import Path
+
+
+def cache_folder(kind: str) -> Path | None:
+    """The folder for `jax` or `data`; None: nowhere, by wish (`TVQ_CACHE` empty) or without a home.
+
+    Compiled programs lie in the folder that `TVQ_CACHE` names, data in its subfolder.
+    """
+    given = os.environ.get("TVQ_CACHE")
+    if given is not None:
+        return (Path(given) / ("" if kind == "jax" else kind)) if given else None
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "transformer-vq" / kind
+    except RuntimeError:  # the user has no home folder
+        return None
+
+
+def use_compilation_cache() -> None:
+    """Let JAX keep compiled programs in a folder of the user's, if that can be written to."""
+    folder = cache_folder("jax")
+    if folder is None or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.3,
+    }
+    if "jax" in sys.modules:
+        import jax
+
+        for name, value in settings.items():
+            jax.config.update(name, value)
+    else:  # JAX reads these when it is imported
+        os.environ.update({name.upper(): str(value) for name, value in settings.items()})

@@ -1,0 +1,37 @@
+"""Standard streams that are closed, full, or not read any more."""
+
+import os
+import sys
+
+
+def open_streams() -> None:
+    """Let what is printed to a closed stream go nowhere, and all else reach even a poor terminal.
+
+    A closed descriptor is taken by the null device, or the next file that is opened would take it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open until the end)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if reconfigure := getattr(sys.stdout, "reconfigure", None):
+        reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
+
+
+def output_fails(error: OSError) -> bool:
+    """Whether it is standard output that cannot be written; what is left of it is dropped."""
+    try:
+        sys.stdout.flush()
+    except OSError as again:
+        drop_output()
+        return again.errno == error.errno
+    return False
+
+
+def drop_output() -> None:
+    """Let what is left to be printed go nowhere, so that the end of the process does not fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
