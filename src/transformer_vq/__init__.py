@@ -12,7 +12,7 @@ from typing import Any
 
 def _homes() -> dict[str, str]:
     """Public name: the module it lives in."""
-    index = ast.parse(Path(__file__).with_suffix(".pyi").read_text())
+    index = ast.parse(Path(__file__).with_suffix(".pyi").read_text("utf-8"))
     imports = [node for node in index.body if isinstance(node, ast.ImportFrom)]
     return {alias.name: node.module or "" for node in imports for alias in node.names}
 

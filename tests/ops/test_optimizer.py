@@ -48,6 +48,15 @@ def test_schedules(fields, rates):
     np.testing.assert_allclose(actual, list(rates.values()), rtol=1e-5)
 
 
+def test_steps_are_numbers_of_python_or_of_a_device():
+    """At step 0 the curve after the warm-up, which is not used yet, divides by 0."""
+    train = TrainConfig(schedule="inverse-sqrt", warmup_steps=20)
+    for step in (0, 1, 30):
+        rate = learning_rate_at(train, step)
+        assert rate == learning_rate_at(train, jnp.int32(step))
+        assert rate.dtype == jnp.float32
+
+
 # Optimizers
 
 

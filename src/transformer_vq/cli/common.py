@@ -98,7 +98,7 @@ def join_processes(coordinator: str, num_processes: int | None, process_id: int 
             f"give --coordinator HOST:PORT, --num-processes and --process-id"
         ) from None
     if jax.process_index():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the end)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open until the end)
 
 
 def train_with_progress(

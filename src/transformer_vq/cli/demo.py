@@ -63,7 +63,7 @@ class Demo:
         if results and (results["finished"] or results["minutes"] >= self.minutes):
             print(f"The demo is done: its run is in {self.out}. Remove the folder to start again.")
             self._show(results)
-            print(f"\n{(self.out / 'samples.txt').read_text().split(RULE)[0].rstrip()}")
+            print(f"\n{(self.out / 'samples.txt').read_text('utf-8').split(RULE)[0].rstrip()}")
             self._show_what_now()
             return 0
         return self._make()
@@ -115,7 +115,7 @@ class Demo:
         samples = [
             _sample(model, prompt, seed, show=seed == 0) for seed, prompt in enumerate(PROMPTS)
         ]
-        (self.out / "samples.txt").write_text(RULE.join(samples))
+        (self.out / "samples.txt").write_text(RULE.join(samples), "utf-8")
         learning_curve(
             read_metrics(self.out / "metrics.jsonl"),
             self.out / "learning_curve.png",
@@ -123,14 +123,14 @@ class Demo:
             levels={"bz2 -9": _bpb(results, "bz2"), "xz -9e": _bpb(results, "xz")},
             test=results["bpb"],
         )
-        (self.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        (self.out / "results.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
         self._show_what_now()
         return 0
 
     def _results(self) -> dict[str, Any] | None:
         """What an earlier demo in this folder found; None if there was none, or it is damaged."""
         try:
-            return json.loads((self.out / "results.json").read_text())
+            return json.loads((self.out / "results.json").read_text("utf-8"))
         except (OSError, ValueError):
             return None
 

@@ -67,7 +67,7 @@ class Report:
             run,
             read_metrics(self.run / "metrics.jsonl"),
             read_metrics(self.run / "samples.jsonl"),
-            json.loads((self.run / "config.json").read_text()).get("environment", {}),
+            json.loads((self.run / "config.json").read_text("utf-8")).get("environment", {}),
             evaluation or reason,
         )
         path.write_text(content, encoding="utf-8")
@@ -96,7 +96,7 @@ def page(
     `environment`: versions by name. `evaluation`: of the validation split, or why there is none.
     """
     files = importlib.resources.files("transformer_vq.cli")
-    style, script = ((files / f"report.{kind}").read_text() for kind in ("css", "js"))
+    style, script = ((files / f"report.{kind}").read_text("utf-8") for kind in ("css", "js"))
     # Even a text that got in unescaped could run and load nothing.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"

@@ -323,7 +323,7 @@ class Train:
 def _saved_run(folder: Path) -> dict[str, Any] | None:
     """What config.json says of the run in a folder; None if there is none."""
     try:
-        saved = json.loads((folder / "config.json").read_text())
+        saved = json.loads((folder / "config.json").read_text("utf-8"))
         return saved if {"config", "train", "data"} <= saved.keys() else None
     except FileNotFoundError:
         return None

@@ -133,14 +133,14 @@ class PeakMemory:
 
     def __init__(self) -> None:
         with contextlib.suppress(OSError):  # Linux forgets the peak so far
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", "utf-8")
 
     def bytes(self) -> int:
         stats = jax.devices()[0].memory_stats()
         if stats and "peak_bytes_in_use" in stats:
             return stats["peak_bytes_in_use"]
         try:
-            lines = Path("/proc/self/status").read_text().splitlines()
+            lines = Path("/proc/self/status").read_text("utf-8").splitlines()
             return next(int(x.split()[1]) for x in lines if x.startswith("VmHWM")) * 1024
         except (OSError, StopIteration):
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -25,6 +25,7 @@ def learning_rate_at(train: TrainConfig, step: Any) -> jax.Array:
     - inverse-sqrt: the peak times the root of warm-up over step, not below the final fraction
     - wsd: the peak, until a line over the last `decay_steps` leads down to the final fraction
     """
+    step = jnp.asarray(step)  # a whole number of Python would divide as Python does
     warm, final = train.warmup_steps, train.final_learning_rate
     rest = max(train.steps - warm, 1)
     fall: optax.Schedule

@@ -245,7 +245,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a file that is whole at any moment. Raises `RunError` if that cannot be."""
     draft = path.with_name(f".{path.name}.new")
     try:
-        draft.write_text(json.dumps(content, indent=2) + "\n")
+        draft.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
         draft.replace(path)
     except OSError as error:
         draft.unlink(missing_ok=True)

@@ -62,14 +62,14 @@ class WandB:
         id_file.parent.mkdir(exist_ok=True)
         known = id_file.exists()
         if not known:
-            id_file.write_text(secrets.token_hex(4))
+            id_file.write_text(secrets.token_hex(4), "utf-8")
         self._run = self._package.init(
             project=self._project,
             name=folder.name,
-            id=id_file.read_text(),
+            id=id_file.read_text("utf-8"),
             resume="allow",
             dir=str(folder),
-            config=json.loads((folder / "config.json").read_text()),
+            config=json.loads((folder / "config.json").read_text("utf-8")),
         )
         for record in () if known else records:  # what came before it was turned on
             self.write(record)
