@@ -358,7 +358,7 @@ def test_image_size_is_for_pictures(tmp_path):
         (None, ["eval", "--data", "pictures"], "holds pictures of 4 x 6 x 3, and the run was tr"),
         ((4, 6, 3), ["eval", "--data", "text.txt"], "holds text, and the run was trained on pict"),
         (
-            (4, 6, 1),
+            (4, 5, 3),
             ["eval", "--data", "pictures"],
             "3, and the run was trained on pictures of 4",
         ),

@@ -180,8 +180,11 @@ def run_data(data: "DataSource", given: Sequence[str], tokenizer: Tokenizer) -> 
     Raises `DataError` if the run's own data has gone or changed.
     """
     how = {name: getattr(data, name) for name in ("text_column", "image_size", "on_error")}
+    if given and not find_files(given).images:
+        how["image_size"] = 0
+    elif given and data.image_shape:
+        how["channels"] = data.image_shape[2]
     if given:
-        how["image_size"] = data.image_size if find_files(given).images else 0
         return _like_the_run(open_data(given, tokenizer=tokenizer, **how), data)
     paths = [Path(path) for path in data.paths]
     if not paths[0].exists() and paths[0].name == bundled_corpus().name:

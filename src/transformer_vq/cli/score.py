@@ -15,7 +15,14 @@ from typing import Annotated, Any, BinaryIO, ClassVar, Literal
 from transformer_vq.cli.common import CheckpointOption, progress_bar, standard_input
 from transformer_vq.cli.parse import UsageError, option
 from transformer_vq.cli.sample import PIECE, RunFolder, open_model, printable, show_token
-from transformer_vq.data import StreamDecoder, Tokenizer, open_binary, run_tokenizer, text_pieces
+from transformer_vq.data import (
+    StreamDecoder,
+    Tokenizer,
+    is_compressed,
+    open_binary,
+    run_tokenizer,
+    text_pieces,
+)
 
 SHOWN = 60  # characters of a line that are shown
 
@@ -105,7 +112,7 @@ class Score:
     def _size(self) -> int | None:
         """Bytes of the text, if that is known before it is read."""
         path = Path(self.file)
-        plain = self.file not in ("", "-") and path.suffix not in (".gz", ".zst")
+        plain = self.file not in ("", "-") and not is_compressed(path)
         return path.stat().st_size if plain else None
 
     def _tell_token(self, token: int, logprob: float | None, tokenizer: Tokenizer) -> None:

@@ -3,16 +3,15 @@
 NumPy and grain only: nothing here knows about models or devices.
 """
 
+from transformer_vq.data.compressed import free_memory, is_compressed, load_bytes, open_binary
+from transformer_vq.data.files import find_files
 from transformer_vq.data.loader import Batch, Batches, EvalChunk, eval_chunks, row_starts
 from transformer_vq.data.prepare import OnError, open_source
-from transformer_vq.data.records import find_files
 from transformer_vq.data.source import Source, as_source
 from transformer_vq.data.text import (
     DataError,
     bundled_corpus,
     fingerprint,
-    load_bytes,
-    open_binary,
     require_length,
     split,
     text_pieces,
@@ -41,6 +40,8 @@ __all__ = [
     "eval_chunks",
     "find_files",
     "fingerprint",
+    "free_memory",
+    "is_compressed",
     "keep_tokenizer",
     "load_bytes",
     "load_tokenizer",

@@ -6,37 +6,30 @@ they are read. The splits are cut in the original data, before there are tokens:
 is the same text whatever the vocabulary.
 """
 
-import contextlib
 import hashlib
 import json
 import math
-import os
-import shutil
-import tempfile
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 
-from transformer_vq.data.images import Shape, common_shape, image_shape, read_images
-from transformer_vq.data.records import (
-    SPLIT_FOLDERS,
-    Files,
-    find_files,
-    is_text_file,
-    read_documents,
-)
+from transformer_vq.data.cache import Kept, TokenFile, kept_tokens, scratch_tokens
+from transformer_vq.data.compressed import load_bytes, what_it_is
+from transformer_vq.data.files import SPLIT_FOLDERS, Files, find_files, kind_of
+from transformer_vq.data.images import LARGEST_SIDE, Look, common_shape, look_at, read_images
+from transformer_vq.data.records import read_documents
 from transformer_vq.data.source import Source, Span
-from transformer_vq.data.text import SPLITS, DataError, load_bytes
+from transformer_vq.data.text import SPLITS, DataError
 from transformer_vq.data.tokenizer import ByteTokenizer, Tokenizer
 
 OnError = Literal["stop", "skip"]
 
-_VERSION = 2  # of what is in the cache; since 2, the letters of special tokens are text
+_VERSION = 3  # of what is in the cache, and of how files are read
 _PIECE = 1 << 20  # bytes of a document that are made tokens at once
 _BATCH = 64  # pieces at once
 _IMAGE_BYTES = 1 << 24  # of pictures that are written at once
@@ -48,6 +41,7 @@ def open_source(
     tokenizer: Tokenizer | None = None,
     text_column: str = "text",
     image_size: int = 0,
+    channels: Literal[0, 1, 3] = 0,
     on_error: OnError = "stop",
     cache: Path | None = None,
 ) -> Source:
@@ -58,84 +52,46 @@ def open_source(
       tokenizer: makes tokens of text; bytes by default.
       text_column: where a line of .jsonl or a row of .parquet has its text.
       image_size: side of the square that each picture is made into; 0: as they are, all equal.
+      channels: 1 makes pictures grey, 3 gives them colours; 0: as they are, all equal.
       on_error: stop at a document that cannot be read, or skip it; `Source.notes` counts these.
       cache: folder that keeps what took time to make. Without, it is made in a temporary one.
 
     Raises `DataError`, naming file and line, for what cannot be read; for no data at all too.
     """
-    if image_size < 0:
-        raise DataError(f"the image size is {image_size}: it must be 1 or more, or 0 for as it is")
+    if not 0 <= image_size <= LARGEST_SIDE:
+        raise DataError(
+            f"the image size is {image_size}: it must be from 1 to {LARGEST_SIDE:,}, or 0 for as "
+            f"it is"
+        )
     tokenizer = tokenizer or ByteTokenizer()
     files = find_files(paths)
     label = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
     if image_size and not files.images:
         raise DataError(f"{label} holds text, and --image-size is for pictures: leave it out")
-    only = files.all[0] if len(files.all) == 1 and "" in files.splits else None
-    if only and isinstance(tokenizer, ByteTokenizer) and is_text_file(only) and not files.left_out:
-        return Source.of(load_bytes(only), label, tokenizer)
-
     if files.images and not isinstance(tokenizer, ByteTokenizer):
         raise DataError(f"{label} holds pictures, which are bytes: train without a vocabulary")
+    only = files.all[0] if len(files.all) == 1 and "" in files.splits else None
+    if only and isinstance(tokenizer, ByteTokenizer) and kind_of(only) == "text":
+        return _one_file(only, label, files, on_error)
 
     def build(folder: Path) -> None:
         if files.images:
-            _build_images(files, folder, image_size, on_error)
+            _build_images(files, folder, image_size, channels, on_error)
             return
         _build_text(files, folder, tokenizer, text_column, on_error)
 
-    if cache is None or not _can_write(cache):
-        with tempfile.TemporaryDirectory() as scratch:
-            build(Path(scratch))
-            return _open(Path(scratch), tokenizer, label)  # stays mapped when the folder goes
-    folder = cache / _key(files, [tokenizer.name, text_column, image_size, on_error])
-    if not _is_whole(folder):
-        with _alone(cache / f".{folder.name}.lock"):
-            if not _is_whole(folder):  # not even now, after waiting
-                scratch = tempfile.mkdtemp(dir=cache, prefix=".making-")
-                try:
-                    build(Path(scratch))
-                    _rename(scratch, folder)
-                finally:
-                    shutil.rmtree(scratch, ignore_errors=True)
-    return _open(folder, tokenizer, label)
+    if cache is None:
+        return _source(scratch_tokens(build), tokenizer, label)
+    key = _key(files, [tokenizer.name, text_column, image_size, channels, on_error])
+    return _source(kept_tokens(cache, key, build), tokenizer, label)
 
 
-def _is_whole(folder: Path) -> bool:
-    return (folder / "source.json").is_file()
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Wait until no other process that sees this file is in here.
-
-    So of the processes of a run, one on each disk makes the tokens. A process that dies lets the
-    next one in. Where files cannot be locked, all go in: what they make is the same.
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            import fcntl
-
-            fcntl.flock(stack.enter_context(lock.open("w")), fcntl.LOCK_EX)
-            stack.callback(lock.unlink, missing_ok=True)  # who waits on it looks again anyway
-        except (ImportError, OSError):  # Windows; some network disks
-            pass
-        yield
-
-
-def _rename(scratch: str, folder: Path) -> None:
-    try:
-        os.rename(scratch, folder)
-    except OSError:  # another process was first: what it made is the same
-        if not _is_whole(folder):
-            raise
-
-
-def _can_write(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK | os.X_OK)
+def _one_file(path: Path, label: str, files: Files, on_error: OnError) -> Source:
+    """A file whose bytes are the tokens: no need to keep them."""
+    broken, odd = Broken(on_error), Odd()
+    content = load_bytes(path, on_break=broken.add)
+    odd.look(path, content)
+    return replace(Source.of(content, label), notes=(*broken.notes(), *files.notes(), *odd.notes()))
 
 
 def _key(files: Files, how: list[Any]) -> str:
@@ -143,68 +99,25 @@ def _key(files: Files, how: list[Any]) -> str:
     stats = [(path, path.stat()) for path in files.all if path.exists()]
     which = [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
     splits = {name: len(paths) for name, paths in files.splits.items()}
-    content = json.dumps([_VERSION, how, splits, which])
+    content = json.dumps([_VERSION, how, splits, which, files.notes()])
     return hashlib.sha256(content.encode()).hexdigest()[:24]
 
 
-def _open(folder: Path, tokenizer: Tokenizer, label: str) -> Source:
-    values = json.loads((folder / "source.json").read_text())
-    tokens = np.asarray(np.memmap(folder / "tokens.bin", values["dtype"], mode="r"))
+def _source(kept: Kept, tokenizer: Tokenizer, label: str) -> Source:
+    values, notes = kept.values, kept.values["notes"]
+    if kept.damage:
+        notes = [f"the tokens that were kept are damaged ({kept.damage}): made anew", *notes]
     return Source(
-        tokens=tokens,
-        starts=np.load(folder / "starts.npy", mmap_mode="r"),
+        tokens=kept.tokens,
+        starts=kept.starts,
         num_bytes=sum(span[2] for span in values["spans"].values()),
         tokenizer=tokenizer,
         path=label,
         spans={name: Span(*span) for name, span in values["spans"].items()},
         image_shape=tuple(values["image_shape"]) if values["image_shape"] else None,
-        notes=tuple(values["notes"]),
+        notes=tuple(notes),
         digest=values["digest"],
     )
-
-
-class TokenFile:
-    """The tokens, starts and description of a source, on their way to disk; a context manager."""
-
-    def __init__(self, folder: Path, vocab_size: int):
-        self.folder, self.dtype = folder, np.dtype(np.min_scalar_type(vocab_size - 1))
-        self.size = 0
-        self.starts = array("q")
-        self._file = (folder / "tokens.bin").open("wb")
-        self._digest = hashlib.sha256()
-
-    def write(self, tokens: Any) -> None:
-        """Add tokens `[n]`."""
-        content = np.ascontiguousarray(tokens, self.dtype)
-        self._file.write(content.data)
-        self._digest.update(content.data)
-        self.size += content.size
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self._file.close()
-
-    def finish(
-        self, spans: Mapping[str, Span], notes: Sequence[str], shape: Shape | None = None
-    ) -> None:
-        """Write what is left: then, and only then, the folder is whole.
-
-        Raises `DataError` if there are no tokens.
-        """
-        if not self.size:
-            raise DataError(f"the data hold no tokens{': ' if notes else ''}{'; '.join(notes)}")
-        self._file.flush()
-        np.save(self.folder / "starts.npy", np.array(self.starts, np.int64))
-        content = {
-            "dtype": self.dtype.name,
-            "spans": spans,
-            "notes": list(notes),
-            "digest": self._digest.hexdigest(),
-            "image_shape": shape,
-        }
-        (self.folder / "source.json").write_text(json.dumps(content))
 
 
 class Broken:
@@ -224,6 +137,29 @@ class Broken:
             return []
         what = "broken record" if self.count == 1 else "broken records, the first"
         return [f"skipped {self.count:,} {what}: {self.first}"]
+
+
+class Odd:
+    """What is read otherwise than one may expect: counted by kind, with the first of each."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, list[Path]] = {}
+
+    def add(self, what: str, path: Path) -> None:
+        """`what` is a sentence that ends with the path: "made grey:"."""
+        self._found.setdefault(what, []).append(path)
+
+    def look(self, path: Path, content: bytes | np.ndarray) -> None:
+        """Whether a file of text is what it seems to be."""
+        what = what_it_is(bytes(content[:8]))
+        if what:
+            self.add(f"read the bytes of what looks like {what}, not what is in it:", path)
+
+    def notes(self) -> list[str]:
+        return [
+            f"{what} {paths[0]}" + (f" and {len(paths) - 1:,} more" if paths[1:] else "")
+            for what, paths in self._found.items()
+        ]
 
 
 def cut(sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
@@ -251,22 +187,24 @@ def cut(sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
 # Pictures.
 
 
-def _build_images(files: Files, folder: Path, image_size: int, on_error: OnError) -> None:
+def _build_images(
+    files: Files, folder: Path, image_size: int, channels: int, on_error: OnError
+) -> None:
     """Every picture is a document: a start token, then its bytes. Splits are cut between them."""
-    broken = Broken(on_error)
-    shapes: dict[Path, Shape] = {}
+    broken, odd = Broken(on_error), Odd()
+    looks: dict[Path, Look] = {}
     for path in files.all:
         try:
-            shapes[path] = image_shape(path)
+            looks[path] = look_at(path)
         except DataError as error:
             broken.add(error)
-    if not shapes:
+    if not looks:
         raise DataError(f"there is no picture that can be read: {broken.first}")
-    shape = common_shape(list(shapes), list(shapes.values()), image_size)
+    shape = common_shape(list(looks), [look.shape for look in looks.values()], image_size, channels)
     size, counts = math.prod(shape), dict.fromkeys(files.splits, 0)
     with TokenFile(folder, 256) as file:
         for name, paths in files.splits.items():
-            for path in filter(shapes.get, paths):
+            for path in filter(looks.get, paths):
                 try:
                     rows = read_images(path, shape, image_size).reshape(-1, size)
                 except DataError as error:
@@ -276,13 +214,24 @@ def _build_images(files: Files, folder: Path, image_size: int, on_error: OnError
                     start = ByteTokenizer().eos_id
                     file.write(np.pad(some, ((0, 0), (1, 0)), constant_values=start))
                 counts[name] += len(rows)
+                for what in _differences(looks[path], shape):
+                    odd.add(what, path)
         file.starts.extend(range(0, file.size, size + 1))
         spans = {
             name: Span(start * (size + 1), stop * (size + 1), (stop - start) * size)
             for name, (start, stop) in cut(counts).items()
         }
-        notes = [*broken.notes(), *([_left_out(files)] if files.left_out else [])]
-        file.finish(spans, notes, shape)
+        file.finish(spans, [*broken.notes(), *files.notes(), *odd.notes()], shape)
+
+
+def _differences(look: Look, shape: Sequence[int]) -> Iterator[str]:
+    """How a picture is read otherwise than it is, besides its size."""
+    if look.frames:
+        yield "took only the first frame or page of"
+    if look.deep:
+        yield "took the upper 8 of 16 bits of"
+    if look.shape[2] > shape[2]:
+        yield "made grey:"
 
 
 # Text.
@@ -292,28 +241,30 @@ def _build_text(
     files: Files, folder: Path, tokenizer: Tokenizer, text_column: str, on_error: OnError
 ) -> None:
     """Make tokens of documents: first all of them as bytes, one after another, then cut these."""
-    broken, empty = Broken(on_error), 0
+    broken, odd, empty = Broken(on_error), Odd(), 0
     as_text = not isinstance(tokenizer, ByteTokenizer)
     ends, sizes, total = array("q"), dict.fromkeys(files.splits, 0), 0
     raw_path = folder / "raw.bin"
     with raw_path.open("wb") as raw:
         for name, paths in files.splits.items():
             for path in paths:
+                is_text = kind_of(path) == "text"
                 for _, document in read_documents(path, text_column, as_text=as_text):
                     if isinstance(document, DataError):
                         broken.add(document)
                     elif not len(document):
                         empty += 1
                     else:
+                        if is_text:
+                            odd.look(path, document)
                         raw.write(document if isinstance(document, bytes) else document.data)
                         total += len(document)
                         ends.append(total)
                         sizes[name] += len(document)
-    notes = broken.notes()
-    if files.left_out:
-        notes.append(_left_out(files))
+    notes = [*broken.notes(), *files.notes()]
     if empty:
         notes.append(f"left out {empty:,} empty {'document' if empty == 1 else 'documents'}")
+    notes += odd.notes()
     if not total:
         why = f": {notes[0]}" if notes else ""
         raise DataError(f"{files.all[0]} and what is with it hold no data{why}")
@@ -329,14 +280,6 @@ def _build_text(
         file.finish(spans, notes)
     del content
     raw_path.unlink()
-
-
-def _left_out(files: Files) -> str:
-    names = ", ".join(path.name for path in files.left_out[:3])
-    more = ", …" if len(files.left_out) > 3 else ""
-    count, kind = len(files.left_out), "picture" if files.images else "text"
-    what = f"1 file, which is no {kind}" if count == 1 else f"{count:,} files, each no {kind}"
-    return f"left out {what}: {names}{more}"
 
 
 def _write_tokens(

@@ -1,170 +1,119 @@
-"""Files to documents: what a path holds, and the texts in it, one at a time.
+"""Files to documents: the texts in a file, one at a time.
 
 A file is a document; a line of a .jsonl and a row of a .parquet are documents too. Any of them may
-be compressed (.gz, .zst). What is broken is named with its file and line.
+be compressed. What is broken is named with its file and line.
 """
 
 import json
-import os
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from transformer_vq.data.text import DataError, load_bytes, open_binary, read_errors
+from transformer_vq.data.compressed import (
+    MissingLibrary,
+    ReadError,
+    is_compressed,
+    open_binary,
+    read_bytes,
+)
+from transformer_vq.data.files import kind_of
+from transformer_vq.data.text import DataError, whole_characters
 
-SPLIT_FOLDERS = ("train", "validation", "test")
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-_LINES = (".jsonl", ".ndjson")
-_TABLES = (".parquet",)
-_IMAGE_ARRAYS = re.compile(r"idx[34]-ubyte(\.gz|\.zst)?$|\.npz$")
-# Arrays of pictures say in their names what they are for: train-images-idx3-ubyte, val_data.npz.
-_ARRAY_SPLITS = (("train", "train"), ("val", "validation"), ("test", "test"), ("t10k", "test"))
-_NEWLINE_SEARCH = 1 << 24  # bytes checked at once
+_LONGEST_LINE = 1 << 28  # bytes of a line of .jsonl: reading it takes up to 20 times as many
+_ROWS = 128  # of a table, read at once
+_CHECKED = 1 << 24  # bytes looked at at once
 
 Document = bytes | np.ndarray  # uint8 [N]
+Found = tuple[str, Document | DataError]  # where it is from; for a broken one, the error
 
 
-@dataclass(frozen=True)
-class Files:
-    """The files that some paths name, in the order in which they are read."""
-
-    splits: dict[str, tuple[Path, ...]]  # by train, validation, test; "" if they are yet to be cut
-    images: bool
-    left_out: tuple[Path, ...]  # what is neither a text among texts nor a picture among pictures
-
-    @property
-    def all(self) -> list[Path]:
-        return [path for paths in self.splits.values() for path in paths]
-
-
-def find_files(paths: Sequence[str | Path]) -> Files:
-    """What is in files and folders; folders with all that is below them, in sorted order.
-
-    The folders train, validation and test in a folder are its splits, as PG-19 has them; and so
-    are arrays of pictures with such names. Hidden files are not looked at. A folder holds pictures
-    if it has an array of them, or if most of its files are pictures.
-
-    Raises `DataError` for a path that is not there, a folder without files, and for splits that
-    only a part of the data has.
-    """
-    found: list[tuple[str, Path]] = []
-    left_out: list[Path] = []
-    for path in map(Path, paths):
-        if not path.is_dir():
-            found.append(("", path))
-            continue
-        below = [file for file in sorted(path.rglob("*")) if _is_shown(file, path)]
-        if not below:
-            raise DataError(f"{path} is a directory without files: give one that has some")
-        if (path / "train").is_dir() and any((path / n).is_dir() for n in SPLIT_FOLDERS[1:]):
-            parts = [(file.relative_to(path).parts[0], file) for file in below]
-            found += [part for part in parts if part[0] in SPLIT_FOLDERS]
-            left_out += [file for name, file in parts if name not in SPLIT_FOLDERS]
-        else:
-            found += [("", file) for file in below]
-    arrays = any(is_image_array(file) for _, file in found)
-    images = arrays or 2 * sum(is_picture(file) for _, file in found) > len(found)
-    left_out += [file for _, file in found if is_image(file) != images]
-    found = [(name, file) for name, file in found if is_image(file) == images]
-    if arrays:
-        found = _named_splits(found)
-    splits = {
-        name: tuple(file for given, file in found if given == name)
-        for name in ("", *SPLIT_FOLDERS)
-        if any(given == name for given, _ in found)
-    }
-    if "" in splits and len(splits) > 1:
-        raise DataError(
-            f"{splits[''][0]} belongs to no split, and other data has its own splits: train on "
-            f"one or the other"
-        )
-    return Files(splits, images, tuple(left_out))
-
-
-def is_picture(path: Path) -> bool:
-    """Whether its name is that of a PNG, a JPEG or the like."""
-    return path.suffix.lower() in PICTURES
-
-
-def is_image_array(path: Path) -> bool:
-    """Whether its name is that of many pictures in one file: IDX or npz."""
-    return bool(_IMAGE_ARRAYS.search(path.name.lower()))
-
-
-def is_image(path: Path) -> bool:
-    """Whether its name is that of one picture or of many."""
-    return is_picture(path) or is_image_array(path)
-
-
-def is_text_file(path: Path) -> bool:
-    """Whether all of it is one document."""
-    return not (is_image(path) or _bare(path).endswith((*_LINES, *_TABLES)))
-
-
-def read_documents(
-    path: Path, text_column: str, *, as_text: bool
-) -> Iterator[tuple[str, Document | DataError]]:
+def read_documents(path: Path, text_column: str, *, as_text: bool) -> Iterator[Found]:
     """The documents of a file and where each is from; for a broken one, the error instead of it.
 
-    `as_text`: a document that is not UTF-8 is broken. Missing files raise `DataError`.
+    `as_text`: a document that is not UTF-8 is broken. Raises `MissingLibrary` where one is needed.
     """
-    name = _bare(path)
-    if name.endswith(_LINES):
-        documents = _lines(path, text_column)
-    elif name.endswith(_TABLES):
-        documents = _rows(path, text_column)
-    else:
-        documents = _whole(path)
-    for where, document in documents:
-        if as_text and not isinstance(document, DataError):
-            bad = _not_text(document)
-            if bad is not None:
-                document = DataError(
-                    f"{where} is not UTF-8 at byte {bad:,}, and this tokenizer reads text: "
-                    f"convert it, or train on bytes"
-                )
-        yield where, document
-
-
-def _whole(path: Path) -> Iterator[tuple[str, Document | DataError]]:
-    if not path.exists():
-        raise DataError(f"there is no file {path}")
-    if path.is_file() and not path.stat().st_size:
-        yield str(path), b""
-        return
+    kind = kind_of(path)
     try:
-        yield str(path), load_bytes(path)
-    except DataError as error:
+        if kind == "lines":
+            documents = _lines(path, text_column)
+        elif kind == "table":
+            documents = _rows(path, text_column)
+        else:
+            documents = _whole(path, as_text)
+        for where, document in documents:
+            if as_text and not isinstance(document, DataError):
+                bad = _not_text(document)
+                if bad is not None:
+                    document = DataError(
+                        f"{where} is not UTF-8 at byte {bad:,}, and this tokenizer reads text: "
+                        f"convert it, or train on bytes"
+                    )
+            yield where, document
+    except MissingLibrary:
+        raise
+    except DataError as error:  # it cannot even be opened
         yield str(path), error
 
 
-def _lines(path: Path, column: str) -> Iterator[tuple[str, Document | DataError]]:
+def _whole(path: Path, as_text: bool) -> Iterator[Found]:
+    breaks: list[DataError] = []
+    document = read_bytes(path, on_break=breaks.append)
+    if breaks and as_text:  # it breaks off within a character
+        tail = document[-4:].tobytes()
+        document = document[: len(document) - len(tail) + whole_characters(tail)]
+    if len(document) or not breaks:
+        yield str(path), document
+    for error in breaks:
+        yield str(path), error
+
+
+def _lines(path: Path, column: str) -> Iterator[Found]:
     number = 0
     with open_binary(path) as file:
         try:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    where = f"{path}, line {number:,}"
+            while line := file.readline(_LONGEST_LINE):
+                number += 1
+                where = f"{path}, line {number:,}"
+                if len(line) == _LONGEST_LINE:
+                    yield where, DataError(f"{where} is longer than {_LONGEST_LINE:,} bytes")
+                    while line and not line.endswith(b"\n"):
+                        line = file.readline(_CHECKED)
+                elif line.strip():
                     yield where, _text_of(where, line, column)
-        except read_errors() as error:
-            yield str(path), DataError(f"cannot read {path} after line {number:,}: {error}")
+        except (ReadError, OSError, MemoryError) as error:
+            reason = ReadError(path, error) if not isinstance(error, ReadError) else error
+            yield (
+                str(path),
+                DataError(f"cannot read {path} after line {number:,}: {reason.reason}"),
+            )
 
 
 def _text_of(where: str, line: bytes, column: str) -> bytes | DataError:
     try:
-        record = json.loads(line)
+        record = _parsed(line.decode("utf-8-sig"))
+    except RecursionError:
+        return DataError(f"{where} is not JSON that can be read: it is nested too deeply")
     except ValueError as error:  # not JSON, or not UTF-8
         reason = getattr(error, "msg", None) or str(error)
         return DataError(f"{where} is not JSON: {reason}")
     if not isinstance(record, dict):
         return DataError(f"{where} is a JSON {type(record).__name__}, not an object")
     if column not in record:
-        keys = ", ".join(map(repr, record)) or "nothing"
-        return DataError(f"{where} has no {column!r}: it has {keys} (choose with --text-column)")
+        return DataError(
+            f"{where} has no {column!r}: it has {_list(record)} (choose with --text-column)"
+        )
     return _encoded(where, record[column], column)
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # Python makes no integer of more than 4,300 digits: JSON may have some
+        return json.loads(line, parse_int=float)
 
 
 def _encoded(where: str, text: object, column: str) -> bytes | DataError:
@@ -176,44 +125,69 @@ def _encoded(where: str, text: object, column: str) -> bytes | DataError:
         return DataError(f"{where} holds half a surrogate pair, which is no text")
 
 
-def _rows(path: Path, column: str) -> Iterator[tuple[str, Document | DataError]]:
+def _rows(path: Path, column: str) -> Iterator[Found]:
     try:
-        from pyarrow import ArrowException, parquet
+        import pyarrow
+        from pyarrow import parquet
     except ImportError:
-        raise DataError(
+        raise MissingLibrary(
             f"{path} needs pyarrow to be read: pip install 'transformer-vq[parquet]'"
         ) from None
-    if not path.exists():
-        raise DataError(f"there is no file {path}")
+    if is_compressed(path):
+        source: Any = pyarrow.py_buffer(read_bytes(path))
+    else:
+        open_binary(path).close()  # it is a file
+        source = path
     number = 0
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(source) as file:
             columns = file.schema_arrow.names
             if column not in columns:
-                has = ", ".join(map(repr, columns))
-                error = f"{path} has no column {column!r}: it has {has} (choose with --text-column)"
-                yield str(path), DataError(error)
+                yield (
+                    str(path),
+                    DataError(
+                        f"{path} has no column {column!r}: it has {_list(columns)} (choose with "
+                        f"--text-column)"
+                    ),
+                )
                 return
-            for batch in file.iter_batches(1024, columns=[column]):
-                for text in batch.column(0).to_pylist():
+            for batch in file.iter_batches(_ROWS, columns=[column]):
+                cells, is_text = _cells(batch.column(column))
+                for cell in cells:
                     number += 1
                     where = f"{path}, row {number:,}"
-                    if isinstance(text, bytes):  # a binary column
-                        yield where, text
+                    if isinstance(cell, bytes):
+                        yield where, _utf8(where, cell) if is_text else cell
                     else:
-                        yield where, _encoded(where, text, column)
-    except (ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
+                        yield where, _encoded(where, cell, column)
+    except Exception as error:  # a damaged file makes this library raise what it will
+        reason = ReadError(path, error).reason
         yield str(path), DataError(f"cannot read {path} after row {number:,}: {reason}")
+
+
+def _cells(array: Any) -> tuple[list[Any], bool]:
+    """What a column holds, and whether that is text; of text the bytes, which may be no UTF-8."""
+    import pyarrow
+
+    kinds = pyarrow.types
+    if kinds.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    is_text = kinds.is_string(array.type) or kinds.is_large_string(array.type)
+    return (array.cast(pyarrow.large_binary()) if is_text else array).to_pylist(), is_text
+
+
+def _utf8(where: str, text: bytes) -> bytes | DataError:
+    bad = _not_text(text)
+    return text if bad is None else DataError(f"{where} has text that is no UTF-8 at byte {bad:,}")
 
 
 def _not_text(document: Document) -> int | None:
     """Where the first byte is that is not UTF-8; None if all is."""
     start, carry = 0, b""
     while start < len(document):
-        piece = carry + bytes(document[start : start + _NEWLINE_SEARCH])
+        piece = carry + bytes(document[start : start + _CHECKED])
         begin = start - len(carry)
-        start += _NEWLINE_SEARCH
+        start += _CHECKED
         try:
             piece.decode()
             carry = b""
@@ -225,27 +199,11 @@ def _not_text(document: Document) -> int | None:
     return None
 
 
-def _named_splits(found: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
-    """Splits from the names of arrays, if they name train and something else."""
-
-    def named(given: str, path: Path) -> str:
-        matches = (split for start, split in _ARRAY_SPLITS if path.name.lower().startswith(start))
-        return given or next(matches, "")
-
-    names = [(named(given, path), path) for given, path in found]
-    splits = {name for name, _ in names}
-    return names if "train" in splits and len(splits) > 1 and "" not in splits else found
-
-
-def _is_shown(file: Path, folder: Path) -> bool:
-    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return not hidden and not file.is_dir()
-
-
-def _bare(path: Path) -> str:
-    """The name without what says how it is compressed."""
-    name = os.fspath(path.name).lower()
-    return re.sub(r"\.(gz|zst)$", "", name)
+def _list(names: Iterable[str]) -> str:
+    """Some names and how many more there are, in bounded length."""
+    names = list(names)
+    more = f" and {len(names) - 8:,} more" if len(names) > 8 else ""
+    return (", ".join(_short(name) for name in names[:8]) or "nothing") + more
 
 
 def _short(value: object) -> str:
