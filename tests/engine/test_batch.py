@@ -25,7 +25,8 @@ from transformer_vq import (
     save_state,
     stream,
 )
-from transformer_vq.engine.batch import PREFILL_SIZES, STEPS_PER_DISPATCH, Session
+from transformer_vq.engine.batch import STEPS_PER_DISPATCH, Session
+from transformer_vq.engine.prefill import PREFILL_SIZES
 from transformer_vq.nn.model import model_specs
 
 BATCH = 8  # the one batch shape of these tests: each shape is compiled

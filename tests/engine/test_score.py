@@ -23,8 +23,8 @@ from transformer_vq import (
 from transformer_vq.cli import main
 from transformer_vq.cli import score as score_module
 from transformer_vq.data import Source, text_pieces, train_tokenizer
-from transformer_vq.engine import batch as generate_module
-from transformer_vq.engine.score import score_pieces
+from transformer_vq.engine import prefill
+from transformer_vq.engine.score import score_chunks
 from transformer_vq.run.folder import load_run
 
 
@@ -38,7 +38,7 @@ def plain(model, text, state=None):
 
 def test_scores_of_ragged_texts(monkeypatch):
     """Texts that take one piece and many; one token; the first of a text has no score."""
-    monkeypatch.setattr(generate_module, "PREFILL_SIZES", (1, 4, 16))
+    monkeypatch.setattr(prefill, "PREFILL_SIZES", (1, 4, 16))
     rng = np.random.default_rng(3)
     texts = [rng.integers(0, VOCAB, n).tolist() for n in (1, 5, 16, 37)]
     for text, scores in zip(texts, score(MODEL, texts), strict=True):
@@ -87,7 +87,7 @@ def test_a_text_in_pieces():
     (whole,) = score(MODEL, [text])
     for cuts in ([40], [1, 2, 50, 99]):
         pieces = [piece.tolist() for piece in np.split(np.array(text), cuts)]
-        found = list(score_pieces(MODEL, iter(pieces)))
+        found = list(score_chunks(MODEL, iter(pieces)))
         assert [piece for piece, _ in found] == pieces
         scores = [s for _, some in found for s in some]
         assert scores[0] is whole[0] is None

@@ -15,9 +15,9 @@ import pytest
 
 from tests.helpers import TESTS, hugging_face
 from transformer_vq import SamplingParams
-from transformer_vq.engine.request import as_controls
+from transformer_vq.engine.controls import controls_batch
 from transformer_vq.nn.prob import REMOVED
-from transformer_vq.ops.sample import Rows, controlled_logits
+from transformer_vq.ops.decode import Rows, controlled_logits
 
 DATA = TESTS / "data" / "recorded"
 CONTROLLED = jax.jit(controlled_logits)
@@ -64,7 +64,7 @@ def controlled(recording, params) -> np.ndarray:
         remaining=jnp.ones(rows, jnp.int32),
         active=jnp.ones(rows, bool),
     )
-    return np.asarray(CONTROLLED(logits, as_controls([params] * rows, rows, vocab), before))
+    return np.asarray(CONTROLLED(logits, controls_batch([params] * rows, rows, vocab), before))
 
 
 def same(ours, theirs) -> bool:

@@ -28,11 +28,11 @@ from transformer_vq import (
     sample_op,
     save_state,
 )
-from transformer_vq.engine.batch import PREFILL_SIZES, Session
-from transformer_vq.engine.request import as_controls
+from transformer_vq.engine.batch import Session
+from transformer_vq.engine.prefill import PREFILL_SIZES
 from transformer_vq.nn import products
 from transformer_vq.nn.model import model_specs
-from transformer_vq.ops import sample
+from transformer_vq.ops import decode, sample
 
 VOCAB, EOS, BATCH, LENGTH = 17, 3, 16, 30
 KEY = 5
@@ -247,9 +247,8 @@ def decoding_loop(function, **fields):
     sizes = dict(vocab_size=64, d_model=64, d_k=16, codebook_size=64, window_len=64)
     model = make_model(**sizes, **fields)
     session = Session(model, [[1]] * 4, SamplingParams())
-    controls = as_controls(session.params, 4, 64)
     lowered = function.lower(
-        session._decoder, controls, session._rows(), steps=32, with_logprobs=False
+        session._decoder, session._controls(), session._rows(), steps=32, with_logprobs=False
     )
     return lowered.compile(), session._state
 
@@ -275,7 +274,7 @@ IN_PLACE = {"parameter", "get-tuple-element", "scatter", "dynamic-update-slice",
 
 def test_a_step_copies_no_table(unchecked):
     """The values of every unit are read and written in place, in the caller's own buffers."""
-    compiled, state = decoding_loop(sample.generate_tokens, num_layers=2)
+    compiled, state = decoding_loop(decode.generate_tokens, num_layers=2)
     table = state.units[0].values
     assert table.shape == (4, 1, 65 + 64 + 7, 128)
     assert set(operations_on(compiled, table.shape)) <= IN_PLACE
@@ -286,7 +285,7 @@ def test_a_step_copies_no_table(unchecked):
 
 def test_a_step_that_may_reset_copies_no_table(unchecked):
     """The means are cleared where a document starts: in place too, and only then."""
-    compiled, state = decoding_loop(sample.generate_tokens, **SMALLER, reset_at_document=True)
+    compiled, state = decoding_loop(decode.generate_tokens, **SMALLER, reset_at_document=True)
     table = state.units[0].values
     assert "copy" not in operations_on(compiled, table.shape)
     assert compiled.memory_analysis().temp_size_in_bytes < table.nbytes
@@ -307,7 +306,7 @@ def test_a_step_in_parts_copies_no_table(unchecked, monkeypatch):
 
 def variant(**options):
     """`generate_tokens` as a new function: nothing compiled before is found in its place."""
-    function = functools.partial(sample.generate_tokens.__wrapped__)
+    function = functools.partial(decode.generate_tokens.__wrapped__)
     return jax.jit(function, static_argnames=("steps", "with_logprobs"), **options)
 
 
@@ -318,14 +317,14 @@ def test_a_step_that_copies_is_seen(unchecked, monkeypatch):
     assert "copy" in operations_on(compiled, shape)
     assert compiled.memory_analysis().alias_size_in_bytes == 0
 
-    step = sample.decode_step
+    step = decode.decode_step
 
     def step_with_both(decoder, old, *args):
         new = step(decoder, old, *args)
         both = jnp.vdot(old.units[0].values, new.units[0].values[:, :, ::-1])
         return replace(new, logits=new.logits + 1e-9 * both)
 
-    monkeypatch.setattr(sample, "decode_step", step_with_both)
+    monkeypatch.setattr(decode, "decode_step", step_with_both)
     compiled, state = decoding_loop(variant(donate_argnames="rows"), **SMALLER)
     assert "copy" in operations_on(compiled, shape)
     assert compiled.memory_analysis().temp_size_in_bytes >= state.units[0].values.nbytes
@@ -335,8 +334,8 @@ def test_nothing_is_compiled_again(tmp_path):
     """Not for other prompts, numbers of tokens, parameters, numbers of rows up to the batch,
     nor for a state that was continued, forked or read from a file."""
     model = make_model(head_type="mqa")
-    sample.generate_tokens.clear_cache()
-    sample.prefill.clear_cache()
+    decode.generate_tokens.clear_cache()
+    decode.prefill.clear_cache()
     rng = np.random.default_rng(0)
     values = dict(
         temperature=(0, 0.7, 1, 2.5),
@@ -369,7 +368,7 @@ def test_nothing_is_compiled_again(tmp_path):
     one = jax.tree.map(lambda x: x[:1], session.state)
     for state in (session.state, load_state(tmp_path / "state", model), one):
         generate(model, [[]] * 7, params, state)
-    assert sample.generate_tokens._cache_size() == 1
-    assert sample.prefill._cache_size() == len(PREFILL_SIZES)
+    assert decode.generate_tokens._cache_size() == 1
+    assert decode.prefill._cache_size() == len(PREFILL_SIZES)
     list(Session(model, [[1]] * 7, params, steps=5))  # control: this is another program
-    assert sample.generate_tokens._cache_size() == 2
+    assert decode.generate_tokens._cache_size() == 2

@@ -331,7 +331,7 @@ def read(
     model: "Model", prompt: list[int], state: "State | None", *, room: int, quiet: bool = False
 ) -> "State":
     """The state after a prompt, read piece by piece; `room`: for so many tokens more."""
-    from transformer_vq.engine.request import SamplingParams
+    from transformer_vq.engine import prefill
     from transformer_vq.nn.model import init_state
 
     capacity = None
@@ -341,9 +341,7 @@ def read(
     with progress_bar("reading", quiet=quiet or len(prompt) <= PIECE) as show:
         for start in range(0, len(prompt), PIECE):
             piece = prompt[start : start + PIECE]
-            session = _session(model, piece, SamplingParams(max_tokens=1), now)
-            session.read_prompts()
-            now = session.state
+            now = prefill.read(model, now, [piece])
             np.asarray(now.position)  # wait, so that the speed shown is true
             show(start + len(piece), len(prompt))
     return now

@@ -70,7 +70,7 @@ class Score:
             if info.data.image_shape:
                 raise UsageError(f"the run in {self.run} is one of pictures: tvq eval scores those")
 
-            from transformer_vq.engine.score import score_pieces
+            from transformer_vq.engine.score import score_chunks
 
             began = time.monotonic()
             total, lines = _Total(tokenizer), _Lines(tokenizer)
@@ -79,7 +79,7 @@ class Score:
             pieces = token_pieces(text, tokenizer, limit)
             quiet = self.json or self.per != "text"
             with progress_bar("scoring", quiet=quiet, unit="bytes") as show:
-                for tokens, logprobs in score_pieces(model, pieces, state):
+                for tokens, logprobs in score_chunks(model, pieces, state):
                     for token, logprob in zip(tokens, logprobs, strict=True):
                         total.add(token, logprob)
                         if self.per == "token":

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer_vq.engine.batch import Session, prompt_pieces
-from transformer_vq.engine.request import SamplingParams
+from transformer_vq.engine.prefill import begin, check_prompts, prompt_chunks
 from transformer_vq.nn.model import Model, State, forward
 from transformer_vq.ops.loss import token_nll
 
@@ -26,30 +25,29 @@ def score(model: Model, texts: Sequence[Sequence[int]], state: State | None = No
     return _score(model, texts, state)[0]
 
 
-def score_pieces(
-    model: Model, pieces: Iterable[Sequence[int]], state: State | None = None
+def score_chunks(
+    model: Model, chunks: Iterable[Sequence[int]], state: State | None = None
 ) -> Iterator[tuple[Sequence[int], Scores]]:
-    """`score` of one text that comes in pieces: each with its scores, in memory for one of them.
+    """`score` of one text that comes in chunks: each with its scores, in memory for one of them.
 
     Where it is cut changes nothing but the rounding. (A state of full attention holds no more
-    than it was made for: there, the text is one piece.) Raises `ValueError` as `score` does.
+    than it was made for: there, the text is one chunk.) Raises `ValueError` as `score` does.
     """
-    for piece in pieces:
-        (scores,), state = _score(model, [piece], state)
-        yield piece, scores
+    for chunk in chunks:
+        (scores,), state = _score(model, [chunk], state)
+        yield chunk, scores
 
 
 def _score(
     model: Model, texts: Sequence[Sequence[int]], state: State | None
 ) -> tuple[list[Scores], State]:
-    """The scores of texts, and the state after them."""
-    session = Session(model, texts, SamplingParams(max_tokens=1), state)
-    now = session.state
-    rows = now.position.shape[0]
+    """The scores of texts, and the state after them, one row each."""
+    given = check_prompts(texts, model.config.vocab_size, state)
+    now = begin(model.config, state, [len(text) for text in given], len(given), None)
     known = np.asarray(now.position) > 0
-    scores: list[Scores] = [[] for _ in texts]
-    for tokens, lengths in prompt_pieces([list(text) for text in texts], rows):
-        now, logprobs = _score_piece(model, now, tokens, lengths)
+    scores: list[Scores] = [[] for _ in given]
+    for tokens, lengths in prompt_chunks(given, len(given)):
+        now, logprobs = _score_chunk(model, now, tokens, lengths)
         for row, found in enumerate(np.asarray(logprobs)):
             scores[row] += found[: lengths[row]].tolist()
     for row, known_row in enumerate(known):
@@ -59,10 +57,10 @@ def _score(
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def _score_piece(
+def _score_chunk(
     model: Model, state: State, tokens: jax.Array, lengths: jax.Array
 ) -> tuple[State, jax.Array]:
-    """The state after a piece of every text, `[B, T]`, and the log-probabilities of its tokens."""
+    """The state after a chunk of every text, `[B, T]`, and the log-probabilities of its tokens."""
     before = jax.nn.log_softmax(state.logits)
     first = jnp.take_along_axis(before, tokens[:, :1], axis=1)
     features, state, _ = forward(model, state, tokens, lengths=lengths)

@@ -25,7 +25,9 @@ from jax.experimental.compilation_cache import compilation_cache
 from transformer_vq import costs
 from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.data import Batch
-from transformer_vq.engine.batch import SamplingParams, Session
+from transformer_vq.engine.batch import Session
+from transformer_vq.engine.prefill import read
+from transformer_vq.engine.request import SamplingParams
 from transformer_vq.nn.model import init_model
 from transformer_vq.ops.evaluate import evaluate
 from transformer_vq.ops.sample import SampleConfig, sample_op
@@ -221,16 +223,14 @@ def bench_prefill(config: ModelConfig, length: int, *, repeats: int = 3) -> dict
     model = init_model(config, 0)
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, length).tolist()
 
-    def read() -> Any:
-        session = Session(model, [prompt], SamplingParams(max_tokens=1))
-        session.read_prompts()
-        return session.state.logits
+    def read_prompt() -> Any:
+        return read(model, None, [prompt]).logits
 
     start = time.perf_counter()
-    jax.block_until_ready(read())
+    jax.block_until_ready(read_prompt())
     first = time.perf_counter() - start
     peak = PeakMemory()
-    seconds = _seconds(read, repeats)
+    seconds = _seconds(read_prompt, repeats)
     return {
         "length": length,
         "seconds": seconds.median,

@@ -1,0 +1,49 @@
+"""Models where requests are decoded: on their devices, and prepared.
+
+Preparing a model (`nn.decode.prepare`) costs as much as some tokens, and a copy on every device of
+a mesh costs memory. Both are made at the first call, and kept while the model lives. Whoever wants
+the memory back drops the model.
+"""
+
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import jax
+from jax.sharding import Mesh
+
+from transformer_vq import sharding
+from transformer_vq.nn.attention import FullAttentionState
+from transformer_vq.nn.decode import Decoder
+from transformer_vq.nn.model import Model, State
+from transformer_vq.ops.decode import prepare_decoder
+
+
+@dataclass
+class _Kept:
+    """What was made of a model. Nothing in here refers to the model itself."""
+
+    copies: dict[Mesh, Model] = field(default_factory=dict)  # on all devices of a mesh
+    decoders: dict[int | None, Decoder] = field(default_factory=dict)  # by capacity of the state
+
+
+_kept: WeakKeyDictionary[Model, _Kept] = WeakKeyDictionary()
+
+
+def model_on(model: Model, mesh: Mesh | None) -> Model:
+    """The model, whole on every device of the mesh; as it is without one."""
+    if mesh is None:
+        return model
+    copies = _kept.setdefault(model, _Kept()).copies
+    if mesh not in copies:
+        copies[mesh] = jax.device_put(model, sharding.replicated(mesh))
+    return copies[mesh]
+
+
+def decoder_for(model: Model, state: State) -> Decoder:
+    """The model prepared for decoding states like this one, where the model is (`model_on`)."""
+    unit = state.units[0]
+    capacity = unit.capacity if isinstance(unit, FullAttentionState) else None
+    decoders = _kept.setdefault(model, _Kept()).decoders
+    if capacity not in decoders:
+        decoders[capacity] = prepare_decoder(model, state)
+    return decoders[capacity]

@@ -1,0 +1,188 @@
+"""The compiled programs of decoding: prompts are read, and many tokens drawn, for a batch of rows.
+
+A step is the same everywhere: take the logits in the state, apply each row's controls, draw a token
+with the row's own key, consume it. Rows never meet, so a request's tokens depend on its prompt, its
+parameters and its seed alone. Requests are handled on the host, in `engine/`.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from transformer_vq import sharding
+from transformer_vq.config import ModelConfig
+from transformer_vq.nn import prob
+from transformer_vq.nn.decode import Decoder, decode_step, prepare
+from transformer_vq.nn.model import Model, State, forward, init_state
+
+TOP_LOGPROBS = 20  # alternatives reported with log-probabilities
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Controls:
+    """How each row is sampled: arrays, so that no value causes a compilation."""
+
+    key: jax.Array  # uint32 [B, 2]: raw key of the row's seed
+    temperature: jax.Array  # [B]; this and the next are float32 unless noted
+    top_k: jax.Array  # int32 [B]
+    top_p: jax.Array  # [B]
+    min_p: jax.Array  # [B]
+    typical_p: jax.Array  # [B]
+    repetition_penalty: jax.Array  # [B]
+    presence_penalty: jax.Array  # [B]
+    frequency_penalty: jax.Array  # [B]
+    bias: jax.Array  # [B, vocab]: added to the logits; prob.REMOVED for banned tokens
+    stop_tokens: jax.Array  # int32 [B, stops]; -1 where there is none
+    min_tokens: jax.Array  # int32 [B]: no stop token before so many
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rows:
+    """Requests in flight."""
+
+    state: State
+    prompt: jax.Array  # bool [B, vocab]: tokens seen in the prompt
+    counts: jax.Array  # int32 [B, vocab]: how often each token was generated
+    generated: jax.Array  # int32 [B]
+    remaining: jax.Array  # int32 [B]: tokens left to generate
+    active: jax.Array  # bool [B]
+
+
+class Generated(NamedTuple):
+    """What one dispatch generated: row b has `lengths[b]` new tokens, at the start of its row."""
+
+    tokens: jax.Array  # int32 [B, steps]
+    lengths: jax.Array  # int32 [B]
+    logprobs: jax.Array  # float32 [B, steps]: of the tokens, under the model (no controls)
+    top_tokens: jax.Array  # int32 [B, steps, TOP_LOGPROBS or fewer]; [B, steps, 0] unless asked
+    top_logprobs: jax.Array  # float32, same shape
+
+
+def controlled_logits(logits: jax.Array, controls: Controls, rows: Rows) -> jax.Array:
+    """Logits `[B, vocab]` after every control, in the order that Hugging Face applies them.
+
+    A filter that no row uses is skipped at run time; one that some rows use leaves the others'
+    logits as they are, to the bit.
+    """
+
+    def when(used: jax.Array, method, logits: jax.Array, value: jax.Array) -> jax.Array:
+        return jax.lax.cond(jnp.any(used), method, lambda logits, _: logits, logits, value)
+
+    early = rows.generated < controls.min_tokens
+    vocab = jnp.arange(logits.shape[-1])
+    is_stop = jnp.any(controls.stop_tokens[:, :, None] == vocab, axis=1)
+    removed = early[:, None] & is_stop | (controls.bias <= prob.REMOVED / 2)
+    logits = jnp.where(removed, prob.REMOVED, logits + controls.bias)
+    seen = rows.prompt | (rows.counts > 0)
+    logits = prob.repetition_penalty(logits, seen, controls.repetition_penalty)
+    logits = prob.presence_and_frequency(
+        logits, rows.counts, controls.presence_penalty, controls.frequency_penalty
+    )
+    logits = prob.temperature(logits, controls.temperature)
+    logits = when(controls.top_k > 0, prob.top_k, logits, controls.top_k)
+    logits = when(controls.top_p < 1, prob.nucleus, logits, controls.top_p)
+    logits = prob.min_p(logits, controls.min_p)
+    return when(controls.typical_p < 1, prob.typical, logits, controls.typical_p)
+
+
+def draw_at(keys: jax.Array, position: jax.Array, logits: jax.Array) -> jax.Array:
+    """A token per row, from the row's key and its position in the sequence.
+
+    So a run that continues from a saved state draws what an unbroken run draws.
+    """
+    fold = jax.vmap(lambda key, i: jax.random.fold_in(jax.random.wrap_key_data(key), i))
+    return prob.draw(fold(keys, position), logits)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("steps", "with_logprobs", "mesh"), donate_argnames="rows"
+)
+def generate_tokens(
+    decoder: Decoder,
+    controls: Controls,
+    rows: Rows,
+    *,
+    steps: int,
+    with_logprobs: bool,
+    mesh: Mesh | None = None,
+) -> tuple[Rows, Generated]:
+    """Up to `steps` tokens for every active row, in one program; ends early when none is left.
+
+    A row ends at `remaining` tokens, or at a stop token, which is neither returned nor consumed.
+    All other tokens are consumed, so `rows.state` is ready for what comes after them. On a mesh,
+    every device does this with its own rows, and ends when it has none left.
+    """
+    if mesh is not None:
+        alone = functools.partial(generate_tokens, steps=steps, with_logprobs=with_logprobs)
+        return sharding.map_rows(alone, mesh)(decoder, controls, rows)
+    batch, vocab = rows.counts.shape
+    tops = min(TOP_LOGPROBS, vocab) if with_logprobs else 0
+    out = Generated(
+        tokens=jnp.zeros((batch, steps), jnp.int32),
+        lengths=jnp.zeros(batch, jnp.int32),
+        logprobs=jnp.zeros((batch, steps), jnp.float32),
+        top_tokens=jnp.zeros((batch, steps, tops), jnp.int32),
+        top_logprobs=jnp.zeros((batch, steps, tops), jnp.float32),
+    )
+
+    def step(carry: tuple[jax.Array, Rows, Generated]):
+        i, rows, out = carry
+        state = rows.state
+        logits = controlled_logits(state.logits, controls, rows)
+        token = draw_at(controls.key, state.position, logits)
+        stops = jnp.any(token[:, None] == controls.stop_tokens, axis=1)
+        taken = rows.active & ~stops
+        out = out._replace(tokens=out.tokens.at[:, i].set(token), lengths=out.lengths + taken)
+        if with_logprobs:
+            logprobs = jax.nn.log_softmax(state.logits).astype(jnp.float32)
+            chosen = jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
+            top_logprobs, top_tokens = jax.lax.top_k(logprobs, tops)
+            out = out._replace(
+                logprobs=out.logprobs.at[:, i].set(chosen),
+                top_tokens=out.top_tokens.at[:, i].set(top_tokens),
+                top_logprobs=out.top_logprobs.at[:, i].set(top_logprobs),
+            )
+        remaining = rows.remaining - taken
+        rows = Rows(
+            state=decode_step(decoder, state, token, taken),
+            prompt=rows.prompt,
+            counts=rows.counts.at[jnp.arange(batch), token].add(taken.astype(jnp.int32)),
+            generated=rows.generated + taken,
+            remaining=remaining,
+            active=taken & (remaining > 0),
+        )
+        return i + 1, rows, out
+
+    def unfinished(carry: tuple[jax.Array, Rows, Generated]) -> jax.Array:
+        i, rows, _ = carry
+        return (i < steps) & jnp.any(rows.active)
+
+    _, rows, out = jax.lax.while_loop(unfinished, step, (jnp.int32(0), rows, out))
+    return rows, out
+
+
+@functools.partial(jax.jit, static_argnames="mesh", donate_argnames="state")
+def prefill(
+    model: Model, state: State, tokens: jax.Array, lengths: jax.Array, *, mesh: Mesh | None = None
+) -> State:
+    """Consume a piece of every row's prompt, `[B, T]`, block-parallel; on a mesh as above."""
+    if mesh is not None:
+        return sharding.map_rows(prefill, mesh)(model, state, tokens, lengths)
+    _, state, _ = forward(model, state, tokens, lengths=lengths)
+    return state
+
+
+prepare_decoder = jax.jit(prepare)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def empty_state(config: ModelConfig, batch: int, capacity: int | None, mesh: Mesh) -> State:
+    """`init_state` with its rows spread over all devices of a mesh."""
+    state = init_state(config, batch, capacity=capacity)
+    return jax.lax.with_sharding_constraint(state, sharding.by_device(mesh))
