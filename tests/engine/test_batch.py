@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from transformer_vq import (
 )
 from transformer_vq.engine.batch import STEPS_PER_DISPATCH, Session
 from transformer_vq.engine.prefill import PREFILL_SIZES
+from transformer_vq.errors import ConfigError, shown
 from transformer_vq.nn.model import model_specs
 
 BATCH = 8  # the one batch shape of these tests: each shape is compiled
@@ -621,19 +623,30 @@ def test_without_a_state_the_capacity_suffices():
 # ---------------------------------------------------------------- refusals
 
 WRONG = {  # parameter: values that make no sense, and the sentence
-    "max_tokens": ((0, -1, 1.5, True, 2**31), "max_tokens is {}: it must be a whole number, 1"),
-    "top_k": ((-1, 0.5, 2**31), "top_k is {}: it must be a whole number, 0 or more"),
-    "min_tokens": ((-1, 2.0), "min_tokens is {}: it must be a whole number, 0 or more"),
-    "temperature": ((-0.1, math.inf, math.nan), "temperature is {}: it must be a finite number"),
+    "max_tokens": (
+        (0, -1, 1.5, True, 2**31, "5", None),
+        r"max_tokens is {}: it must be a whole number from 1 to 2\^31 - 1",
+    ),
+    "top_k": (
+        (-1, 0.5, 2**31, 10**5000),
+        r"top_k is {}: it must be a whole number from 0 to 2\^31 - 1",
+    ),
+    "min_tokens": ((-1, 2.0), "min_tokens is {}: it must be a whole number from 0 to"),
+    "temperature": (
+        (-0.1, math.inf, math.nan, 10**400),
+        "temperature is {}: it must be a finite number, 0 or more",
+    ),
     "top_p": ((0, 0.0, -1, 1.5, math.nan), "top_p is {}: it must be above 0 and at most 1"),
     "typical_p": ((0, 1.1, math.nan), "typical_p is {}: it must be above 0 and at most 1"),
-    "min_p": ((-0.1, 1.1, math.nan), "min_p is {}: it must be from 0 to 1"),
-    "repetition_penalty": ((0, -1, math.inf), "repetition_penalty is {}: it must be a number abov"),
+    "min_p": ((-0.1, 1.1, math.nan), "min_p is {}: it must be"),
+    "repetition_penalty": (
+        (0, -1, math.inf),
+        "repetition_penalty is {}: it must be a finite numbe",
+    ),
     "presence_penalty": ((math.inf, math.nan), "presence_penalty is {}: it must be a finite numbe"),
     "frequency_penalty": ((-math.inf,), "frequency_penalty is {}: it must be a finite number"),
-    "seed": ((-1, 2**63, 0.5), r"seed is {}: it must be a whole number from 0 to 2\^63 - 1"),
-    "logit_bias": (({1: math.nan}, {1: math.inf}), "logit_bias is {}: it must be numbers below"),
-    "stop": (("", b"", [[]], [5, ""]), "a stop sequence is empty: give at least one token"),
+    "seed": ((-1, 2**63, 0.5, True), r"seed is {}: it must be a whole number from 0 to 2\^63 - 1"),
+    "logprobs": (("yes", 1), "logprobs is {}: it must be true or false"),
 }
 
 
@@ -641,9 +654,9 @@ WRONG = {  # parameter: values that make no sense, and the sentence
 def test_parameters_that_make_no_sense(name):
     values, sentence = WRONG[name]
     for value in values:
-        message = sentence.format(str(value).replace("{", r"\{").replace("}", r"\}"))
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ConfigError, match=sentence.format(re.escape(shown(value)))) as refused:
             SamplingParams(**{name: value})
+        assert refused.value.field == name
 
 
 def test_too_many_stop_tokens():

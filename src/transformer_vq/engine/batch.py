@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,25 +14,30 @@ from transformer_vq.engine.controls import controls_batch
 from transformer_vq.engine.decoders import decoder_for, model_on
 from transformer_vq.engine.output import Output
 from transformer_vq.engine.prefill import (
+    Prompts,
     batch_size,
     begin,
+    check_model,
     check_prompts,
-    check_vocabulary,
     first_rows,
     read_chunks,
 )
 from transformer_vq.engine.request import SamplingParams, Token
 from transformer_vq.engine.slots import num_rows
-from transformer_vq.errors import UserError
+from transformer_vq.engine.tokens import check_vocabulary
+from transformer_vq.errors import UserError, shown
+from transformer_vq.fields import MOST
 from transformer_vq.nn.model import Model, State
 from transformer_vq.ops.decode import Controls, Generated, Rows, generate_tokens
 
 STEPS_PER_DISPATCH = 32  # tokens per call of the decoding program
 
+_PARAMS = "give SamplingParams, such as SamplingParams(max_tokens=20), or a list with one each"
+
 
 def generate(
     model: Model,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     state: State | None = None,
     *,
@@ -42,7 +47,8 @@ def generate(
 
     Args:
       model: from `init_model` or a checkpoint.
-      prompts: tokens of each request; bytes are tokens of a byte model.
+      prompts: tokens of each request: a list of lists or arrays, or an array of rows. For a model
+        of bytes (256 tokens) bytes are tokens, and text is its UTF-8.
       params: of all requests, or one each. Requests with equal prompt, parameters and seed get
         equal tokens, whatever else is in the batch.
       state: what came before the prompts, one row each, or one row that all continue (a fork).
@@ -52,7 +58,8 @@ def generate(
 
     Raises:
       ValueError: for an empty prompt without a state, a token outside of the vocabulary, numbers
-        of prompts, parameters and states that differ, or tokens beyond a state's capacity.
+        of prompts, parameters and states that differ, tokens beyond a state's capacity, a state
+        whose shapes are of another model, and whatever else cannot be used.
     """
     session = Session(model, prompts, params, state, mesh=mesh)
     outputs: list[list[int]] = [[] for _ in session.prompts]
@@ -63,7 +70,7 @@ def generate(
 
 def stream(
     model: Model,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     state: State | None = None,
     *,
@@ -94,15 +101,18 @@ class Session:
     def __init__(
         self,
         model: Model,
-        prompts: Sequence[Sequence[int]],
+        prompts: Prompts,
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         state: State | None = None,
         *,
         steps: int = STEPS_PER_DISPATCH,
         mesh: Mesh | None = None,
     ):
-        self.prompts = check_prompts(prompts, model.config.vocab_size, state)
+        check_model(model, state)
+        self.prompts = check_prompts(prompts, model.config, state)
         self.params = _one_each(params, len(self.prompts), model.config.vocab_size)
+        if not isinstance(steps, int) or not 1 <= steps <= MOST:
+            raise UserError(f"steps is {shown(steps)}: it must be a whole number from 1 on")
         self.steps, self.mesh = steps, mesh
         need = [
             len(prompt) + p.max_tokens for prompt, p in zip(self.prompts, self.params, strict=True)
@@ -211,8 +221,13 @@ def _one_each(
     """The parameters of every request, checked for this vocabulary."""
     if params is None or isinstance(params, SamplingParams):
         given = [params or SamplingParams()] * count
+    elif isinstance(params, str | bytes | Mapping) or not hasattr(params, "__iter__"):
+        raise UserError(f"params is {shown(params)}: {_PARAMS}")
     else:
         given = list(params)
+    for p in given:
+        if not isinstance(p, SamplingParams):
+            raise UserError(f"params has {shown(p)}: {_PARAMS}")
     if len(given) != count:
         raise UserError(f"there are {len(given)} params for {count} prompts: give one, or {count}")
     for p in {id(p): p for p in given}.values():

@@ -5,6 +5,7 @@ serve all prompts, and the same programs make the same state of a prompt, to the
 is in the batch.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -12,22 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from transformer_vq import sharding
+from transformer_vq import costs, sharding
 from transformer_vq.config import ModelConfig
-from transformer_vq.engine.decoders import model_on
+from transformer_vq.engine.decoders import capacity_of, model_on
 from transformer_vq.engine.slots import num_rows, take_rows
-from transformer_vq.errors import UserError
-from transformer_vq.nn.attention import FullAttentionState
+from transformer_vq.engine.tokens import prompt_lists
+from transformer_vq.errors import UserError, shown
 from transformer_vq.nn.model import Model, State, init_state
 from transformer_vq.ops.decode import empty_state, prefill
 
 PREFILL_SIZES = (16, 128, 1024)  # tokens a prefill program takes: prompts of any length use these
 MIN_CAPACITY = 256  # tokens that a new state of full attention holds at least
 
+Prompts = Sequence[Sequence[int] | str] | np.ndarray | jax.Array  # tokens of each
 
-def read(
-    model: Model, state: State | None, prompts: Sequence[Sequence[int]], *, mesh: Mesh | None = None
-) -> State:
+
+def read(model: Model, state: State | None, prompts: Prompts, *, mesh: Mesh | None = None) -> State:
     """The state after the prompts, one row each.
 
     Args:
@@ -35,42 +36,69 @@ def read(
       state: what came before the prompts, one row each, or one row that all continue (a fork). It
         stays as it is. None: nothing came before; with full attention the new state then holds the
         prompts and hardly more, so make one with `init_state` if more is to come.
-      prompts: tokens of each row. With a state, a prompt may be empty.
+      prompts: tokens of each row, as in `generate`. With a state, a prompt may be empty.
       mesh: as in `generate`.
 
     Raises `ValueError` as `generate` does.
     """
-    tokens = check_prompts(prompts, model.config.vocab_size, state)
+    check_model(model, state)
+    tokens = check_prompts(prompts, model.config, state)
     need = [len(prompt) for prompt in tokens]
     begun = begin(model.config, state, need, batch_size(len(tokens), mesh), mesh)
     return first_rows(read_chunks(model_on(model, mesh), begun, tokens, mesh), len(tokens), mesh)
 
 
+def check_model(model: Model, state: State | None) -> None:
+    """Raise `UserError` for what is no model, or no state of such a model that can be read.
+
+    A state does not say which model made it: only its shapes are compared. (A saved one does:
+    `load_state`.)
+    """
+    if not isinstance(model, Model):
+        raise UserError(
+            f"model is {shown(model)}: it must be a Model, from init_model or of a run (load)"
+        )
+    if state is None:
+        return
+    if not isinstance(state, State):
+        raise UserError(
+            f"state is {shown(state)}: it must be a State, from init_state, extend or load_state"
+        )
+    if any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(state)):
+        raise UserError(
+            "the arrays of the state are deleted: it was given away (donated) to another call, so "
+            "use the state that this call returned"
+        )
+    if not _fits(state, model.config):
+        raise UserError("the state is of another model: make one with init_state(model.config, 1)")
+
+
+def _fits(state: State, config: ModelConfig) -> bool:
+    """Whether the state has the arrays of this configuration's states, in any dtype."""
+    capacity = capacity_of(state)
+    if (capacity is not None) != (config.attention == "full"):
+        return False
+    like = jax.eval_shape(
+        lambda: jax.tree.leaves(init_state(config, num_rows(state), capacity=capacity))
+    )
+    return [x.shape for x in jax.tree.leaves(state)] == [x.shape for x in like]
+
+
 def check_prompts(
-    prompts: Sequence[Sequence[int]], vocab_size: int, state: State | None
+    prompts: Prompts, config: ModelConfig, state: State | None, what: str = "prompt"
 ) -> list[list[int]]:
-    """The prompts as lists of tokens. Raises `ValueError` for any that cannot be read."""
-    given = [list(prompt) for prompt in prompts]
-    if not given:
-        raise UserError("there are no prompts: give at least one")
+    """The prompts as lists of tokens. Raises `UserError` for any that cannot be read.
+
+    `what`: the word for a prompt.
+    """
+    given = prompt_lists(prompts, config.vocab_size, what)
     used = None if state is None else np.asarray(state.position)
     for row, prompt in enumerate(given):
         if not prompt and (used is None or not used[row % len(used)]):
             raise UserError(
-                f"prompt {row} is empty and there is no state to continue: give at least one token"
+                f"{what} {row} is empty and there is no state to continue: give at least one token"
             )
-        check_vocabulary(f"prompt {row}", prompt, vocab_size)
     return given
-
-
-def check_vocabulary(name: str, tokens: Sequence[int], vocab_size: int) -> None:
-    """Raise `ValueError`, with the name of the list, for a token that the model does not have."""
-    bad = next((t for t in tokens if not 0 <= t < vocab_size), None)
-    if bad is not None:
-        raise UserError(
-            f"{name} has the token {bad}, outside of the vocabulary: tokens go from 0 to "
-            f"{vocab_size - 1}"
-        )
 
 
 def batch_size(count: int, mesh: Mesh | None) -> int:
@@ -91,9 +119,27 @@ def begin(
     capacity = None
     if config.attention == "full":
         capacity = max(MIN_CAPACITY, _next_power_of_two(max(need)))
+        _check_memory(config, batch, capacity, mesh)
     if mesh is None:
         return init_state(config, batch, capacity=capacity)
     return empty_state(config, batch, capacity, mesh)
+
+
+def _check_memory(config: ModelConfig, batch: int, capacity: int, mesh: Mesh | None) -> None:
+    """Raise `UserError` if a new state is larger than all memory: full attention keeps all tokens.
+
+    "Until it stops" is a large `max_tokens`, which costs nothing with VQ.
+    """
+    devices = [jax.local_devices()[0]] if mesh is None else mesh.local_devices
+    limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices]
+    memory = sum(limits) or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    size = batch * costs.state_bytes(config, capacity)
+    if size > memory:
+        raise UserError(
+            f"full attention keeps every token: a state for {capacity:,} of them, {batch} rows, "
+            f"takes {size / 1e9:,.1f} GB, and there are {memory / 1e9:,.1f} GB of memory. Ask for "
+            f"fewer tokens (max_tokens)"
+        )
 
 
 def _fork(state: State, need: Sequence[int], batch: int, mesh: Mesh | None) -> State:
@@ -101,13 +147,13 @@ def _fork(state: State, need: Sequence[int], batch: int, mesh: Mesh | None) -> S
     given, rows = num_rows(state), len(need)
     if given not in (1, rows):
         raise UserError(f"the state has {given} rows for {rows} prompts: 1 or {rows} are needed")
-    unit = state.units[0]
-    if isinstance(unit, FullAttentionState):
-        end = int(np.max(np.asarray(state.position) + np.array(need)))
-        if end > unit.capacity:
+    capacity = capacity_of(state)
+    if capacity is not None:
+        end = int(np.max(np.asarray(state.position, np.int64) + np.array(need)))
+        if end > capacity:
             raise UserError(
                 f"prompt and output would reach {end} tokens, and this state of full attention "
-                f"holds {unit.capacity}: make one with a larger capacity"
+                f"holds {capacity}: make one with a larger capacity"
             )
     index = np.zeros(batch, np.int32)
     if given > 1:

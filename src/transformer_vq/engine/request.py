@@ -1,72 +1,65 @@
 """One request: how it is sampled, and its tokens. Neither imports JAX."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from transformer_vq.errors import UserError
+from transformer_vq.engine.tokens import text_tokens, token_list, whole_token
+from transformer_vq.errors import ConfigError, UserError, shown
+from transformer_vq.fields import check, free, real, refusal, switch, whole
 
 MAX_STOP_TOKENS = 8  # single tokens that end a request
+MAX_BIAS = 1e9  # above it a biased logit would not be finite everywhere
 
-
-def _doc(default: Any, text: str) -> Any:
-    """A dataclass field whose help text the command line shows."""
-    return field(default=default, metadata={"help": text})
+StopEntry = int | str | bytes | Sequence[int]
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How a request is sampled. Defaults draw from the model's own distribution.
 
+    Numbers and lists may be those of Python, NumPy or JAX; they are kept as Python's.
     Raises `ValueError`, naming the field, the value and the limit, if a value makes no sense.
     """
 
-    max_tokens: int = _doc(128, "tokens to write")
-    temperature: float = _doc(1.0, "below 1 plainer, above 1 wilder; 0: the likeliest")
-    top_k: int = _doc(0, "draw from so many likeliest tokens; 0: all")
-    top_p: float = _doc(1.0, "draw from the likeliest tokens of this total probability")
-    min_p: float = _doc(0.0, "leave out tokens below this fraction of the likeliest's probability")
-    typical_p: float = _doc(1.0, "draw from the most typical tokens of this total probability")
-    repetition_penalty: float = _doc(1.0, "above 1: discourage what is in prompt or output")
-    presence_penalty: float = _doc(0.0, "taken from scores of what was written")
-    frequency_penalty: float = _doc(0.0, "the same, for each time it was written")
-    logit_bias: Mapping[int, float] = field(
-        default_factory=dict, metadata={"help": "added to the scores of tokens; -inf: never"}
+    max_tokens: int = whole(128, "tokens to write", low=1)
+    temperature: float = real(1.0, "below 1 plainer, above 1 wilder; 0: the likeliest", "[0, inf)")
+    top_k: int = whole(0, "draw from so many likeliest tokens; 0: all")
+    top_p: float = real(1.0, "draw from the likeliest tokens of this total probability", "(0, 1]")
+    min_p: float = real(
+        0.0, "leave out tokens below this fraction of the likeliest's probability", "[0, 1]"
     )
-    allowed_tokens: Sequence[int] | None = _doc(None, "draw from these tokens only")
-    banned_tokens: Sequence[int] = _doc((), "never draw these tokens")
-    min_tokens: int = _doc(0, "tokens that are written, whatever stops it")
-    stop: Sequence[int | str | bytes | Sequence[int]] | str | bytes = _doc(
-        (), "end before these tokens, sequences of tokens, or texts (as UTF-8 bytes)"
+    typical_p: float = real(
+        1.0, "draw from the most typical tokens of this total probability", "(0, 1]"
     )
-    seed: int = _doc(0, "of what is drawn")
-    logprobs: bool = _doc(
+    repetition_penalty: float = real(
+        1.0, "above 1: discourage what is in prompt or output", "(0, inf)"
+    )
+    presence_penalty: float = real(0.0, "taken from scores of what was written")
+    frequency_penalty: float = real(0.0, "the same, for each time it was written")
+    logit_bias: Mapping[int, float] = free(
+        "what is added to the scores of tokens; -inf: never", default_factory=dict
+    )
+    allowed_tokens: Sequence[int] | None = free("draw from these tokens only", default=None)
+    banned_tokens: Sequence[int] = free("never draw these tokens", default=())
+    min_tokens: int = whole(0, "write at least so many tokens, whatever stops it")
+    stop: Sequence[StopEntry] | str | bytes = free(
+        "end before one of these: tokens, lists of tokens, or texts as their UTF-8", default=()
+    )
+    seed: int = whole(0, "of what is drawn", high=2**63 - 1)
+    logprobs: bool = switch(
         False, "log-probabilities of the tokens, and of the likeliest, under the model itself"
     )
 
     def __post_init__(self) -> None:
-        def check(name: str, ok: bool, limit: str) -> None:
-            if not ok:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be {limit}")
-
-        for name, low in (("max_tokens", 1), ("top_k", 0), ("min_tokens", 0)):
-            value = getattr(self, name)
-            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-            check(name, bool(whole and low <= value < 2**31), f"a whole number, {low} or more")
-        check("temperature", 0 <= self.temperature < math.inf, "a finite number, 0 or more")
-        check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
-        check("typical_p", 0 < self.typical_p <= 1, "above 0 and at most 1")
-        check("min_p", 0 <= self.min_p <= 1, "from 0 to 1")
-        check("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number above 0")
-        for name in ("presence_penalty", "frequency_penalty"):
-            check(name, math.isfinite(getattr(self, name)), "a finite number")
-        check("seed", isinstance(self.seed, int | np.integer) and 0 <= self.seed < 2**63,
-              "a whole number from 0 to 2^63 - 1")  # fmt: skip
-        if any(math.isnan(value) or value >= 1e9 for value in self.logit_bias.values()):
-            raise UserError(f"logit_bias is {self.logit_bias}: it must be numbers below 1e9")
+        check(self)
+        self._keep("logit_bias", _biases(self.logit_bias))
+        self._keep("banned_tokens", tuple(token_list("banned_tokens", self.banned_tokens)))
+        if self.allowed_tokens is not None:
+            self._keep("allowed_tokens", tuple(token_list("allowed_tokens", self.allowed_tokens)))
+        if isinstance(self.stop, Iterator):  # it could be read only once
+            self._keep("stop", tuple(self.stop))
         if any(not sequence for sequence in self.stop_sequences()):
             raise UserError("a stop sequence is empty: give at least one token")
         if len(self.stop_tokens()) > MAX_STOP_TOKENS:
@@ -74,20 +67,57 @@ class SamplingParams:
                 f"there are {len(self.stop_tokens())} stop tokens: at most {MAX_STOP_TOKENS} fit"
             )
 
+    def _keep(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
     def stop_sequences(self) -> list[tuple[int, ...]]:
         """Every entry of `stop` as tokens; text as its UTF-8 bytes."""
-        entries = [self.stop] if isinstance(self.stop, str | bytes) else self.stop
-        return [_as_tokens(entry) for entry in entries]
+        if isinstance(self.stop, str | bytes):
+            return [_stop_sequence(self.stop)]
+        if isinstance(self.stop, Mapping) or not hasattr(self.stop, "__iter__"):
+            limit = "a list of tokens, lists of tokens and texts, or one text"
+            raise refusal("stop", self.stop, limit)
+        return [_stop_sequence(entry) for entry in self.stop]
 
     def stop_tokens(self) -> list[int]:
         """Stop sequences of one token: these stop on the device."""
         return [entry[0] for entry in self.stop_sequences() if len(entry) == 1]
 
 
-def _as_tokens(entry: int | str | bytes | Sequence[int]) -> tuple[int, ...]:
-    if isinstance(entry, int | np.integer):
-        return (int(entry),)
-    return tuple(entry.encode() if isinstance(entry, str) else entry)
+def _stop_sequence(entry: Any) -> tuple[int, ...]:
+    if isinstance(entry, str):
+        return tuple(text_tokens("stop", entry))
+    if hasattr(entry, "__iter__") and getattr(entry, "ndim", 1):
+        return tuple(token_list("stop", entry))
+    return (whole_token("stop", entry),)
+
+
+def _biases(given: Any) -> dict[int, float]:
+    if not isinstance(given, Mapping):
+        raise refusal("logit_bias", given, "a dictionary, {token: number}")
+    biases = {}
+    for token, value in given.items():
+        number = _number(value)
+        if not number < MAX_BIAS:
+            raise ConfigError(
+                f"logit_bias is {shown(value)} for {shown(token)}: it must be a number below "
+                f"{MAX_BIAS:g}",
+                "logit_bias",
+            )
+        biases[whole_token("logit_bias", token)] = number
+    return biases
+
+
+def _number(value: Any) -> float:
+    """A number of any library as a float, which may be infinite; NaN for what is no number."""
+    if isinstance(value, bool | str):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:  # a whole number beyond all floats
+        return math.inf if value > 0 else -math.inf
+    except (TypeError, ValueError):
+        return math.nan
 
 
 class Token(int):

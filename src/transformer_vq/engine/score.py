@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer_vq.engine.prefill import begin, check_prompts, prompt_chunks
+from transformer_vq.engine.prefill import Prompts, begin, check_model, check_prompts, prompt_chunks
 from transformer_vq.nn.model import Model, State, forward
 from transformer_vq.ops.loss import token_nll
 
 Scores = list[float | None]  # of the tokens of a text
 
 
-def score(model: Model, texts: Sequence[Sequence[int]], state: State | None = None) -> list[Scores]:
+def score(model: Model, texts: Prompts, state: State | None = None) -> list[Scores]:
     """The log-probability of every token of every text given all before it, in nats.
 
     Texts are read block-parallel, as prompts are. The first token of a text that follows nothing
@@ -38,11 +38,10 @@ def score_chunks(
         yield chunk, scores
 
 
-def _score(
-    model: Model, texts: Sequence[Sequence[int]], state: State | None
-) -> tuple[list[Scores], State]:
+def _score(model: Model, texts: Prompts, state: State | None) -> tuple[list[Scores], State]:
     """The scores of texts, and the state after them, one row each."""
-    given = check_prompts(texts, model.config.vocab_size, state)
+    check_model(model, state)
+    given = check_prompts(texts, model.config, state, "text")
     now = begin(model.config, state, [len(text) for text in given], len(given), None)
     known = np.asarray(now.position) > 0
     scores: list[Scores] = [[] for _ in given]

@@ -25,6 +25,12 @@ def num_rows(tree: object) -> int:
     return jax.tree.leaves(tree)[0].shape[0]
 
 
+def _row_shapes(tree: object) -> dict[str, tuple[int, ...]]:
+    """The shape of a row of each array, by its path in the tree."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): x.shape[1:] for path, x in leaves}
+
+
 def take_rows(tree: Tree, rows: Indices) -> Tree:
     """A copy of some rows, in this order. A row that is named several times is forked.
 
@@ -61,10 +67,3 @@ def _known(what: str, given: Indices, count: int) -> jax.Array | np.ndarray:
         if not 0 <= i < count:
             raise UserError(f"there is no {what} {i}: they go from 0 to {count - 1}")
     return index.astype(np.int32)
-
-
-def _row_shapes(tree: object) -> list[tuple]:
-    return [
-        (jax.tree_util.keystr(path), x.shape[1:], x.dtype)
-        for path, x in jax.tree.leaves_with_path(tree)
-    ]
