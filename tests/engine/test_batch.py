@@ -643,7 +643,7 @@ WRONG = {  # parameter: values that make no sense, and the sentence
         (0, -1, math.inf),
         "repetition_penalty is {}: it must be a finite numbe",
     ),
-    "presence_penalty": ((math.inf, math.nan), "presence_penalty is {}: it must be a finite numbe"),
+    "presence_penalty": ((math.inf, math.nan), "presence_penalty is {}: it must be a finite nu"),
     "frequency_penalty": ((-math.inf,), "frequency_penalty is {}: it must be a finite number"),
     "seed": ((-1, 2**63, 0.5, True), r"seed is {}: it must be a whole number from 0 to 2\^63 - 1"),
     "logprobs": (("yes", 1), "logprobs is {}: it must be true or false"),
