@@ -3,6 +3,7 @@
 #   make demo                  train on Moby-Dick, evaluate, sample: at most five minutes of training
 #   make test                  the test suite, without the slow tests
 #   make lint                  style, types, import rules
+#   make docs                  the docs as a site, in site/
 #   make demo PYTHON=python3.12 VENV=/tmp/venv      every variable below can be set like this
 
 VENV        ?= .venv
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 # True for an interpreter that can make the environment and that we support.
 SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: help demo test test-slow lint format hooks clean
+.PHONY: help demo test test-slow test-newest lint docs format hooks clean
 .NOTPARALLEL:
 
 help: ## list what can be made
@@ -25,12 +26,40 @@ demo: $(VENV)/.installed-run ## train on the bundled Moby-Dick, evaluate it, sam
 	$(BIN)/tvq demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed-test ## run the tests, without the slow ones
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" --durations=15 $(PYTEST_ARGS)
 
 # One process: slow tests measure time and memory. Without a slow test there is nothing to run.
 test-slow: $(VENV)/.installed-test ## run the slow tests
 	@if ! grep -rqs --include='*.py' 'pytest\.mark\.slow' tests; then echo "no slow tests"; \
 	else set -x; $(BIN)/python -m pytest -n 0 -m slow $(PYTEST_ARGS); fi
+
+# With the newest JAX that we support, which needs a Python above 3.11: a part of the suite that meets
+# every compiled program, in an environment of its own.
+NEWEST      := $(VENV)-newest
+NEWEST_JAX  := 0.12.0.1
+NEWEST_ARGS ?= tests/nn/test_reference.py tests/nn/test_layers.py tests/ops/test_train.py \
+               tests/ops/test_sample.py tests/engine/test_score.py tests/test_public_api.py
+
+test-newest: ## run a quick part of the tests with the newest JAX, on Python 3.13 or 3.12
+	@for python in python3.13 python3.12 \
+	  $(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/python) $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python); do \
+	  if $$python -c 'import sys, venv, ensurepip; sys.exit(not (3, 12) <= sys.version_info[:2] <= (3, 13))' \
+	    >/dev/null 2>&1; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "NOT TESTED with JAX $(NEWEST_JAX): neither Python 3.13 nor 3.12 is here"; exit 0; \
+	fi; \
+	set -e; mkdir -p $(NEWEST); \
+	sed -E 's/^(jax|jaxlib)==.*/\1==$(NEWEST_JAX)/' constraints.txt > $(NEWEST)/constraints.txt; \
+	[ -x $(NEWEST)/bin/python ] || $$found -m venv $(NEWEST); \
+	echo "JAX $(NEWEST_JAX) on $$($(NEWEST)/bin/python --version)"; \
+	$(NEWEST)/bin/python -m pip install -qq --disable-pip-version-check \
+	  --constraint $(NEWEST)/constraints.txt --editable '.[test,text,parquet,tensorboard]'; \
+	$(NEWEST)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" -p no:cacheprovider $(NEWEST_ARGS)
+
+docs: $(VENV)/.installed-docs ## build the docs as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "the docs are in site/index.html"
 
 lint: $(VENV)/.installed-dev ## check style, formatting, types and import rules
 	$(BIN)/ruff check .
@@ -48,7 +77,7 @@ hooks: $(VENV)/.installed-dev ## run the checks at every commit
 	$(BIN)/pre-commit install
 
 clean: ## remove the environment and the caches; runs/ stays
-	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist
+	rm -rf $(VENV) $(NEWEST) site .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---------------------------------------------------------------- the environment
@@ -56,6 +85,7 @@ clean: ## remove the environment and the caches; runs/ stays
 $(VENV)/.installed-run:  EXTRAS :=
 $(VENV)/.installed-test: EXTRAS := [test,text,parquet,tensorboard]
 $(VENV)/.installed-dev:  EXTRAS := [test,text,parquet,tensorboard,dev]
+$(VENV)/.installed-docs: EXTRAS := [docs]
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	@$(BIN)/python -c '$(SUPPORTED)' || { \

@@ -94,3 +94,12 @@ def user_env() -> dict[str, str]:
     dropped = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PYTEST_CURRENT_TEST")
     env = {name: value for name, value in os.environ.items() if name not in dropped}
     return {**env, "XLA_FLAGS": " ".join(flags)}
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """`train` uses one device, for any batch size: it compiles in a fraction of the time."""
+    from transformer_vq.sharding import data_mesh
+
+    mesh = data_mesh(jax.devices()[:1])
+    monkeypatch.setattr("transformer_vq.run.loop.data_mesh", lambda: mesh)
