@@ -6,10 +6,11 @@ read as a viewer shows it: upright, on white where it is transparent, with 8 bit
 
 import io
 import math
+import os
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,14 +113,28 @@ def _picture(path: Path) -> Iterator[Any]:
     open_binary(path).close()  # it is a file
     content: Any = io.BytesIO(load_bytes(path).data) if is_compressed(path) else path
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged files: an error says what matters
-            with Image.open(content) as picture:
-                yield picture
+        with _quiet(), Image.open(content) as picture:
+            yield picture
     except DataError:
         raise
     except Exception as error:  # a damaged file makes Pillow raise what it will
         raise _no_picture(path, error) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings of Pillow, nor lines that its C libraries print: an error says what matters."""
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        with suppress(OSError):  # no standard error, nothing to keep quiet
+            standard_error = os.dup(2)
+            stack.callback(os.close, standard_error)
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 2)
+            os.close(nowhere)
+            stack.callback(os.dup2, standard_error, 2)
+        yield
 
 
 def _pixels(path: Path, image_size: int, channels: int) -> np.ndarray:
