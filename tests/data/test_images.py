@@ -1,13 +1,17 @@
 """Pictures: read as bytes, trained on whole, scored one by one, drawn as PNG."""
 
+import contextlib
 import gzip
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from tests.helpers import make_run
@@ -204,6 +208,196 @@ def test_pictures_are_bytes(tmp_path):
     path = write_npz(tmp_path / "x.npz", pixels(2, 5, 5))
     with pytest.raises(DataError, match=r"x.npz holds pictures of 5 x 5 x 3: --image-size is for"):
         open_source([path], image_size=4)
+
+
+# What is read is what a viewer shows
+
+
+def one(path: Path, **options) -> np.ndarray:
+    return pictures(open_source([path], **options))[0]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".webp", ".jpg"])
+def test_orientation(tmp_path, suffix, orientation):
+    corner = np.zeros((8, 16, 3), np.uint8)
+    corner[:4, :4] = 255  # top left
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(corner).save(path, exif=exif)
+    upright = one(path)
+    assert upright.shape == ((8, 16, 3) if orientation < 5 else (16, 8, 3))
+    top, left = upright[:4].max() > 200, upright[:, :4].max() > 200
+    # By the standard: which corner of the scene the first pixel is.
+    assert (top, left) == {1: (1, 1), 2: (1, 0), 3: (0, 0), 4: (0, 1), 5: (1, 1), 6: (1, 0),
+                           7: (0, 0), 8: (0, 1)}[orientation]  # fmt: skip
+
+
+DEEP = np.array([[256, 40_000, 65_535]], np.uint16)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "big-endian.tif", "white.tif", "a.pgm"])
+def test_16_bits_are_scaled_and_not_clipped(tmp_path, name):
+    path = tmp_path / name
+    if name == "a.pgm":
+        path.write_bytes(b"P5 3 1 65535\n" + DEEP.astype(">u2").tobytes())
+    elif name == "white.tif":  # 0 is white
+        Image.fromarray(65_535 - DEEP).save(path, tiffinfo={262: 0})
+    else:
+        Image.fromarray(DEEP.astype(">u2") if "endian" in name else DEEP).save(path)
+    assert one(path).ravel().tolist() == [1, 156, 255]
+    assert open_source([path]).notes == (f"took the upper 8 of 16 bits of {path}",)
+    Image.fromarray(pixels(1, 1, 3)[0]).save(tmp_path / "z.png")  # among colours
+    mixed = pictures(open_source([path, tmp_path / "z.png"]))
+    np.testing.assert_array_equal(mixed[0], np.repeat([[[1], [156], [255]]], 3, axis=2))
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (DEEP.astype(np.int32), "has pixels in whole numbers of 32 bits, of which nobody knows"),
+        (DEEP / np.float32(65_535), "has pixels in floating point, of which nobody knows"),
+        (DEEP // 256, "has 16 bits a pixel, and no value above 255: it would be all black"),
+    ],
+)
+def test_pixels_of_unknown_range_are_refused(tmp_path, values, says):
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match=rf"a.tif {says}"):
+        open_source([tmp_path / "a.tif"])
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB", "gif"])
+def test_what_is_transparent_is_white(tmp_path, mode):
+    """The first of two pixels is; the second is as it was."""
+    path, options = tmp_path / "a.png", {}
+    if mode in ("RGBA", "LA"):
+        colour = [200, 100, 50] if mode == "RGBA" else [200]
+        picture = Image.fromarray(np.array([[[*colour, 0], [*colour, 255]]], np.uint8), mode)
+    elif mode in ("P", "gif"):
+        colour = [200, 100, 50]
+        picture = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+        picture.putpalette([9, 9, 9, *colour])
+        path, options = tmp_path / f"a.{'gif' if mode == 'gif' else 'png'}", {"transparency": 0}
+    else:
+        colour = [200, 100, 50][: len(mode)]
+        rows = np.array([[[9] * len(mode), colour]], np.uint8)
+        picture = Image.fromarray(rows.squeeze(2) if mode == "L" else rows)
+        options = {"transparency": 9 if mode == "L" else (9, 9, 9)}
+    picture.save(path, **options)
+    assert one(path).tolist() == [[[255] * len(colour), colour]]
+
+
+def test_half_transparent(tmp_path):
+    Image.fromarray(np.array([[[200, 0, 100, 128]]], np.uint8)).save(tmp_path / "a.png")
+    np.testing.assert_allclose(one(tmp_path / "a.png").ravel(), [227, 127, 177], atol=1)
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".tif", ".webp", ".png"])
+def test_of_many_frames_the_first_with_a_word(tmp_path, suffix):
+    first, *more = (Image.fromarray(np.full((4, 6, 3), v, np.uint8)) for v in (10, 100, 200))
+    path = tmp_path / f"a{suffix}"
+    first.save(path, save_all=True, append_images=more)
+    assert np.abs(one(path).astype(int) - 10).max() <= 2
+    assert open_source([path]).notes == (f"took only the first frame or page of {path}",)
+    first.save(path)
+    assert open_source([path]).notes == ()
+
+
+def test_a_damaged_picture_prints_nothing(tmp_path, capfd, recwarn):
+    Image.fromarray(pixels(1)[0]).save(path := tmp_path / "a.tif", compression="tiff_adobe_deflate")
+    content = path.read_bytes()
+    for place in range(0, len(content), 7):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1 :])
+        with contextlib.suppress(DataError):
+            open_source([path])
+    printed = capfd.readouterr()
+    assert not printed.err and not printed.out and not list(recwarn)
+
+
+def test_too_large_pictures(tmp_path):
+    from PIL import PngImagePlugin
+
+    good = write_pictures(tmp_path / "a", pixels(1))
+    content = bytearray((good / "000.png").read_bytes())
+    content[16:24] = (60_000).to_bytes(4, "big") * 2
+    content[29:33] = PngImagePlugin._crc32(bytes(content[12:29])).to_bytes(4, "big")
+    (good / "bomb.png").write_bytes(content)
+    with pytest.raises(DataError, match=r"bomb.png is no picture that can be read: Image size \("):
+        open_source([good])
+    assert len(open_source([good], on_error="skip").starts) == 1
+    with pytest.raises(DataError, match=r"image size is 1000000: it must be from 1 to 8,192"):
+        open_source([good], image_size=1_000_000)
+
+
+def npz(path: Path, head: str, body: bytes = bytes(96), method: int = 0) -> Path:
+    """An archive with an array that says of itself what `head` does."""
+    with zipfile.ZipFile(path, "w", method) as archive:
+        text = head.encode().ljust(117) + b"\n"
+        archive.writestr("data.npy", b"\x93NUMPY\1\0" + b"\x76\0" + text + body)
+    return path
+
+
+HEADS = ("(10**12, 48)", "(1000000000000, 48)", "(True, 48)", "(2, -48)", "(2.0, 48)", "'no'",
+         "(100000000000000000000, 48)", "((2,), 48)")  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", HEADS)
+def test_heads_of_arrays_that_cannot_be(tmp_path, shape):
+    head = "{'descr': '|u1', 'fortran_order': False, 'shape': %s}"
+    assert len(open_source([npz(tmp_path / "good.npz", head % "(2, 48)")]).starts) == 2
+    with pytest.raises(DataError, match=r"bad.npz"):
+        open_source([npz(tmp_path / "bad.npz", head % shape)])
+
+
+def test_archives_of_arrays_that_are_not_read(tmp_path):
+    good = write_npz(tmp_path / "good.npz", pixels(2, 4, 4)).read_bytes()
+    start = good.index(b"PK\1\2")  # of the list of what is in it
+    for place, value in ((start + 8, 1), (start + 10, 9), (start + 10, 99)):
+        content = bytearray(good)
+        content[place] = value  # encrypted; compressed in other ways
+        (tmp_path / "bad.npz").write_bytes(content)
+        with pytest.raises(DataError, match=r"bad.npz is no picture that can be read: "):
+            open_source([tmp_path / "bad.npz"])
+
+
+def test_pictures_get_the_channels_that_a_run_has(tmp_path):
+    grey = write_pictures(tmp_path / "grey", pixels(3, channels=1))
+    colour = write_pictures(tmp_path / "colour", pixels(3))
+    assert open_source([grey], channels=3).image_shape == (4, 6, 3)
+    made = open_source([colour], channels=1)
+    assert made.image_shape == (4, 6, 1)
+    assert made.notes == (f"made grey: {colour / '000.png'} and 2 more",)
+    array = write_idx(tmp_path / "x-idx3-ubyte", pixels(3, channels=1)[..., 0])
+    in_colour = pictures(open_source([array], channels=3))
+    np.testing.assert_array_equal(in_colour, in_colour[..., :1].repeat(3, axis=3))
+    with pytest.raises(DataError, match=r"x.npz holds pictures of 5 x 5 x 3, and grey ones"):
+        open_source([write_npz(tmp_path / "x.npz", pixels(2, 5, 5))], channels=1)
+
+
+KINDS = {"a.png": {}, "a.jpg": {}, "a.gif": {}, "a.tif": {"compression": "tiff_lzw"}, "a.webp": {}}
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from([*KINDS, "a.npz", "a-idx3-ubyte"]),
+    st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 255)), min_size=1, max_size=6),
+    st.sampled_from([0, 4]),
+)
+def test_any_damage_is_a_data_error(tmp_path_factory, name, changes, image_size):
+    path = tmp_path_factory.mktemp("damaged") / name
+    if name == "a.npz":
+        write_npz(path, pixels(2, 4, 4))
+    elif name in KINDS:
+        Image.fromarray(pixels(1)[0]).save(path, **KINDS[name])
+    else:
+        write_idx(path, pixels(2, channels=1)[..., 0])
+    content = bytearray(path.read_bytes())
+    for place, value in changes:
+        content[place % len(content)] = value
+    path.write_bytes(content)
+    with contextlib.suppress(DataError):
+        assert open_source([path], image_size=image_size).image_shape
 
 
 # Training and scoring
