@@ -5,10 +5,14 @@ import os
 import re
 import signal
 
+import pytest
+
+import transformer_vq.cli.sample as command
 from tests.helpers import sample, start
 from transformer_vq.cli import main
-from transformer_vq.cli.sample import printable, unescape
+from transformer_vq.cli.sample import printable, prompt_tokens, unescape
 from transformer_vq.data import ByteTokenizer
+from transformer_vq.errors import UserError
 
 
 def test_text_is_what_the_tokens_say(capsys, run):
@@ -121,3 +125,16 @@ def test_a_reader_that_leaves_is_no_error(run, user_env):
     with process.stderr as errors:
         assert errors.read() == b""
     assert process.wait(timeout=120) == 141
+
+
+def test_a_prompt_that_the_memory_cannot_hold_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "free_memory", lambda: 32 * 10)
+    (path := tmp_path / "a.txt").write_text("0123456789")
+    assert len(prompt_tokens("", str(path), ByteTokenizer())) == 10
+    path.write_text("0123456789+")
+    with pytest.raises(UserError, match=r"a.txt holds more than 10 bytes, .*: give a smaller one"):
+        prompt_tokens("", str(path), ByteTokenizer())
+    with path.open("rb") as file:
+        monkeypatch.setattr(command, "standard_input", lambda: file)
+        with pytest.raises(UserError, match="the standard input has more than 10 bytes"):
+            prompt_tokens("", "-", ByteTokenizer())

@@ -18,6 +18,7 @@ from transformer_vq.data import (
     ByteTokenizer,
     StreamDecoder,
     Tokenizer,
+    free_memory,
     load_bytes,
     run_tokenizer,
 )
@@ -322,9 +323,13 @@ def prompt_tokens(text: str, file: str, tokenizer: Tokenizer) -> list[int]:
     """The prompt given as text or in a file, as tokens."""
     if text and file:
         raise UsageError("--prompt and --prompt-file are both given: give one")
+    most = free_memory() // 32  # bytes: a list of tokens takes several times as many
     if file == "-":
-        return tokenizer.encode(standard_input().read())
-    return tokenizer.encode(load_bytes(file).tobytes() if file else text)
+        content = standard_input().read(most + 1)
+        if len(content) > most:
+            raise UsageError(f"the standard input has more than {most:,} bytes: too much")
+        return tokenizer.encode(content)
+    return tokenizer.encode(load_bytes(file, max_bytes=most).tobytes() if file else text)
 
 
 def read(

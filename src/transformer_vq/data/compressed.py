@@ -103,9 +103,10 @@ def read_bytes(
       on_break: takes the error of a compressed file that breaks off; what came before is returned.
     """
     size = _require_file(path).st_size
+    way = "decompress it and give that file" if max_bytes is None else "give a smaller one"
     if not is_compressed(path):
         if max_bytes is not None and size > max_bytes:
-            raise _too_large(path, max_bytes)
+            raise _too_large(path, max_bytes, way)
         try:  # an empty file cannot be mapped
             return np.asarray(np.memmap(path, np.uint8, mode="r")) if size else _array(b"")
         except (OSError, ValueError) as error:
@@ -119,9 +120,9 @@ def read_bytes(
             while chunk := cast(Any, file).read1(_CHUNK):
                 content += chunk
                 if len(content) > limit:
-                    raise _too_large(path, limit)
+                    raise _too_large(path, limit, way)
     except MemoryError:
-        raise _too_large(path, len(content)) from None
+        raise _too_large(path, len(content), way) from None
     except ReadError as error:
         if not (error.broken_off and on_break):
             raise
@@ -208,8 +209,7 @@ def _require_file(path: Path) -> os.stat_result:
     return info
 
 
-def _too_large(path: Path, size: int) -> DataError:
-    way = "decompress it and give that file" if is_compressed(path) else "give a smaller one"
+def _too_large(path: Path, size: int, way: str) -> DataError:
     return DataError(f"{path} holds more than {size:,} bytes, too much for the memory: {way}")
 
 
