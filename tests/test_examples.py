@@ -6,7 +6,7 @@ import re
 import pytest
 
 from tests.helpers import ROOT, make_run
-from transformer_vq import ModelConfig
+from transformer_vq import ModelConfig, SamplingParams, generate, load
 
 EXAMPLES = ROOT / "examples"
 TINY = dict(d_model=16, d_k=8, num_layers=1, codebook_size=8, block_len=16, window_len=8)
@@ -52,9 +52,15 @@ def test_fork_a_state(run_example, tmp_path):
     run, state = make_run(tmp_path / "run"), tmp_path / "prompt.state"
     text = run_example("fork_a_state", "--run", run, "--state", state, "--tokens", 8)
     assert text.startswith(f"{state}: {state.stat().st_size:,} bytes")
-    _, *ways = re.split(r"\ntemperature .*\n", text)
-    assert len(ways) == 3 and len(set(ways)) == 3
-    assert all(way.startswith("CHAPTER 136. ") for way in ways)
+    ways = re.findall(r"^temperature (.*), seed (\d+)\n(CHAPTER 136. .*)", text, re.M)
+    assert len(ways) == 3
+    model, tokenizer = load(run)
+    prompt = tokenizer.encode("CHAPTER 136. ")
+    for temperature, seed, shown in ways:  # as if the prompt had been read for each
+        way = SamplingParams(max_tokens=8, temperature=float(temperature), seed=int(seed))
+        (output,) = generate(model, [prompt], way)
+        whole = "CHAPTER 136. " + tokenizer.decode_text(output)
+        assert whole.splitlines()[0] == shown.splitlines()[0]
 
 
 def test_million_tokens(run_example):
