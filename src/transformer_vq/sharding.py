@@ -271,6 +271,13 @@ def _any_row(flags: jax.Array) -> jax.Array:
     return flags.any(axis=0)
 
 
+def all_processes(flag: bool) -> bool:
+    """Whether the flag is set in every process; all must ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.all(multihost_utils.process_allgather(np.bool_(flag))))
+
+
 def require_same(value: int, what: str) -> None:
     """Raise `ValueError` if processes have different values; all must ask. `what` is theirs."""
     if jax.process_count() == 1:

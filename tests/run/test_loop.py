@@ -1,5 +1,6 @@
 """Runs, and that they are the same however they are interrupted."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -18,13 +20,14 @@ import pytest
 from tests.helpers import CONFIG, START, TOKENS, raw, replace
 from transformer_vq import Model
 from transformer_vq.config import TrainConfig
-from transformer_vq.data import DataError
+from transformer_vq.data import ByteTokenizer, DataError, as_source
 from transformer_vq.io.checkpoint import Checkpoints
 from transformer_vq.ops.evaluate import evaluate
 from transformer_vq.ops.train import make_train_step
 from transformer_vq.run import loop, samples
 from transformer_vq.run.folder import DataSource, RunError, load_info, load_run
-from transformer_vq.run.log import read_metrics
+from transformer_vq.run.log import LogError, read_metrics
+from transformer_vq.run.observer import Observer
 from transformer_vq.sharding import data_mesh
 
 TRAIN = TrainConfig(
@@ -47,6 +50,23 @@ def train(folder, config=DROPOUT, train=TRAIN, tokens=TOKENS[:540], **options):
     mesh = data_mesh(jax.devices()[:1])
     options = {"data": DataSource.of("walk", TOKENS), "mesh": mesh, **options}
     return loop.train(config, train, tokens, TOKENS[540:], folder, **options)
+
+
+class Told(Observer):
+    """What a run tells, as lists; `on_record` gets each record as it comes."""
+
+    def __init__(self, on_record=lambda record: None):
+        self.records, self.said, self.steps, self.on_record = [], [], [], on_record
+
+    def record(self, record, logged):
+        self.records.append(record)
+        self.on_record(record)
+
+    def saved(self, step):
+        self.steps.append(step)
+
+    def say(self, text):
+        self.said.append(text)
 
 
 def history(folder):
@@ -77,7 +97,9 @@ class Compiled:
 
     def __call__(self, state, batch):
         state, metrics = self.step(state, batch)
-        return state, metrics | ({"loss": self.bad_loss} if state.step == self.bad_step else {})
+        if state.step == self.bad_step:
+            metrics |= {"loss": jnp.float32(self.bad_loss)}
+        return state, metrics
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -91,9 +113,9 @@ def compiled_once():
 def run(tmp_path_factory):
     """A run of 20 updates, and what it told on its way."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    records = []
-    result = train(folder, on_record=records.append)
-    return folder, result, records
+    told = Told()
+    result = train(folder, observers=[told])
+    return folder, result, told.records
 
 
 def test_a_run_leaves_its_metrics(run):
@@ -136,8 +158,9 @@ def test_interrupted_and_resumed_is_unbroken(run, tmp_path):
         if record["step"] == 6:
             os.kill(os.getpid(), signal.SIGINT)
 
-    said = []
-    stopped = train(tmp_path / "run", on_record=interrupt, say=said.append)
+    told = Told(interrupt)
+    said = told.said
+    stopped = train(tmp_path / "run", observers=[told])
     # The batch of 8 was under way when 6 was read; its validation waits for the resume.
     assert (stopped.status, stopped.step) == ("interrupted", 8)
     assert f"saved step 8 in {tmp_path}/run/checkpoints" in said
@@ -145,13 +168,13 @@ def test_interrupted_and_resumed_is_unbroken(run, tmp_path):
     assert history(tmp_path / "run") == history(whole)[:4]
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:  # a future that never came
         file.write('{"step": 10, "loss": 1.0}\n{"step": 12, "lo')
-    resumed = train(tmp_path / "run", resume=True, say=said.append)
+    resumed = train(tmp_path / "run", resume=True, observers=[told])
     assert (resumed.status, resumed.step) == ("done", 20)
     assert "resuming at step 8" in said
     assert history(tmp_path / "run") == history(whole)
     assert weights(tmp_path / "run") == weights(whole)
     assert weights(whole) != weights(whole, 16)  # control
-    again = train(tmp_path / "run", resume=True, say=lambda text: said.append(text))
+    again = train(tmp_path / "run", resume=True, observers=[told])
     assert again.status == "done" and said[-1] == "resuming at step 20"  # nothing was compiled
 
 
@@ -232,7 +255,7 @@ def test_a_disk_that_fills_up(tmp_path):
         train(disk / "run", max_seconds=0.0)
         long = replace(TRAIN, steps=60, checkpoint_every=1000, evaluate_every=0)
         with pytest.raises(RunError, match=full):
-            train(disk / "run", train=long, resume=True, on_record=fill)
+            train(disk / "run", train=long, resume=True, observers=[Told(fill)])
         torn = (disk / "run" / "metrics.jsonl").read_bytes()
         assert len(torn) % 4096 == 0  # a line that was cut is left out, and goes at the resume
         assert 2 < read_metrics(disk / "run" / "metrics.jsonl")[-1]["step"] < 60
@@ -246,14 +269,21 @@ def test_a_disk_that_fills_up(tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
+class OtherWords(ByteTokenizer):
+    def __init__(self):
+        super().__init__()
+        object.__setattr__(self, "name", "other")
+
+
 def test_resume_refuses_another_run(run):
     folder, *_ = run
+    other_words = dataclasses.replace(as_source(TOKENS[:540]), tokenizer=OtherWords())
     others = [
         (dict(config=DROPOUT.replace(d_model=32)), "has d_model 16, not 32"),
         (dict(config=CONFIG), "has dropout_sinusoid 0.1, not 0.0"),
         (dict(train=replace(TRAIN, batch_size=4)), "has batch_size 2, not 4"),
         (dict(train=replace(TRAIN, seed=3)), "has seed 0, not 3"),
-        (dict(tokenizer="other"), "has tokenizer bytes, not other"),
+        (dict(tokens=other_words), "has tokenizer bytes, not other"),
         (dict(data=DataSource.of("moby", TOKENS[:-1])), r"was trained on other data \(walk, 600"),
     ]
     before = sorted(folder.rglob("*"))
@@ -363,19 +393,154 @@ def test_without_an_average_a_checkpoint_is_as_before(averaged_run):
 
 # Killed
 
+# What is saved was looked at
+
+
+HOT = replace(TRAIN, learning_rate=1e30, warmup_steps=0, grad_clip=0.0, steps=2, log_every=1)
+
+
+@pytest.mark.parametrize("held_out", [TOKENS[540:], None])
+def test_a_lost_model_is_not_done(tmp_path, held_out):
+    """The update that loses it is the last: no batch follows that would show it."""
+    mesh = data_mesh(jax.devices()[:1])
+    options = dict(data=DataSource.of("walk", TOKENS), mesh=mesh)
+    with pytest.raises(RunError, match="nothing was saved before: use a lower learning rate"):
+        loop.train(CONFIG, HOT, TOKENS[:540], held_out, tmp_path / "run", **options)
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == []
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_a_checkpoint_of_a_lost_model_is_not_the_last_good_one(tmp_path, monkeypatch):
+    """It was saved before a batch showed what it is. Resumed from the good one, the run goes on."""
+    folder, saved = tmp_path / "run", Checkpoints.save
+
+    def spoil(self, step, state, *arguments, **options):
+        if step == 8:
+            state = dataclasses.replace(state, params=jax.tree.map(lambda x: x * 1e4, state.params))
+        saved(self, step, state, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", spoil)
+        patch.setattr(Compiled, "bad_step", 10)
+        with pytest.raises(RunError, match=r"loss is nan at step 10, and step 4 in .* last good"):
+            train(folder)
+    checkpoints = folder / "checkpoints"
+    assert sorted(os.listdir(checkpoints)) == ["4", "8.diverged"]
+    assert train(folder, resume=True).status == "done"
+
+
+def test_learning_by_heart_is_not_divergence(tmp_path):
+    """A high validation loss alone stops no run: the training text is still known."""
+    options = dict(data=DataSource.of("walk", TOKENS), mesh=data_mesh(jax.devices()[:1]))
+    plan = replace(TRAIN, steps=16, evaluate_every=0, max_loss_spike=0.5)
+    constant = np.zeros(540, np.uint8)
+    backwards = np.tile(np.arange(31, 0, -1), 2).astype(np.uint8)
+    result = loop.train(CONFIG, plan, constant, backwards, tmp_path / "run", **options)
+    usual = np.median([r["loss"] for r in history(tmp_path / "run") if "loss" in r])
+    assert result.status == "done" and result.validation_loss > usual + 0.5  # control
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    def spoil(self, state, batch):
+        state, metrics = self.step(state, batch)
+        if state.step == 4:
+            state.params["output_bias"] = state.params["output_bias"].at[0].set(jnp.inf)
+        return state, metrics
+
+    monkeypatch.setattr(Compiled, "__call__", spoil)
+    with pytest.raises(RunError, match="weights are not finite after step 4, and nothing was sav"):
+        train(tmp_path / "run")
+
+
+# One writer, readers that go, folders that go
+
+
+def test_two_trainings_at_once(run, tmp_path):
+    """The second is refused, whatever it asks for, and the first is as if alone."""
+    refused = []
+
+    def second(record):
+        if record["step"] == 6:
+            for resume in (True, False):
+                thread = threading.Thread(target=try_it, args=(resume,))
+                thread.start()
+                thread.join()
+
+    def try_it(resume):
+        with pytest.raises(RunError) as caught:
+            train(tmp_path / "run", resume=resume)
+        refused.append(str(caught.value))
+
+    assert train(tmp_path / "run", observers=[Told(second)]).status == "done"
+    assert len(refused) == 2 and all(f"process {os.getpid()} on " in text for text in refused)
+    assert history(tmp_path / "run") == history(run[0])
+    assert weights(tmp_path / "run") == weights(run[0])
+
+
+def test_a_reader_that_goes_ends_the_run_as_ctrl_c_does(run, tmp_path):
+    def leave(record):
+        if record["step"] == 6:
+            raise BrokenPipeError
+
+    stays = Told()
+    stopped = train(tmp_path / "run", observers=[Told(leave), stays])
+    assert (stopped.status, stopped.step) == ("interrupted", 8)
+    assert stays.steps == [4, 8]  # the other one is told all
+    assert train(tmp_path / "run", resume=True).status == "done"
+    assert history(tmp_path / "run") == history(run[0])
+
+
+def test_a_folder_that_is_removed_ends_the_run(tmp_path):
+    folder = tmp_path / "run"
+
+    def remove(record):
+        if record["step"] == 6:
+            shutil.rmtree(folder)
+
+    with pytest.raises(LogError, match="has been removed, moved or replaced"):
+        train(folder, observers=[Told(remove)])
+    assert not folder.exists()
+
+
+def test_damaged_lines_do_not_stop_a_resume(run, tmp_path):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(b"\xff\xfe\x00\n")
+    told = Told()
+    assert train(folder, resume=True, observers=[told]).status == "done"
+    assert history(folder) == history(run[0])
+    assert any("is damaged: put aside in metrics.jsonl.damaged" in text for text in told.said)
+
+
+def test_speed_is_that_of_the_work_done(tmp_path, monkeypatch):
+    """Around saves too, where two batches are read at once: on a CPU both are done by then."""
+    clock = iter(np.arange(0.0, 1e6))
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
+    told = Told()
+    train(tmp_path / "run", train=replace(TRAIN, log_every=1, evaluate_every=0), observers=[told])
+    speeds = [r["tokens_per_second"] for r in told.records if "loss" in r]
+    assert max(speeds) < 5 * min(speeds)
+
+
 SCRIPT = """
 import sys
 import numpy as np
 from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.run.loop import train
+from transformer_vq.run.observer import Observer
 
 tokens = (np.random.default_rng(0).integers(0, 8, 600).cumsum() % 32).astype(np.uint8)
 config = ModelConfig(vocab_size=32, d_model=16, d_k=8, num_layers=1, codebook_size=8, block_len=8,
                      window_len=5, dropout_residual=0.1)
 plan = TrainConfig(batch_size=2, sequence_len=16, update_len=8, steps=2000, log_every=2,
                    evaluate_every=100, checkpoint_every=20)
+
+class Printer(Observer):
+    def say(self, text):
+        print(text, flush=True)
+
 result = train(config, plan, tokens[:540], tokens[540:], sys.argv[1], resume="resume" in sys.argv,
-               say=lambda text: print(text, flush=True))
+               observers=[Printer()])
 print(result.status)
 sys.exit(130 if result.status == "interrupted" else 0)
 """

@@ -9,17 +9,19 @@ from transformer_vq.show.progress import Progress, duration
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_progress(terminal):
+def test_progress(tmp_path, terminal):
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=120, legacy_windows=False)
     record = {"loss": 1.5, "bpb": 2.164, "tokens_per_second": 512.0, "codebook_used": 0.5}
     record["seconds"] = 83.0
-    with Progress(100, 1024, console=console) as progress:
-        progress.say("resuming at [step] 39")
-        progress.show({"step": 40, **record})
-        progress.saved(40)
-        progress.show({"step": 41, **record})
-        progress.show({"step": 41, "validation_loss": 1.25, "validation_bpb": 1.8034})
+    progress = Progress(100, 1024, console=console)
+    progress.start(tmp_path, [{"step": 20, "validation_loss": 1.5, "validation_bpb": 2.1640}])
+    progress.say("resuming at [step] 39")
+    progress.record({"step": 40, **record}, True)
+    progress.saved(40)
+    progress.record({"step": 41, **record}, False)
+    progress.record({"step": 41, "validation_loss": 1.25, "validation_bpb": 1.8034}, True)
+    progress.close()
     text = out.getvalue()
     wanted = ["resuming at [step] 39", "1.5000", "2.1640", "512", "tokens/s", "codes", "50%"]
     assert all(part in text for part in [*wanted, "step 41: validation loss 1.2500, 1.8034 bpb"])

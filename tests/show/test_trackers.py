@@ -1,6 +1,5 @@
 """TensorBoard files hold what metrics.jsonl holds, after a resume too; so does Weights & Biases."""
 
-import contextlib
 import importlib.util
 import struct
 import sys
@@ -27,9 +26,18 @@ def folder(tmp_path):
 
 
 def log(folder, step, records, *trackers):
-    with contextlib.closing(MetricsLog(folder / "metrics.jsonl", step, trackers)) as log:
-        for record in records:
-            log.write(record)
+    """A session that goes on from `step` and measures these records."""
+    log = MetricsLog(folder / "metrics.jsonl", step)
+    kept = log.take_kept()
+    for tracker in trackers:
+        tracker.start(folder, kept)
+    for record in records:
+        log.write(record)
+        for tracker in trackers:
+            tracker.record(record, True)
+            tracker.record({"step": record["step"], "loss": 99.0}, False)  # not in metrics.jsonl
+    for closed in (log, *trackers):
+        closed.close()
 
 
 def events(folder) -> list[tuple[str, int, float]]:
@@ -64,7 +72,7 @@ def test_tensorboard_has_every_step_once(folder):
     log(folder, 2, RECORDS[3:], TensorBoard())  # resumed from step 2
     assert events(folder) == whole
     assert [r["step"] for r in read_metrics(folder / "metrics.jsonl")] == [1, 2, 2, 3]
-    log(folder, 3, [])  # and a sitting without it, then with it again
+    log(folder, 3, [])  # and a session without it, then with it again
     log(folder, 3, [{"step": 4, "loss": 1.5}])
     log(folder, 4, [], TensorBoard())
     assert events(folder) == [*whole, ("train/loss", 4, 1.5)]

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import numpy as np
 
-from transformer_vq import costs
 from transformer_vq.cli.cache import cache_folder
 from transformer_vq.cli.parse import UsageError, option
 from transformer_vq.config import ModelConfig, TrainConfig
@@ -24,31 +23,21 @@ from transformer_vq.data import (
     open_source,
 )
 from transformer_vq.errors import plain
+from transformer_vq.show.words import describe_model as describe_model
+from transformer_vq.show.words import number as number
+from transformer_vq.show.words import size as size
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from transformer_vq.run.folder import DataSource
-    from transformer_vq.run.log import Tracker
     from transformer_vq.run.loop import TrainResult
+    from transformer_vq.run.observer import Observer
 
 
 CheckpointOption = Annotated[
     str, option("latest, best (by validation loss), or the step of a checkpoint", "NAME")
 ]
-
-
-def number(value: float) -> str:
-    """A large number as people read it: `1.23 M`."""
-    for power, name in ((21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
-        if value >= 10**power:
-            return f"{value / 10**power:.3g} {name}"
-    return f"{value:.3g}"
-
-
-def size(count: float) -> str:
-    """Bytes as people read them: `1.23 MB`."""
-    return f"{number(count)}B" if count >= 1000 else f"{count:.0f} bytes"
 
 
 def program() -> str:
@@ -69,16 +58,6 @@ def standard_input() -> BinaryIO:
     if sys.stdin is None:
         raise UsageError("standard input is closed: give a file, or - with something to read")
     return sys.stdin.buffer
-
-
-def describe_model(config: ModelConfig) -> str:
-    """A model in one line."""
-    attention = f"{config.codebook_size} codes" if config.attention == "vq" else "full attention"
-    return (
-        f"{number(costs.parameter_count(config))} parameters, {config.num_layers} layers of width "
-        f"{config.d_model}, {attention}, window {config.window_len}, "
-        f"{size(costs.state_bytes(config))} of state"
-    )
 
 
 def join_processes(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
@@ -110,10 +89,10 @@ def train_with_progress(
     data: "DataSource",
     resume: bool,
     max_seconds: float | None = None,
-    trackers: "Sequence[Tracker]" = (),
+    observers: "Sequence[Observer]" = (),
     mesh: "Mesh | None" = None,
 ) -> "TrainResult":
-    """`ops.loop.train` on the train split of `tokens`, live on the terminal."""
+    """`run.loop.train` on the train split of `tokens`, live on the terminal."""
     from transformer_vq.measure.memory import trim_after_compiling
     from transformer_vq.run import loop
     from transformer_vq.show.progress import Progress
@@ -123,23 +102,20 @@ def train_with_progress(
         tell(note)
     source = as_source(tokens)
     tokens_per_step = train.batch_size * train.update_len
-    with Progress(train.steps, tokens_per_step, max_seconds=max_seconds) as progress:
-        return loop.train(
-            config,
-            train,
-            source.split("train"),
-            source.split("validation") if "validation" in source.spans else None,
-            folder,
-            data=data,
-            resume=resume,
-            max_seconds=max_seconds,
-            decode=None if source.image_shape else source.tokenizer.decode_text,
-            trackers=trackers,
-            mesh=mesh,
-            on_record=progress.show,
-            on_save=progress.saved,
-            say=progress.say,
-        )
+    progress = Progress(train.steps, tokens_per_step, max_seconds=max_seconds)
+    return loop.train(
+        config,
+        train,
+        source.split("train"),
+        source.split("validation") if "validation" in source.spans else None,
+        folder,
+        data=data,
+        resume=resume,
+        max_seconds=max_seconds,
+        decode=None if source.image_shape else source.tokenizer.decode_text,
+        mesh=mesh,
+        observers=(progress, *observers),
+    )
 
 
 def open_data(paths: Sequence[str | Path], *, tokenizer: Tokenizer, **how: Any) -> Source:

@@ -15,6 +15,7 @@ from transformer_vq.data import ByteTokenizer, StreamDecoder, bundled_corpus, lo
 
 if TYPE_CHECKING:
     from transformer_vq import Model
+    from transformer_vq.run.loop import TrainResult
 
 # About three minutes on two idle cores. Half as many updates would still beat bz2 by far.
 CONFIG = ModelConfig.preset("tiny", block_len=128)
@@ -63,17 +64,27 @@ class Demo:
         if results and (results["finished"] or results["minutes"] >= self.minutes):
             print(f"The demo is done: its run is in {self.out}. Remove the folder to start again.")
             self._show(results)
-            print(f"\n{(self.out / 'samples.txt').read_text('utf-8').split(RULE)[0].rstrip()}")
+            print(f"\n{results['sample']}")
             self._show_what_now()
             return 0
         return self._make()
 
     def _make(self) -> int:
-        from transformer_vq.cli.evaluate import score, summary
-        from transformer_vq.run.folder import DataSource, checkpoints_of, load_info, load_run
-        from transformer_vq.run.log import read_metrics
-        from transformer_vq.show.figures import learning_curve
-        from transformer_vq.show.progress import duration
+        from transformer_vq.run.folder import make_run_folder
+        from transformer_vq.run.lock import one_writer
+
+        make_run_folder(self.out, resume=False)
+        with one_writer(self.out):
+            result = self._train()
+            if result.status == "interrupted":
+                print(f"interrupted and saved at step {result.step}: the same command goes on")
+                return 130
+            self._evaluate(result)
+        self._show_what_now()
+        return 0
+
+    def _train(self) -> "TrainResult":
+        from transformer_vq.run.folder import DataSource, checkpoints_of, load_info
 
         path = bundled_corpus()
         tokens = load_bytes(path)
@@ -83,7 +94,7 @@ class Demo:
         print(f"model: {describe_model(CONFIG)}")
         print(f"data:  Moby-Dick, {size(len(tokens))}: 90 % to train on, 10 % held out")
         print(f"time:  at most {self.minutes:g} minutes. Ctrl-C saves; the same command goes on.\n")
-        result = train_with_progress(
+        return train_with_progress(
             CONFIG,
             TRAIN,
             tokens,
@@ -92,12 +103,18 @@ class Demo:
             resume=begun,
             max_seconds=max(limit, 1.0),
         )
-        if result.status == "interrupted":
-            print(f"interrupted and saved at step {result.step}: the same command goes on")
-            return 130
+
+    def _evaluate(self, result: "TrainResult") -> None:
+        """Score the held-out text, write samples, and leave both in the run folder."""
+        from transformer_vq.cli.evaluate import score, summary
+        from transformer_vq.io.files import write_whole
+        from transformer_vq.run.folder import load_run
+        from transformer_vq.run.log import read_metrics, to_json
+        from transformer_vq.show.figures import learning_curve
+        from transformer_vq.show.words import duration
 
         model, info = load_run(self.out)
-        test = split(tokens, "test")
+        test = split(load_bytes(bundled_corpus()), "test")
         content = test.tobytes()
         results = {
             **summary(score(model, info, test)),
@@ -115,7 +132,7 @@ class Demo:
         samples = [
             _sample(model, prompt, seed, show=seed == 0) for seed, prompt in enumerate(PROMPTS)
         ]
-        (self.out / "samples.txt").write_text(RULE.join(samples), "utf-8")
+        write_whole(self.out / "samples.txt", RULE.join(samples).encode())
         learning_curve(
             read_metrics(self.out / "metrics.jsonl"),
             self.out / "learning_curve.png",
@@ -123,22 +140,26 @@ class Demo:
             levels={"bz2 -9": _bpb(results, "bz2"), "xz -9e": _bpb(results, "xz")},
             test=results["bpb"],
         )
-        (self.out / "results.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
-        self._show_what_now()
-        return 0
+        write_whole(self.out / "results.json", to_json(results).encode() + b"\n")
 
     def _results(self) -> dict[str, Any] | None:
         """What an earlier demo in this folder found; None if there was none, or it is damaged."""
         try:
-            return json.loads((self.out / "results.json").read_text("utf-8"))
-        except (OSError, ValueError):
+            found = json.loads((self.out / "results.json").read_bytes())
+            numbers = ("bpb", "bytes", "bz2_bytes", "xz_bytes", "minutes", "finished")
+            whole = all(isinstance(found[name], int | float) for name in numbers)
+            whole = whole and found["bytes"] > 0 and isinstance(found["trained"], str)
+            text = (self.out / "samples.txt").read_text("utf-8", errors="replace")
+        except (OSError, ValueError, TypeError, KeyError):
             return None
+        return found | {"sample": text.split(RULE)[0].rstrip()} if whole else None
 
     def _show(self, results: dict[str, Any]) -> None:
         from rich import box
         from rich.table import Table
 
         from transformer_vq.show.console import Console
+        from transformer_vq.show.words import bar
 
         rows = [
             ("Transformer-VQ", results["bpb"], "bold green"),
@@ -150,8 +171,7 @@ class Demo:
         table.add_column("bits per byte", justify="right")
         table.add_column("")
         for name, bpb, style in rows:
-            bar = "█" * round(24 * bpb / rows[-1][1])
-            table.add_row(name, f"{bpb:.3f}", f"[dim]{bar}[/dim]", style=style)
+            table.add_row(name, f"{bpb:.3f}", f"[dim]{bar(bpb, rows[-1][1])}[/dim]", style=style)
         console = Console(highlight=False)
         console.print()
         console.print(table)

@@ -1,6 +1,5 @@
 """`tvq eval`: how well a model predicts a text."""
 
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from transformer_vq.cli.common import CheckpointOption, progress_bar, run_data
 from transformer_vq.cli.parse import DataPaths, UsageError, flat, option
 from transformer_vq.data import run_tokenizer
+from transformer_vq.run.log import to_json
+from transformer_vq.show.words import bar
 
 if TYPE_CHECKING:
     from transformer_vq import Model
@@ -90,7 +91,7 @@ class Evaluate:
             "seconds": round(time.monotonic() - began, 3),
         }
         if self.json:
-            print(json.dumps(record))
+            print(to_json(record))
         else:
             _show(record)
             if not info.train.streaming:
@@ -182,7 +183,7 @@ def _show(record: dict[str, Any]) -> None:
     worst = max(row["bpb"] for row in record["by_position"])
     table.add_column("")
     for row in record["by_position"]:
-        bar = "█" * round(24 * row["bpb"] / worst)
         history = f"{row['start']:,} to {row['end'] - 1:,}"
-        table.add_row(history, f"{row['bpb']:.4f}", f"{row['loss']:.4f}", f"[dim]{bar}[/dim]")
+        shown = bar(row["bpb"], worst)
+        table.add_row(history, f"{row['bpb']:.4f}", f"{row['loss']:.4f}", f"[dim]{shown}[/dim]")
     console.print(table)

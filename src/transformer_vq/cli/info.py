@@ -1,7 +1,7 @@
 """`tvq info`: what a run is and what its model costs."""
 
 import dataclasses
-import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 from transformer_vq import costs
 from transformer_vq.cli.common import CheckpointOption, number, size
 from transformer_vq.cli.parse import option
+from transformer_vq.run.log import to_json
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Info:
     def main(self) -> int:
         record = describe(self.run, self.checkpoint)
         if self.json:
-            print(json.dumps(record))
+            print(to_json(record))
         else:
             _show(record)
         return 0
@@ -39,12 +40,18 @@ class Info:
 
 def describe(folder: Path, checkpoint: str = "latest") -> dict[str, Any]:
     """All that `tvq info` tells. Raises `RunError` and `CheckpointError` as `load_info` does."""
+    from transformer_vq.io.checkpoint import CheckpointError
     from transformer_vq.run.folder import checkpoints_of, find_step, load_info
-    from transformer_vq.run.log import read_metrics
+    from transformer_vq.run.log import damaged_lines, read_metrics
 
     info = load_info(folder, find_step(folder, checkpoint))
     config, train = info.config, info.train
-    steps, best = checkpoints_of(folder).steps(), checkpoints_of(folder).best()
+    steps = checkpoints_of(folder).steps()
+    try:
+        best, damage = checkpoints_of(folder).best(), ""
+    except CheckpointError as error:
+        best, damage = None, str(error)
+    damaged = [damaged_lines(folder / name) for name in ("metrics.jsonl", "samples.jsonl")]
     records = [r for r in read_metrics(folder / "metrics.jsonl") if r["step"] <= info.step]
     last: dict[str, Any] = {}
     for record in records:
@@ -78,6 +85,7 @@ def describe(folder: Path, checkpoint: str = "latest") -> dict[str, Any]:
             }
             for step in steps
         ],
+        "damage": [text for text in (damage, *damaged) if text],
         "config": config.to_dict(),
         "train": dataclasses.asdict(train),
     }
@@ -91,7 +99,7 @@ def _show(record: dict[str, Any]) -> None:
     from rich.table import Table
 
     from transformer_vq.show.console import Console
-    from transformer_vq.show.progress import duration
+    from transformer_vq.show.words import duration
 
     model, data, training = record["model"], record["data"], record["training"]
     config, train = record["config"], record["train"]
@@ -137,12 +145,15 @@ def _show(record: dict[str, Any]) -> None:
     )
     for name, text in (("", "training loss"), ("validation_", "validation loss")):
         loss, bpb = training[f"{name}loss"], training[f"{name}bpb"]
-        table.add_row(text, "not measured yet" if loss is None else f"{loss:.4f} ({bpb:.4f} bpb)")
+        measured = loss is not None and bpb is not None
+        table.add_row(text, f"{loss:.4f} ({bpb:.4f} bpb)" if measured else "not measured yet")
     section("checkpoints")
     for checkpoint in record["checkpoints"]:
         best = ", the best by validation loss" if checkpoint["best"] else ""
         table.add_row(f"step {checkpoint['step']:,}", size(checkpoint["bytes"]) + best)
 
     console = Console(highlight=False)
+    for text in record["damage"]:
+        print(f"tvq: {text}", file=sys.stderr)
     console.print(f"[bold]{record['run']}[/bold]")
     console.print(table)

@@ -1,31 +1,20 @@
 """`tvq report`: a run as one page to look at."""
 
-import base64
-import hashlib
-import importlib.resources
 import json
-import math
 import shlex
-import time
-from collections.abc import Iterable, Mapping, Sequence
+import sys
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from transformer_vq.cli.common import describe_model, number, run_data, size
+from transformer_vq.cli.common import run_data, size
 from transformer_vq.cli.parse import DataPaths, UsageError, flat, option
-from transformer_vq.config import ModelConfig
 from transformer_vq.data import DataError, run_tokenizer
-from transformer_vq.show.charts import Series, heat_map, line_chart
 
 if TYPE_CHECKING:
     from transformer_vq.ops.evaluate import Evaluation
-    from transformer_vq.run.log import Record
 
 EVAL_TOKENS = 65_536
-SAMPLES = 8  # of those in samples.jsonl
-_CONTROLS = {code: 0xFFFD for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 @dataclass
@@ -50,12 +39,17 @@ class Report:
 
     def main(self) -> int:
         from transformer_vq.cli.info import describe
-        from transformer_vq.run.log import read_metrics
+        from transformer_vq.io.files import write_whole
+        from transformer_vq.run.log import damaged_lines, read_metrics
+        from transformer_vq.show.report import page
 
         path = Path(self.out) if self.out else self.run / "report.html"
         if not path.parent.is_dir() and self.out:
             raise UsageError(f"--out is {self.out}: there is no such folder, make it first")
         run = describe(self.run)
+        metrics, samples = self.run / "metrics.jsonl", self.run / "samples.jsonl"
+        for damage in filter(None, map(damaged_lines, (metrics, samples))):
+            print(f"tvq: {damage}: left out", file=sys.stderr)
         evaluation, reason = None, "left out (--no-eval)"
         if not self.no_eval:
             try:
@@ -63,15 +57,16 @@ class Report:
             except DataError as error:
                 reason = f"not measured: {error}"
                 print(f"no loss by position: {error}")
-        content = page(
+        text = page(
             run,
-            read_metrics(self.run / "metrics.jsonl"),
-            read_metrics(self.run / "samples.jsonl"),
-            json.loads((self.run / "config.json").read_text("utf-8")).get("environment", {}),
+            read_metrics(metrics),
+            [sample for sample in read_metrics(samples) if "text" in sample],
+            _environment(self.run / "config.json"),
             evaluation or reason,
         )
-        path.write_text(content, encoding="utf-8")
-        print(f"the report is in {shlex.quote(str(path))}, {size(len(content.encode()))}")
+        content = text.encode("utf-8", errors="replace")  # names of files may be anything
+        write_whole(path, content)
+        print(f"the report is in {shlex.quote(str(path))}, {size(len(content))}")
         return 0
 
     def _evaluate(self) -> "Evaluation":
@@ -83,228 +78,11 @@ class Report:
         return score(model, info, source.split("validation"), max_tokens=EVAL_TOKENS)
 
 
-def page(
-    run: Mapping[str, Any],
-    records: Sequence["Record"],
-    samples: Sequence["Record"],
-    environment: Mapping[str, str],
-    evaluation: "Evaluation | str",
-) -> str:
-    """The page as HTML, all of it from these values.
-
-    `run`: of `cli.info.describe`. `records`, `samples`: of metrics.jsonl and samples.jsonl.
-    `environment`: versions by name. `evaluation`: of the validation split, or why there is none.
-    """
-    files = importlib.resources.files("transformer_vq.cli")
-    style, script = ((files / f"report.{kind}").read_text("utf-8") for kind in ("css", "js"))
-    # Even a text that got in unescaped could run and load nothing.
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    name = escape(Path(run["run"]).resolve().name)
-    sections = [
-        _section("Loss", _loss(run, records)),
-        _section("Speed and steps", _speed(records)),
-        _section("Codebooks", _codebooks(run, records)),
-        _section("Loss by position in context", _positions(run, evaluation)),
-        _section("Samples through time", _samples(samples, records)),
-        _section("Details", _details(run, environment)),
-    ]
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{name}</title>
-<style>{style}</style>
-</head>
-<body>
-<header>{_head(name, run)}</header>
-<div class="tiles">{_tiles(run, records)}</div>
-{"".join(sections)}
-<footer>Made by <code>tvq report</code> on {time.strftime("%Y-%m-%d at %H:%M")}, of the run in
-{escape(str(run["run"]))}.</footer>
-<script>{script}</script>
-</body>
-</html>
-"""
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{title}</h2>{content}</section>" if content else ""
-
-
-def _head(name: str, run: Mapping[str, Any]) -> str:
-    training, data = run["training"], run["data"]
-    return (
-        f"<h1>{name}</h1><p>{escape(describe_model(ModelConfig.from_dict(run['config'])))}</p>"
-        f'<p class="soft">Trained on {escape(Path(data["path"]).name)}, {data["size"]:,} tokens '
-        f"({escape(data['tokenizer'])}).</p>"
-        f"<p class='soft'>Step {training['step']:,} of {training['steps']:,}.</p>"
-    )
-
-
-def _tiles(run: Mapping[str, Any], records: Sequence["Record"]) -> str:
-    from transformer_vq.show.progress import duration
-
-    training, model = run["training"], run["model"]
-    scored = [r for r in records if "validation_bpb" in r]
-    tiles = []
-    if scored:
-        best = min(scored, key=lambda r: r["validation_bpb"])
-        text = f"best validation, {_bits(run)}, at step {best['step']:,}"
-        tiles.append((f"{best['validation_bpb']:.4f}", text))
-    tiles += [
-        (number(training["tokens"]), f"tokens trained on, in {duration(training['seconds'])}"),
-        (number(model["parameters"]), f"parameters, {size(model['state_bytes'])} of state"),
-        (f"{number(training['tokens'] * model['train_flops'])}FLOP", "of training, by formula"),
-    ]
-    for name, form, text in (
-        ("tokens_per_second", "{:,.0f}", "tokens per second, median"),
-        ("mfu", "{:.0%}", "model FLOP/s of what matrix products reach (MFU), median"),
-    ):
-        values = sorted(r[name] for r in records if name in r)
-        if values:
-            tiles.append((form.format(values[len(values) // 2]), text))
-    return "".join(f"<div><b>{escape(v)}</b><span>{escape(text)}</span></div>" for v, text in tiles)
-
-
-def _loss(run: Mapping[str, Any], records: Sequence["Record"]) -> str:
-    lines = [
-        Series("training", _points(records, "bpb"), "c2"),
-        Series("validation", _points(records, "validation_bpb"), "c1", dots=True),
-    ]
-    charts = [
-        line_chart(f"Loss, {_bits(run)}", lines, x_label="step", cut=True),
-        line_chart("The same, steps logarithmic", lines, x_label="step", log_x=True),
-    ]
-    return _cards(charts) or "<p>Nothing was measured yet.</p>"
-
-
-def _speed(records: Sequence["Record"]) -> str:
-    charts = [
-        line_chart(
-            title, [Series(name, _points(records, name))], x_label="step", from_zero=True, cut=cut
-        )
-        for title, name, cut in (
-            ("Tokens per second", "tokens_per_second", False),
-            ("Learning rate", "learning_rate", False),
-            ("Norm of the gradient, before clipping", "grad_norm", True),
-            ("Commitment loss", "commitment", True),
-        )
-    ]
-    return _cards(charts)
-
-
-def _codebooks(run: Mapping[str, Any], records: Sequence["Record"]) -> str:
-    if run["config"]["attention"] != "vq":
-        return ""
-    charts = []
-    for title, name, top in (
-        ("Codewords in use, of all", "codebook_used", 1.0),
-        (f"Perplexity of codes, of {run['config']['codebook_size']}", "codebook_perplexity", 0.0),
-    ):
-        line = [Series(name, _points(records, name))]
-        charts.append(line_chart(title, line, x_label="step", from_zero=True))
-        columns = [(r["step"], r[f"{name}_by_unit"]) for r in records if r.get(f"{name}_by_unit")]
-        charts.append(
-            heat_map(f"{title}, by unit", columns, x_label="step", row_label="unit", top=top)
-        )
-    text = "Means over all units and heads of the codewords that got a key in an update."
-    return f'<p class="soft">{text}</p>{_cards(charts)}' if any(charts) else ""
-
-
-def _positions(run: Mapping[str, Any], evaluation: "Evaluation | str") -> str:
-    if isinstance(evaluation, str):
-        return f'<p class="soft">{escape(evaluation)}</p>'
-    byte = math.log(2) * evaluation.bytes_per_token
-    bins = [(start, end, loss / byte) for start, end, loss in evaluation.by_position]
-    points = [(math.sqrt(max(start, 16) * end), bits) for start, end, bits in bins]
-    chart = line_chart(
-        f"Loss by tokens of history, {_bits(run)}",
-        [Series("validation split", points, dots=True)],
-        x_label="tokens before (logarithmic)",
-        log_x=True,
-    )
-    rows = "".join(
-        f"<tr><td>{start:,} to {end - 1:,}</td><td>{bits:.4f}</td></tr>"
-        for start, end, bits in bins
-    )
-    table = f"<table><tr><td>tokens before</td><td>{_bits(run)}</td></tr>{rows}</table>"
-    text = (
-        f"{evaluation.tokens:,} tokens of the validation split in one stream, by the newest "
-        f"checkpoint: {evaluation.bpb:.4f} {_bits(run)}."
-    )
-    return f'<p class="soft">{escape(text)}</p>{_cards([chart, table])}'
-
-
-def _samples(samples: Sequence["Record"], records: Sequence["Record"]) -> str:
-    if not samples:
-        return '<p class="soft">None were kept (--train.sample-tokens 200 keeps some).</p>'
-    scored = {r["step"]: r["validation_bpb"] for r in records if "validation_bpb" in r}
-    last = len(samples) - 1
-    chosen = sorted({round(i * last / (SAMPLES - 1)) for i in range(SAMPLES)})
-    items = []
-    for sample in (samples[i] for i in chosen):
-        bpb = f", {scored[sample['step']]:.3f} bpb" if sample["step"] in scored else ""
-        items.append(
-            f'<li class="card"><b>Step {sample["step"]:,}</b><span class="soft">{bpb}</span>'
-            f"<pre><em>{_shown(sample.get('prompt', ''))}</em>{_shown(sample['text'])}</pre></li>"
-        )
-    text = "The same prompt (grey) and seed at every validation, top-p 0.9."
-    return f'<p class="soft">{text}</p><ol>{"".join(items)}</ol>'
-
-
-def _details(run: Mapping[str, Any], environment: Mapping[str, str]) -> str:
-    model = run["model"]
-    costs = {
-        "parameters": f"{model['parameters']:,}",
-        "numbers in codebooks": f"{model['codebook']:,}",
-        "state of a sequence": size(model["state_bytes"]),
-        "operations to train on a token": f"{number(model['train_flops'])}FLOP",
-        "operations to decode a token": f"{number(model['decode_flops'])}FLOP",
-        "read to decode a token": size(model["decode_bytes"]),
-    }
-    checkpoints = {
-        f"step {c['step']:,}": size(c["bytes"]) + (", the best" if c["best"] else "")
-        for c in run["checkpoints"]
-    }
-    tables = {
-        "Costs": costs,
-        "Data": run["data"],
-        "Checkpoints": checkpoints,
-        "Environment": environment,
-        "Model configuration": run["config"],
-        "Training configuration": run["train"],
-    }
-    return "".join(
-        f'<details class="card"{" open" * (title == "Costs")}><summary>{title}</summary>'
-        f"<table>{_rows(values.items())}</table></details>"
-        for title, values in tables.items()
-        if values
-    )
-
-
-def _points(records: Sequence["Record"], name: str) -> list[tuple[float, float]]:
-    return [(record["step"], record[name]) for record in records if name in record]
-
-
-def _cards(contents: Iterable[str]) -> str:
-    cards = "".join(f'<div class="card">{content}</div>' for content in contents if content)
-    return f'<div class="charts">{cards}</div>' if cards else ""
-
-
-def _rows(values: Iterable[tuple[str, Any]]) -> str:
-    return "".join(
-        f"<tr><th>{escape(str(name))}</th><td>{escape(str(value))}</td></tr>"
-        for name, value in values
-    )
-
-
-def _bits(run: Mapping[str, Any]) -> str:
-    return "bits per dimension" if run["data"]["image_shape"] else "bits per byte"
-
-
-def _shown(text: str) -> str:
-    """A model's text for HTML: escaped, and control characters as U+FFFD."""
-    return escape(text.translate(_CONTROLS))
+def _environment(path: Path) -> dict[str, Any]:
+    """Versions by name, as config.json has them; nothing if that file is damaged, which is told."""
+    try:
+        found = json.loads(path.read_bytes())["environment"]
+        return dict(found)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        print(f"tvq: {path} is damaged or missing: no versions of programs", file=sys.stderr)
+        return {}

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shlex
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -26,7 +27,7 @@ from transformer_vq.presets import PRESETS, TRAIN_PRESETS
 DEFAULT_PRESET = "tiny"  # minutes on a laptop
 
 if TYPE_CHECKING:
-    from transformer_vq.run.log import Tracker
+    from transformer_vq.run.observer import Observer
 
     ConfigOptions = dict[str, Any]  # the fields that are given
     TrainOptions = dict[str, Any]
@@ -179,7 +180,7 @@ class Train:
             self.out,
             data=DataSource.of(paths[0], source, more_paths=tuple(paths[1:]), **how),
             resume=self.resume,
-            trackers=trackers,
+            observers=trackers,
             mesh=make_mesh(mesh),
         )
         out = shlex.quote(str(self.out))
@@ -198,11 +199,11 @@ class Train:
         print(f"  {again} --steps {2 * result.step}")
         return 0
 
-    def _trackers(self) -> "list[Tracker]":
+    def _trackers(self) -> "list[Observer]":
         """What was asked for besides metrics.jsonl; raises `TrackerError` if it is missing."""
         from transformer_vq.show.trackers import TensorBoard, WandB
 
-        trackers: list[Tracker] = [TensorBoard()] if self.tensorboard else []
+        trackers: list[Observer] = [TensorBoard()] if self.tensorboard else []
         return [*trackers, WandB(self.wandb)] if self.wandb else trackers
 
     def _plan(self) -> int:
@@ -321,11 +322,23 @@ class Train:
 
 
 def _saved_run(folder: Path) -> dict[str, Any] | None:
-    """What config.json says of the run in a folder; None if there is none."""
-    try:
-        saved = json.loads((folder / "config.json").read_text("utf-8"))
-        return saved if {"config", "train", "data"} <= saved.keys() else None
-    except FileNotFoundError:
+    """What is known of the run in a folder, as config.json has it; None if there is none.
+
+    If that file is damaged, the newest checkpoint knows the same. Raises `UsageError` if there is
+    no checkpoint.
+    """
+    path = folder / "config.json"
+    if not path.exists():
         return None
-    except (ValueError, AttributeError):
-        raise UsageError(f"{folder / 'config.json'} is damaged: give --data and --preset") from None
+
+    from transformer_vq.run.folder import RunInfo, checkpoints_of, load_info
+
+    try:
+        saved = json.loads(path.read_bytes())
+        saved.pop("environment", None)
+        return RunInfo.from_dict(saved).to_dict()
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        if checkpoints_of(folder).latest() is None:
+            raise UsageError(f"{path} is damaged ({error}): give --data and --preset") from None
+        print(f"tvq: {path} is damaged: the checkpoint says what it said", file=sys.stderr)
+        return load_info(folder).to_dict()

@@ -136,13 +136,21 @@ class Checkpoints:
         if wait:
             self.wait()
 
-    def wait(self) -> None:
+    def wait(self, *, tidy: bool = True) -> None:
         """Block until the save in progress, if any, is complete.
 
-        Raises `CheckpointError` if it failed; the checkpoints before it stay as they are.
+        Then it is a checkpoint, and older ones may go, unless `tidy` is false. Raises
+        `CheckpointError` if it failed; the checkpoints before it stay as they are.
         """
-        if self._saving is not None:
-            self._finish()
+        if self._saving is None:
+            return
+        step, checkpointer = self._saving
+        try:
+            checkpointer.close()  # which waits
+        except Exception as error:
+            raise self._save_failed(step, error) from error
+        self._saving = None
+        if tidy:
             self._tidy()
 
     def withdraw(self, steps: Iterable[int]) -> None:
@@ -152,7 +160,7 @@ class Checkpoints:
 
         Raises `CheckpointError` if that save failed.
         """
-        self._finish()
+        self.wait(tidy=False)
         for step in steps if jax.process_index() == 0 else ():
             aside = self.folder / f"{step}.diverged"
             shutil.rmtree(aside, ignore_errors=True)  # of an earlier attempt
@@ -245,7 +253,7 @@ class Checkpoints:
 
         Every process verifies for itself: all come to one verdict without talking.
         """
-        self.wait()
+        self.wait(tidy=False)
         steps = self.steps()
         if not self.folder.is_dir():
             raise CheckpointError(f"there is no folder {self.folder}: name that of a trained run")
@@ -292,17 +300,6 @@ class Checkpoints:
         lowest = min(metrics.values(), default=math.inf)
         best = next((s for s in metrics if metrics[s] == lowest < math.inf), None)
         return metrics.keys() - {*steps[-self._keep :], best}
-
-    def _finish(self) -> None:
-        """Wait for the save in progress, and delete nothing. Raises `CheckpointError`."""
-        if self._saving is None:
-            return
-        step, checkpointer = self._saving
-        try:
-            checkpointer.close()  # which waits
-        except Exception as error:
-            raise self._save_failed(step, error) from error
-        self._saving = None
 
     def _save_failed(self, step: int, error: Exception) -> CheckpointError:
         """The error to raise; clears the remains away, which may be what fills the disk."""

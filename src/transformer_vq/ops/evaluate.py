@@ -2,20 +2,30 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from transformer_vq.config import ModelConfig
-from transformer_vq.data import Source, as_source, check_tokens, eval_chunks, row_starts
+from transformer_vq.data import (
+    EvalChunk,
+    Source,
+    as_source,
+    check_tokens,
+    eval_chunks,
+    row_starts,
+)
 from transformer_vq.errors import UserError
 from transformer_vq.nn.model import DEFAULT_CAPACITY, Model, State, forward, init_state
 from transformer_vq.ops.loss import token_nll
 from transformer_vq.sharding import replicated, rows_or_whole, traced_on
 from transformer_vq.types import PerRow, Tokens
+
+Scored = TypeVar("Scored")
 
 # Where the bins of positions begin: 0, 64, 128, 256, ...
 BIN_STARTS = np.concatenate([[0], 64 << np.arange(48)])
@@ -70,76 +80,166 @@ def evaluate(
       ValueError: for a token outside of the vocabulary, and for sizes that make no sense.
     """
     source = as_source(tokens)
-    tokens, starts, pictures = source.tokens, source.starts, source.image_shape is not None
-    if pictures:
-        config = model.config.replace(reset_at_document=True)
-        model = Model(model.params, model.codebook, config)
-        if config.attention == "full":
-            chunk_len = context_len = int(np.diff(starts, append=len(tokens)).max())
-    if max_tokens is not None:
-        if max_tokens < 1:
-            raise UserError(f"max_tokens is {max_tokens}: it must be at least 1")
-        tokens = tokens[: max_tokens + rows]
-        starts = starts[starts < len(tokens)]
-    resets = model.config.reset_at_document and (pictures or len(starts) > 1)
-    check_tokens(tokens, model.config.vocab_size)
-    cuts = starts if pictures else None  # rows of text are cut anywhere
-    first = row_starts(len(tokens), max(rows, 1), cuts)[:, None]
-    longest = max(int(np.diff(first[:, 0], append=len(tokens)).max()) - 1, 1)
-    total = len(tokens) - (len(starts) if pictures else rows)
-    chunks = eval_chunks(tokens, min(chunk_len, longest), rows, cuts)  # padding costs as tokens do
-    context_len = _check_context(model.config, context_len, chunk_len, longest)
-    where = getattr(model.params["embedding"], "sharding", None)
-    mesh = None
-    if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh) and where.mesh.size > 1:
-        mesh = where.mesh
-    new_state = _state_maker(model, rows, min(context_len, longest), mesh)
-    sums, counts = np.zeros(len(BIN_STARTS)), np.zeros(len(BIN_STARTS), np.int64)
+    streams = Streams.of(source, rows, max_tokens)
+    check_tokens(streams.tokens, model.config.vocab_size)
+    if streams.alone:
+        model = Model(model.params, model.codebook, model.config.replace(reset_at_document=True))
+        if model.config.attention == "full":
+            chunk_len = context_len = streams.longest_document
+    chunks = streams.chunks(chunk_len)
+    context_len = _check_context(model.config, context_len, chunk_len, streams.longest_row)
+    losses = LossByPosition()
 
-    def documents(places: np.ndarray) -> np.ndarray:
-        """Which document each place is in."""
-        return np.searchsorted(starts, places, side="right") - 1
+    def scored() -> Iterator[tuple[int, np.ndarray, jax.Array]]:
+        """Where each chunk begins in its row, how much of it is real, and its losses."""
+        resets = model.config.reset_at_document and (streams.alone or len(streams.documents) > 1)
+        mesh = _mesh_of(model)
+        new_state = _state_maker(model, rows, min(context_len, streams.longest_row), mesh)
+        state = new_state()
+        for i, chunk in enumerate(chunks):
+            start = i * chunk_len
+            if i and start % context_len == 0:
+                state = new_state()
+            ids = streams.document_ids(start, chunk.inputs.shape[1]) if resets else None
+            nll, state = _score(model, state, *chunk, ids, mesh)
+            yield start, chunk.lengths, nll
 
-    def read(nll: jax.Array, lengths: np.ndarray, chunk: int, history: int) -> None:
-        """Add the losses `[rows, chunk_len]` of a chunk, which starts after so much history."""
-        columns = np.arange(nll.shape[1])
-        real = columns < lengths[:, None]
-        seen = np.broadcast_to(history + columns, real.shape)
-        if pictures:
-            places = first + chunk * chunk_len + columns
-            seen = places - starts[documents(places)]
-            real &= documents(places) == documents(places + 1)
-        bins = (np.searchsorted(BIN_STARTS, seen, side="right") - 1)[real]
-        sums[:] += np.bincount(bins, np.asarray(nll, np.float64)[real], len(sums))
-        counts[:] += np.bincount(bins, minlength=len(sums))
+    for start, lengths, nll in _one_behind(scored()):
+        history, counted = streams.look(start, lengths, nll.shape[1], context_len)
+        losses.add(np.asarray(nll, np.float64), history, counted)
         if on_progress is not None:
-            on_progress(int(counts.sum()), total)
+            on_progress(losses.tokens, streams.total)
+    return losses.result(min(context_len, streams.longest_history), source.bytes_per_token)
 
-    state, unread = new_state(), None
-    for i, chunk in enumerate(chunks):
-        history = i * chunk_len % context_len
-        if i and not history:
-            state = new_state()
-        places = first + i * chunk_len + np.arange(chunk.inputs.shape[1])
-        ids = documents(places).astype(np.int32) if resets else None
-        nll, state = _score(model, state, *chunk, ids, mesh)
-        if unread is not None:  # the device is busy with this chunk while the last one is read
-            read(*unread)
-        unread = nll, chunk.lengths, i, history
-    assert unread is not None  # eval_chunks gives one chunk at least
-    read(*unread)
-    if pictures:
-        longest = int(np.diff(starts, append=len(tokens)).max()) - 1
-    ends = np.minimum(BIN_STARTS[1:], min(context_len, longest))
-    return Evaluation(
-        loss=float(sums.sum() / counts.sum()),
-        tokens=int(counts.sum()),
-        by_position=[
-            (int(BIN_STARTS[i]), int(ends[i]), float(sums[i] / counts[i]))
-            for i in np.flatnonzero(counts)
-        ],
-        bytes_per_token=source.bytes_per_token,
-    )
+
+@dataclass(frozen=True)
+class Streams:
+    """Tokens as rows that are scored side by side, and the documents that they are of."""
+
+    tokens: np.ndarray  # [N]
+    documents: np.ndarray  # [documents]: where each begins
+    rows: np.ndarray  # [rows]: where each begins
+    alone: bool  # a history begins with each document, whose first token is given (pictures)
+
+    @classmethod
+    def of(cls, source: Source, rows: int, max_tokens: int | None) -> "Streams":
+        """`rows` streams of a source, or of its first tokens, of which `max_tokens` are predicted.
+
+        Raises `UserError` for `rows` or `max_tokens` below 1.
+        """
+        if rows < 1:
+            raise UserError(f"rows is {rows}: it must be at least 1")
+        tokens, documents = source.tokens, source.starts
+        alone = source.image_shape is not None
+        if max_tokens is not None:
+            if max_tokens < 1:
+                raise UserError(f"max_tokens is {max_tokens}: it must be at least 1")
+            tokens = tokens[: max_tokens + rows]
+            documents = documents[documents < len(tokens)]
+        # Rows of text are cut anywhere.
+        first = row_starts(len(tokens), rows, documents if alone else None)
+        return cls(tokens, documents, first, alone)
+
+    @property
+    def total(self) -> int:
+        """How many tokens are predicted."""
+        return len(self.tokens) - len(self.documents if self.alone else self.rows)
+
+    @property
+    def longest_row(self) -> int:
+        """The tokens of the longest row that are predicted, 1 at least."""
+        return max(self._longest(self.rows) - 1, 1)
+
+    @property
+    def longest_document(self) -> int:
+        return self._longest(self.documents)
+
+    @property
+    def longest_history(self) -> int:
+        return self.longest_document - 1 if self.alone else self.longest_row
+
+    def _longest(self, starts: np.ndarray) -> int:
+        return int(np.diff(starts, append=len(self.tokens)).max())
+
+    def chunks(self, chunk_len: int) -> Iterator[EvalChunk]:
+        """All rows, so many tokens of each at a time: fewer if the rows are shorter."""
+        size = min(chunk_len, self.longest_row)  # padding costs as tokens do
+        cuts = self.documents if self.alone else None
+        return eval_chunks(self.tokens, size, len(self.rows), cuts)
+
+    def document_ids(self, start: int, width: int) -> np.ndarray:
+        """Which document each token is of, `[rows, width]`, of the chunk that begins at `start`."""
+        return self._document_of(self._positions(start, width)).astype(np.int32)
+
+    def look(
+        self, start: int, lengths: np.ndarray, width: int, context_len: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The history of each prediction of a chunk, in tokens, and whether it counts.
+
+        Both are `[rows, width]`; `lengths` `[rows]` says how much of each row is real.
+        """
+        columns = np.arange(width)
+        real = columns < lengths[:, None]
+        if not self.alone:
+            return np.broadcast_to(start % context_len + columns, real.shape), real
+        positions = self._positions(start, width)
+        document = self._document_of(positions)
+        inside = document == self._document_of(positions + 1)  # the next one is not a given token
+        return positions - self.documents[document], real & inside
+
+    def _positions(self, start: int, width: int) -> np.ndarray:
+        return self.rows[:, None] + start + np.arange(width)
+
+    def _document_of(self, positions: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.documents, positions, side="right") - 1
+
+
+class LossByPosition:
+    """Sums of losses, and how many there are, by how much history they had."""
+
+    def __init__(self) -> None:
+        self._sums = np.zeros(len(BIN_STARTS))
+        self._counts = np.zeros(len(BIN_STARTS), np.int64)
+
+    @property
+    def tokens(self) -> int:
+        return int(self._counts.sum())
+
+    def add(self, nll: np.ndarray, history: np.ndarray, counted: np.ndarray) -> None:
+        """Add the losses `[rows, width]` where they count, each with so much history."""
+        bins = (np.searchsorted(BIN_STARTS, history, side="right") - 1)[counted]
+        self._sums += np.bincount(bins, nll[counted], len(BIN_STARTS))
+        self._counts += np.bincount(bins, minlength=len(BIN_STARTS))
+
+    def result(self, longest: int, bytes_per_token: float) -> Evaluation:
+        """The means; no history was longer than `longest`."""
+        ends = np.minimum(BIN_STARTS[1:], longest)
+        return Evaluation(
+            loss=float(self._sums.sum() / self._counts.sum()),
+            tokens=self.tokens,
+            by_position=[
+                (int(BIN_STARTS[i]), int(ends[i]), float(self._sums[i] / self._counts[i]))
+                for i in np.flatnonzero(self._counts)
+            ],
+            bytes_per_token=bytes_per_token,
+        )
+
+
+def _one_behind(items: Iterable[Scored]) -> Iterator[Scored]:
+    """The same items, each when the next one is made: the device is then busy with that one."""
+    last: list[Scored] = []
+    for item in items:
+        yield from last
+        last = [item]
+    yield from last
+
+
+def _mesh_of(model: Model) -> Mesh | None:
+    """The mesh that the model lives on; None for one device."""
+    where = getattr(model.params["embedding"], "sharding", None)
+    if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh) and where.mesh.size > 1:
+        return where.mesh
+    return None
 
 
 @functools.partial(jax.jit, donate_argnames="state", static_argnames="mesh")

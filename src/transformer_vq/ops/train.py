@@ -137,6 +137,16 @@ def train_state_shardings(config: ModelConfig, train: TrainConfig, mesh: Mesh) -
     return replace(placed, stream=stream)
 
 
+def train_state_shapes(config: ModelConfig, train: TrainConfig, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and places of the arrays of a train state on a mesh."""
+    shapes = jax.eval_shape(lambda: init_train_state(config, train))
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        shapes,
+        train_state_shardings(config, train, mesh),
+    )
+
+
 def make_train_step(
     config: ModelConfig, train: TrainConfig, mesh: Mesh | None = None
 ) -> jax.stages.Wrapped:

@@ -2,7 +2,7 @@
 
 runs/NAME/
   config.json     model, training and data of the run, for people and tools to read; and the
-                  versions and devices of its latest sitting
+                  versions and devices of its latest session
   metrics.jsonl   a JSON object a line (`transformer_vq.run.log`)
   samples.jsonl   what the model wrote at each validation (`transformer_vq.run.samples`)
   checkpoints/    one folder per step (`transformer_vq.io.checkpoint`), each with its RunInfo
@@ -26,6 +26,7 @@ from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.data import OnError, Source, Tokenizer, as_source, run_tokenizer
 from transformer_vq.errors import UserError
 from transformer_vq.io.checkpoint import Checkpoints
+from transformer_vq.io.files import write_whole
 from transformer_vq.nn.layers import wide
 from transformer_vq.nn.model import Model, init_model
 
@@ -57,6 +58,8 @@ class DataSource:
         object.__setattr__(self, "more_paths", tuple(self.more_paths))  # JSON knows lists only
         if self.image_shape is not None:
             object.__setattr__(self, "image_shape", tuple(self.image_shape))
+        _require(str, self.path, self.fingerprint, self.text_column, *self.more_paths)
+        _require(int, self.size, self.documents, self.image_size, *(self.image_shape or ()))
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -85,7 +88,11 @@ class RunInfo:
     data: DataSource
     tokenizer: str = "bytes"
     step: int = 0  # updates done
-    seconds: float = 0.0  # of training that they took, all sittings together
+    seconds: float = 0.0  # of training that they took, all sessions together
+
+    def __post_init__(self) -> None:
+        _require(str, self.tokenizer)
+        _require(int, self.step)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -104,6 +111,13 @@ class RunInfo:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"the run is of another version of this program: {error}") from None
+
+
+def _require(kind: type, *values: Any) -> None:
+    """Raise `RunError` for the first value of another type: a file was damaged or edited."""
+    for value in values:
+        if not isinstance(value, kind):
+            raise RunError(f"it has {value!r} in place of a value of type {kind.__name__}")
 
 
 def checkpoints_of(folder: str | os.PathLike, keep: int = 3) -> Checkpoints:
@@ -176,23 +190,29 @@ def load(folder: str | os.PathLike, checkpoint: str | int = "latest") -> tuple[M
     return model, run_tokenizer(Path(folder))
 
 
-def open_run(folder: Path, info: RunInfo, *, resume: bool) -> RunInfo:
-    """Make `folder` ready for training: the info to go on from, of which `step` may be 0.
-
-    Raises `RunError`: for a folder that holds checkpoints, unless `resume`; with `resume` if it
-    does not exist, or its run has another model, other data, or another order of them.
-    """
-    latest = checkpoints_of(folder).latest()
-    if latest is not None and not resume:
-        raise RunError(
-            f"{folder} already holds a run, at step {latest}: resume it or use another folder"
-        )
+def make_run_folder(folder: Path, *, resume: bool) -> None:
+    """Make the folder of a run, if need be; to `resume` one, it must exist. Raises `RunError`."""
+    checkpoints_of(folder)  # refuses a name that cannot be one
     if resume and not folder.is_dir():
         raise RunError(f"there is no run folder {folder} to resume: start without resuming")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"cannot make the run folder {folder}: {error.strerror}") from None
+
+
+def open_run(folder: Path, info: RunInfo, *, resume: bool) -> RunInfo:
+    """Make `folder` ready for training: the info to go on from, of which `step` may be 0.
+
+    Raises `RunError`: for a folder that holds checkpoints, unless `resume`; with `resume` if it
+    does not exist, or its run has another model, other data, or another order of them.
+    """
+    make_run_folder(folder, resume=resume)
+    latest = checkpoints_of(folder).latest()
+    if latest is not None and not resume:
+        raise RunError(
+            f"{folder} already holds a run, at step {latest}: resume it or use another folder"
+        )
     if latest is not None:
         saved = load_info(folder)
         _require_same(folder, saved, info)
@@ -243,10 +263,7 @@ def _require_same(folder: Path, saved: RunInfo, given: RunInfo) -> None:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a file that is whole at any moment. Raises `RunError` if that cannot be."""
-    draft = path.with_name(f".{path.name}.new")
     try:
-        draft.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-        draft.replace(path)
+        write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise RunError(f"cannot write {path}: {error.strerror}") from None

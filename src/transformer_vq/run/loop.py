@@ -26,8 +26,9 @@ from transformer_vq.data import (
     keep_tokenizer,
     require_length,
 )
-from transformer_vq.io.checkpoint import CheckpointError, Checkpoints
-from transformer_vq.ops.evaluate import evaluate
+from transformer_vq.io.checkpoint import Checkpoints
+from transformer_vq.nn.model import Model
+from transformer_vq.ops.evaluate import Evaluation, evaluate
 from transformer_vq.ops.train import (
     Metrics,
     TrainState,
@@ -35,14 +36,24 @@ from transformer_vq.ops.train import (
     make_train_step,
     require_trainable,
     start_codebook,
+    train_state_shapes,
     train_state_shardings,
     trained_model,
 )
-from transformer_vq.run.folder import DataSource, RunError, RunInfo, checkpoints_of, open_run
-from transformer_vq.run.log import MetricsLog, Record, Tracker
+from transformer_vq.run.folder import (
+    DataSource,
+    RunInfo,
+    checkpoints_of,
+    make_run_folder,
+    open_run,
+)
+from transformer_vq.run.health import Health
+from transformer_vq.run.lock import one_writer
+from transformer_vq.run.log import MetricsLog, Record
+from transformer_vq.run.observer import Observer, Observers
 from transformer_vq.run.peak import peak_flops
 from transformer_vq.run.samples import SampleLog, open_samples
-from transformer_vq.run.signals import Interrupted, StopSignals, Wishes
+from transformer_vq.run.stop import Interrupted, StopRequests, StopSignals
 from transformer_vq.sharding import (
     data_mesh,
     process_share,
@@ -56,11 +67,11 @@ Status = Literal["done", "out of time", "interrupted"]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a sitting of `train` ended. What it did is on disk, whatever the status."""
+    """How a session of `train` ended. What it did is on disk, whatever the status."""
 
     status: Status
     step: int
-    seconds: float  # of training, all sittings together
+    seconds: float  # of training, all sessions together
     validation_loss: float | None  # at that step; None if interrupted or without validation data
 
 
@@ -72,21 +83,18 @@ def train(
     folder: str | os.PathLike,
     *,
     data: DataSource | None = None,
-    tokenizer: str = "",
     resume: bool = False,
     max_seconds: float | None = None,
     mesh: Mesh | None = None,
     decode: Callable[[Sequence[int]], str] | None = None,
-    trackers: Sequence[Tracker] = (),
-    on_record: Callable[[Record], None] = lambda record: None,
-    on_save: Callable[[int], None] = lambda step: None,
-    say: Callable[[str], None] = lambda text: None,
+    observers: Sequence[Observer] = (),
 ) -> TrainResult:
     """Train a model and leave it in a run folder; or go on with the run that the folder holds.
 
-    The same arguments give the same losses, digit for digit, in one sitting or in many: after
-    `resume`, metrics.jsonl reads as that of an unbroken run. Ctrl-C and SIGTERM finish the update
-    under way, save it and return; a second one acts at once.
+    The same arguments give the same losses, digit for digit, in one session or in many: after
+    `resume`, metrics.jsonl reads as that of an unbroken run. Ctrl-C, SIGTERM, SIGHUP and an
+    observer whose reader has gone (`BrokenPipeError`) end it after the update under way, which is
+    saved; a second Ctrl-C or SIGTERM acts at once.
 
     Of several processes (`jax.distributed`), all make this call, with a folder that all see. The
     first one writes and tells; a stop that any of them is asked for, all of them agree on.
@@ -94,140 +102,174 @@ def train(
     Args:
       config: the model. Its `vocab_size` covers the tokens.
       train: the run. An update is a piece of a batch, so a run ends with the batch that reaches
-        `train.steps`. Between sittings, all but the data fields (`run.DATA_FIELDS`) may change.
+        `train.steps`. Between sessions, all but the data fields (`run.DATA_FIELDS`) may change.
       tokens: what to train on: a source, or bare integers `[N]`, memory-mapped or not.
       validation: the same, scored every `evaluate_every` updates and at the end.
-      folder: of the run; made if need be.
+      folder: of the run; made if need be. One program at a time may train in it.
       data: what the tokens are part of, for the record; a resumed run must have the same.
-      tokenizer: the name of what made the tokens; by default that of the source.
       resume: go on from the newest checkpoint, or start if there is none yet.
-      max_seconds: stop this sitting after about so long and a batch at least, with a checkpoint.
+      max_seconds: stop this session after about so long and a batch at least, with a checkpoint.
         The schedule of the learning rate goes by steps all the same.
       mesh: the devices (`sharding.make_mesh`); all of them by default, which then differ in
         their rows only. A run can go on with another mesh.
       decode: tokens to text. With it, each validation adds `train.sample_tokens` tokens to
         samples.jsonl, drawn after the same prompt by the same seed. (Not with several processes.)
-      trackers: get every record of metrics.jsonl, those from before a resume included.
-      on_record: called with the measurements of every batch and every validation.
-      on_save: called with the step of a checkpoint that is on its way to the disk.
-      say: called with a line of text when something happens that people want to know.
+      observers: are told what happens (`run.observer`).
 
     Raises:
-      RunError: if the folder cannot be used (`run.open_run`), if the loss is not finite or far
-        above what it was (`train.max_loss_spike`), or if the disk is full.
+      RunError: if the folder cannot be used (`run.open_run`, `run.lock`), if the model diverges
+        (a loss, a gradient or a weight is not finite, or a loss far above what it was,
+        `train.max_loss_spike`), or if the disk is full.
+      LogError: if the folder is removed or moved.
       CheckpointError: if a checkpoint cannot be read or written, say for a full disk.
       DataError: if there are too few tokens.
       ValueError: for a token outside of the vocabulary, or a batch that the devices cannot share.
     """
-    mesh = mesh or data_mesh()
+    mesh, folder = mesh or data_mesh(), Path(folder)
     require_trainable(config, train, mesh)
     source = as_source(tokens)
     held_out = None if validation is None else as_source(validation)
     require_length(source.tokens, train.sequence_len)
     for part in (source, held_out):
         _require_in_vocabulary(part, config.vocab_size)
-    if held_out is not None and len(held_out.tokens) < 2:
-        say("the validation split is too short to score: none is made")
-        held_out = None
-    data = data or DataSource.of("", source)
-    folder = Path(folder)
-    tokenizer = tokenizer or source.tokenizer.name
-    info = open_run(folder, RunInfo(config, train, data, tokenizer), resume=resume)
-    step, first = info.step, jax.process_index() == 0
-    require_same(step, f"the checkpoints in {folder}")
-    if first and not step and tokenizer == source.tokenizer.name:
-        keep_tokenizer(folder, source.tokenizer)  # and not what an earlier start left here
-    elif first:
-        source.tokenizer.save(folder)
-    else:
-        trackers, on_record, say = (), (lambda record: None), (lambda text: None)
-    metrics = folder / "metrics.jsonl"
-    with (
-        StopSignals() as stop,
-        checkpoints_of(folder, train.keep_checkpoints) as checkpoints,
-        contextlib.closing(MetricsLog(metrics, step, trackers, writes=first)) as log,
-        open_samples(folder, info, held_out, decode) as samples,
-        contextlib.closing(_batches(source, train, step, mesh)) as batches,
-    ):
-        if step:
-            say(f"resuming at step {step}")
-        sitting = _Sitting(
-            info,
-            source.bytes_per_token,
-            held_out,
-            mesh,
-            Wishes(stop, mesh, max_seconds),
-            checkpoints,
-            log,
-            samples,
-            on_record,
-            on_save,
-            say,
+    first = jax.process_index() == 0
+    given = RunInfo(config, train, data or DataSource.of("", source), source.tokenizer.name)
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(StopSignals())
+        told = Observers(observers if first else (), on_broken_pipe=signals.request)
+        if held_out is not None and len(held_out.tokens) < 2:
+            told.say("the validation split is too short to score: none is made")
+            held_out = None
+        make_run_folder(folder, resume=resume)
+        stack.enter_context(one_writer(folder, told.say))
+        info = open_run(folder, given, resume=resume)
+        require_same(info.step, f"the checkpoints in {folder}")
+        if first and not info.step:
+            keep_tokenizer(folder, source.tokenizer)  # and not what an earlier start left here
+        elif first:
+            source.tokenizer.save(folder)
+        checkpoints = stack.enter_context(checkpoints_of(folder, train.keep_checkpoints))
+        log = MetricsLog(folder / "metrics.jsonl", info.step, writes=first)
+        stack.callback(log.close)
+        stack.callback(told.close)
+        told.start(folder, log.take_kept())
+        samples = stack.enter_context(open_samples(folder, info, held_out, decode))
+        for note in filter(None, (log.notes, samples.notes if samples else "")):
+            told.say(note)
+        if info.step:
+            told.say(f"resuming at step {info.step}")
+        training = _Training(
+            info=info,
+            source=source,
+            validation=held_out,
+            mesh=mesh,
+            stop=StopRequests(signals, mesh, max_seconds),
+            checkpoints=checkpoints,
+            log=log,
+            samples=samples,
+            observers=told,
         )
+        batches = stack.enter_context(contextlib.closing(_batches(info, source, mesh)))
         try:
-            return sitting.run(batches)
+            return training.run(batches)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            raise sitting.failed(f"the disk of {folder} is full", "free some space") from None
+            raise training.health.stopped(
+                f"the disk of {folder} is full", "free some space"
+            ) from None
 
 
-class _Sitting:
-    """What happens between the start or resumption of a run and its end or interruption."""
+@dataclass(frozen=True)
+class Due:
+    """What is to be done with the model as it is, before the next update."""
 
-    def __init__(
-        self,
-        info: RunInfo,
-        bytes_per_token: float,
-        validation: Source | None,
-        mesh: Mesh,
-        wishes: Wishes,
-        checkpoints: Checkpoints,
-        log: MetricsLog,
-        samples: SampleLog | None,
-        on_record: Callable[[Record], None],
-        on_save: Callable[[int], None],
-        say: Callable[[str], None],
-    ):
-        self.info, self.config, self.train = info, info.config, info.train
-        self.bytes_per_token = bytes_per_token
-        self.validation, self.mesh, self.wishes = validation, mesh, wishes
-        self.checkpoints, self.log, self.samples = checkpoints, log, samples
-        self.on_record, self.on_save, self.say = on_record, on_save, say
+    validate: bool
+    save: bool
+    ends: Status | None
+
+    def __bool__(self) -> bool:
+        return self.validate or self.save or self.ends is not None
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A batch that was given to the device: what it measured is not known yet."""
+
+    step: int  # updates done with it
+    metrics: Metrics
+    stop: jax.Array | None  # requests to stop, of all processes
+
+
+@dataclass
+class _Training:
+    """A session: what happens between the start or resumption of a run and its end."""
+
+    info: RunInfo  # as the session began
+    source: Source
+    validation: Source | None
+    mesh: Mesh
+    stop: StopRequests
+    checkpoints: Checkpoints
+    log: MetricsLog
+    samples: SampleLog | None
+    observers: Observer
+
+    def __post_init__(self) -> None:
+        self.config, self.train = self.info.config, self.info.train
+        self.health = Health(self.info, self.source, self.mesh, self.checkpoints, self.log)
         self.began = time.monotonic()
+        self.step = self.info.step
+        self.pending: Pending | None = None
+        self.compiled: jax.stages.Compiled | None = None
 
     def run(self, batches: Generator[Batch]) -> TrainResult:
-        train_state, step = self.initial_state(), self.info.step
-        compiled = unread = None
+        self.state = self.initial_state()
         while True:
-            # Here `train_state` is that after `step` updates, and perhaps still being computed.
-            ended = self.status(step)
-            validates = self.due(step, self.train.evaluate_every) or ended
-            saves = self.due(step, self.train.checkpoint_every) or ended
-            if unread and (validates or saves):
-                self.read(*unread)  # a loss that is not finite must not be saved
-                unread = None
-            if validates and ended != "interrupted" and not self.validate(step, train_state):
-                continue  # interrupted
-            if saves and step > self.info.step:
-                self.save(step, train_state, wait=bool(ended))
-            if ended:
-                loss = self.log.validation_loss(step)
-                return TrainResult(ended, step, self.seconds(), loss)
-            if validates or saves:
-                self.mark(step)
+            # Here `state` is that after `step` updates, and perhaps still being computed.
+            due = self.due()
+            if due:
+                self.settle()  # a loss that is not sound must be neither validated nor saved
+            if due.validate and not self.validate():
+                due = self.due()  # a stop was asked for meanwhile
+            if due.save:
+                self.save(ends=due.ends)
+            if due.ends:
+                loss = self.log.validation_loss(self.step)
+                return TrainResult(due.ends, self.step, self.seconds(), loss)
+            if due:
+                self.mark(self.step)
+            self.update(next(batches))
 
-            batch = shard_rows(self.mesh, next(batches))
-            if compiled is None:
-                if not step and self.config.attention == "vq":
-                    train_state = self.first_codebook(train_state, batch)
-                compiled = self.compile(step, train_state, batch)
-            train_state, metrics = compiled(train_state, batch)
-            wishes = self.wishes.share()
-            if unread:  # the device is busy with this batch while the last one is read
-                self.read(*unread)
-            step += self.train.updates_per_sequence
-            unread = step, metrics, wishes
+    # What is due
+
+    def due(self) -> Due:
+        ends = self.ends()
+        measured = self.log.validation_loss(self.step) is not None
+        can_validate = self.validation is not None and self.step > 0 and not measured
+        validate = self.passed(self.train.evaluate_every) or ends is not None
+        save = self.passed(self.train.checkpoint_every) or ends is not None
+        return Due(
+            validate=validate and can_validate and ends != "interrupted",
+            save=save and self.step > self.info.step,
+            ends=ends,
+        )
+
+    def ends(self) -> Status | None:
+        """How the session ends now, or None if it goes on."""
+        interrupted, over = self.stop.hear()
+        if interrupted:
+            return "interrupted"
+        if self.step >= self.train.steps:
+            return "done"
+        return "out of time" if over and self.step > self.info.step else None
+
+    def passed(self, every: int, step: int | None = None) -> bool:
+        """Whether the batch that led to `step` passed a multiple of `every`; 0 is never."""
+        step = self.step if step is None else step
+        return every > 0 and step // every > (step - self.train.updates_per_sequence) // every >= 0
+
+    # Updates
 
     def initial_state(self) -> TrainState:
         """The state to go on from: that of the checkpoint at `info.step`, or a new one."""
@@ -236,12 +278,21 @@ class _Sitting:
         init = jax.jit(init_train_state, static_argnums=(0, 1), out_shardings=placed)
         if not self.info.step:
             return init(self.config, self.train)
-        like = jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            init.eval_shape(self.config, self.train),
-            placed,
-        )
+        like = train_state_shapes(self.config, self.train, self.mesh)
         return self.checkpoints.restore(self.info.step, like)[0]
+
+    def update(self, batch: Batch) -> None:
+        """Give the device a batch, then read what the one before it measured."""
+        batch = shard_rows(self.mesh, batch)
+        if self.compiled is None:
+            if not self.step and self.config.attention == "vq":
+                self.state = self.first_codebook(self.state, batch)
+            self.compiled = self.compile(batch)
+        self.state, metrics = self.compiled(self.state, batch)
+        before, self.step = self.pending, self.step + self.train.updates_per_sequence
+        self.pending = Pending(self.step, metrics, self.stop.share())
+        if before is not None:  # the device is busy with this batch meanwhile
+            self.read(before)
 
     def first_codebook(self, train_state: TrainState, batch: Batch) -> TrainState:
         """The state before the first update, with codewords as `codebook_init` says."""
@@ -255,130 +306,131 @@ class _Sitting:
 
         return jax.jit(start, out_shardings=placed, donate_argnums=0)(train_state, batch)
 
-    def compile(self, step: int, train_state: TrainState, batch: Batch) -> jax.stages.Compiled:
+    def compile(self, batch: Batch) -> jax.stages.Compiled:
         """The train step, ready to be called."""
         start = time.monotonic()
         train_step = make_train_step(self.config, self.train, self.mesh)
-        compiled = train_step.lower(train_state, batch).compile()
-        self.say(f"compiled the train step in {time.monotonic() - start:.1f} s")
+        compiled = train_step.lower(self.state, batch).compile()
+        self.observers.say(f"compiled the train step in {time.monotonic() - start:.1f} s")
         self.peak = peak_flops(self.mesh, self.config.compute_dtype)
-        self.mark(step)
+        self.mark(self.step)
         return compiled
 
-    def status(self, step: int) -> Status | None:
-        """How the sitting ends now, or None if it goes on."""
-        interrupted, over = self.wishes.hear()
-        if interrupted:
-            return "interrupted"
-        if step >= self.train.steps:
-            return "done"
-        return "out of time" if over and step > self.info.step else None
-
-    def due(self, step: int, every: int) -> bool:
-        """Whether the batch that led to `step` updates passed a multiple of `every`; 0 is never."""
-        return every > 0 and step // every > (step - self.train.updates_per_sequence) // every >= 0
+    # Measurements
 
     def seconds(self) -> float:
         return self.info.seconds + time.monotonic() - self.began
 
     def mark(self, step: int) -> None:
-        """Measure the speed from here on."""
+        """Measure the speed from here on, with `step` updates done."""
         self.marked = time.monotonic(), step
 
-    def read(self, step: int, metrics: Metrics, wishes: jax.Array | None) -> None:
-        """Wait for the metrics of the batch that led to `step` updates, and tell the world."""
-        self.wishes.hear(wishes)
+    def settle(self) -> None:
+        """Wait for the batch under way, so that all that was measured is known and sound."""
+        if self.pending is not None:
+            before, self.pending = self.pending, None
+            self.read(before)
+
+    def read(self, done: Pending) -> None:
+        """Wait for the metrics of a batch, and tell them."""
+        self.stop.hear(done.stop)
         values = {
-            name: np.asarray(value).tolist() for name, value in jax.device_get(metrics).items()
+            name: np.asarray(value).tolist() for name, value in jax.device_get(done.metrics).items()
         }
-        self.require_sound(step, values)
-        then, before = self.marked
-        tokens = (step - before) * self.train.batch_size * self.train.update_len
-        speed = tokens / (time.monotonic() - then)
+        self.health.require_sound(done.step, values)
+        logged = self.passed(self.train.log_every, done.step)
+        speed = self.speed(done.step, mark=logged)
         flops = speed * costs.run_flops(self.config, self.train)
+        loss = values.pop("loss")
         record = {
-            "step": step,
-            "loss": (loss := values.pop("loss")),
-            "bpb": loss / math.log(2.0) / self.bytes_per_token,
+            "step": done.step,
+            "loss": loss,
+            "bpb": loss / math.log(2.0) / self.source.bytes_per_token,
             "tokens_per_second": speed,
             "gflops": flops / 1e9,
             "mfu": flops / self.peak,
             "seconds": self.seconds(),
             **values,
         }
-        if self.due(step, self.train.log_every):
+        self.tell(record, logged=logged)
+
+    def speed(self, step: int, *, mark: bool) -> float:
+        """Tokens per second since the last mark, now that `step` updates are done.
+
+        A device that computes while it is given work, as a CPU does, is done with the next batch
+        too. When that one is read nothing is left to be timed, and the speed is still this one.
+        """
+        newest = self.pending
+        if newest is not None and all(x.is_ready() for x in jax.tree.leaves(newest.metrics)):
+            step = newest.step
+        then, before = self.marked
+        if step > before:
+            tokens = (step - before) * self.train.batch_size * self.train.update_len
+            self.last_speed = tokens / (time.monotonic() - then)
+            if mark:
+                self.mark(step)
+        return self.last_speed
+
+    def tell(self, record: Record, *, logged: bool = True) -> None:
+        """Write a record to metrics.jsonl, if it is to be logged, and tell it."""
+        if logged:
             self.log.write(record)
-            self.mark(step)
-        self.on_record(record)
+        self.observers.record(record, logged)
 
-    def require_sound(self, step: int, values: dict[str, float]) -> None:
-        """Raise `RunError` if what was measured after `step` updates says that the run is lost."""
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(values[name]):
-                problem = f"the {name} is {values[name]} at step {step}"
-                raise self.failed(problem, "use a lower learning rate")
-        usual, limit = self.log.usual_loss(), self.train.max_loss_spike
-        if limit and usual is not None and values["loss"] > usual + limit:
-            raise self.failed(
-                f"the loss is {values['loss']:.4f} at step {step}, more than max_loss_spike "
-                f"({limit:g}) above the {usual:.4f} of the updates before",
-                "use a lower learning rate (or max_loss_spike 0 to let it be)",
-            )
+    # Validation
 
-    def failed(self, problem: str, advice: str) -> RunError:
-        """The error of a run that cannot go on, which names the step to go on from."""
-        with contextlib.suppress(CheckpointError):  # the one before it is intact
-            self.checkpoints.wait()
-        latest = self.checkpoints.latest()
-        if latest is None:
-            return RunError(f"{problem}, and nothing was saved before: {advice} and start again")
-        return RunError(
-            f"{problem}, and step {latest} in {self.checkpoints.folder} is the last good "
-            f"checkpoint: {advice} and resume from it"
-        )
-
-    def validate(self, step: int, train_state: TrainState) -> bool:
-        """Score the validation data, unless that was done; False if it was interrupted."""
-        if self.validation is None or not step or self.log.validation_loss(step) is not None:
-            return True
-        model = trained_model(train_state, self.config)
-        full = self.config.attention == "full"  # which knows the distances it was trained on
-        lengths = dict(chunk_len=self.train.sequence_len, context_len=self.train.sequence_len)
+    def validate(self) -> bool:
+        """Score the validation data and draw a sample; False if it was interrupted."""
+        assert self.validation is not None  # then it is not due
+        model = trained_model(self.state, self.config)
         try:
-            result = evaluate(
-                model,
-                self.validation,
-                max_tokens=self.train.evaluate_tokens or None,
-                on_progress=self.wishes.check,
-                **(lengths if full else {}),
-            )
+            result = self.evaluate(model, self.validation)
+            self.health.require_learnt(self.step, self.state, result.loss)
             if self.samples:
-                self.samples.write(step, model, self.wishes.check)
+                self.samples.write(self.step, model, self.stop.check)
         except Interrupted:
             return False
-        record = {
-            "step": step,
-            "validation_loss": result.loss,
-            "validation_bpb": result.bpb,
-            "validation_tokens": result.tokens,
-            "seconds": self.seconds(),
-        }
-        self.log.write(record)
-        self.on_record(record)
+        self.tell(
+            {
+                "step": self.step,
+                "validation_loss": result.loss,
+                "validation_bpb": result.bpb,
+                "validation_tokens": result.tokens,
+                "seconds": self.seconds(),
+            }
+        )
         return True
 
-    def save(self, step: int, train_state: TrainState, *, wait: bool) -> None:
-        info = dataclasses.replace(self.info, step=step, seconds=self.seconds())
-        loss = self.log.validation_loss(step)
+    def evaluate(self, model: Model, source: Source) -> Evaluation:
+        """Score what `train.evaluate_tokens` asks for. Raises `Interrupted`."""
+        lengths = {}
+        if self.config.attention == "full":  # it knows the distances of training only
+            lengths = dict.fromkeys(("chunk_len", "context_len"), self.train.sequence_len)
+        most = self.train.evaluate_tokens or None
+        return evaluate(model, source, max_tokens=most, on_progress=self.stop.check, **lengths)
+
+    # Saving
+
+    def save(self, ends: Status | None) -> None:
+        """Save the model, if it is sound. At the end of the session, wait until that is done."""
+        self.log.require_in_place()
+        self.health.require_finite(self.step, self.state)
+        loss = self.log.validation_loss(self.step)
+        if loss is None and ends in ("done", "out of time"):  # nothing has looked at it yet
+            self.health.require_learnt(self.step, self.state)
+        info = dataclasses.replace(self.info, step=self.step, seconds=self.seconds())
         metrics = {} if loss is None else {"validation_loss": loss}
-        self.checkpoints.save(step, train_state, info.to_dict(), metrics=metrics, wait=wait)
-        self.on_save(step)
-        if wait:
-            self.say(f"saved step {step} in {self.checkpoints.folder}")
+        self.checkpoints.save(
+            self.step, self.state, info.to_dict(), metrics=metrics, wait=ends is not None
+        )
+        self.observers.saved(self.step)
+        if ends:
+            self.observers.say(f"saved step {self.step} in {self.checkpoints.folder}")
 
 
-def _batches(source: Source, train: TrainConfig, step: int, mesh: Mesh) -> Generator[Batch]:
-    """This process's share of the batches from the one that follows `step` updates."""
+def _batches(info: RunInfo, source: Source, mesh: Mesh) -> Generator[Batch]:
+    """This process's share of the batches from the one that follows `info.step` updates."""
+    train = info.train
     share, shares = process_share(mesh)
     batches = Batches(
         source.tokens,
@@ -391,7 +443,7 @@ def _batches(source: Source, train: TrainConfig, step: int, mesh: Mesh) -> Gener
         process_index=share,
         process_count=shares,
     )
-    yield from batches.iterate(step // train.updates_per_sequence)
+    yield from batches.iterate(info.step // train.updates_per_sequence)
 
 
 def _require_in_vocabulary(source: Source | None, vocab_size: int) -> None:

@@ -31,6 +31,7 @@ class SampleLog:
         decode: Callable[[Sequence[int]], str],
     ):
         self._lines = JsonLines(path, step)
+        self.notes = self._lines.notes
         self._prompt = [int(token) for token in validation[:PROMPT_TOKENS]]
         self._params = SamplingParams(max_tokens=max_tokens, top_p=TOP_P, banned_tokens=banned)
         self._decode = decode

@@ -42,7 +42,8 @@ def line_chart(
 
     `log_x` leaves out x <= 0. `cut`: a few values far above the others may leave the frame.
     """
-    shown = [Series(s.label, _thin(s.points, log_x), s.color, s.dots) for s in series if s.points]
+    thinned = [Series(s.label, _thin(s.points, log_x), s.color, s.dots) for s in series]
+    shown = [s for s in thinned if s.points]
     xs = [x for s in shown for x, _ in s.points]
     ys = [y for s in shown for _, y in s.points]
     if not xs:
@@ -206,7 +207,7 @@ def _thin(points: Points, log_x: bool) -> Points:
     low, high = scale(points[0][0]), scale(points[-1][0])
     buckets: dict[int, list[tuple[float, float]]] = {}
     for point in points:
-        place = (scale(point[0]) - low) / (high - low)
+        place = (scale(point[0]) - low) / ((high - low) or 1.0)
         buckets.setdefault(min(int(place * BUCKETS), BUCKETS - 1), []).append(point)
     ends = ({min(b, key=lambda p: p[1]), max(b, key=lambda p: p[1])} for b in buckets.values())
     return [point for pair in ends for point in sorted(pair)]

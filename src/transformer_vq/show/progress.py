@@ -1,8 +1,8 @@
 """The progress of training on the terminal."""
 
 import time
-from types import TracebackType
-from typing import Self
+from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -11,16 +11,18 @@ from rich.table import Table
 from rich.text import Text
 
 from transformer_vq.run.log import Record
+from transformer_vq.run.observer import Observer
 from transformer_vq.show.console import Console
+from transformer_vq.show.words import duration
 
 PLAIN_SECONDS = 10.0  # between lines, where there is no terminal
 
 
-class Progress:
+class Progress(Observer):
     """A live view on the terminal: how far it is, what it measures, and what is safe on disk.
 
-    Where the output is no terminal, a plain line every ten seconds. A context manager; give `show`,
-    `saved` and `say` to `transformer_vq.run.loop.train`.
+    Where the output is no terminal, a plain line every ten seconds. If the terminal or the reader
+    of the output has gone, telling anything raises `BrokenPipeError`.
     """
 
     def __init__(
@@ -31,7 +33,7 @@ class Progress:
         max_seconds: float | None = None,
         console: Console | None = None,
     ):
-        """`steps`: updates in all. `max_seconds`: of this sitting, if it has a limit."""
+        """`steps`: updates in all. `max_seconds`: of this session, if it has a limit."""
         self._steps, self._tokens_per_step = steps, tokens_per_step
         self._console = console or Console()
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
@@ -44,35 +46,37 @@ class Progress:
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._live = Live(get_renderable=self._view, console=self._console)
 
-    def __enter__(self) -> Self:
+    def start(self, folder: Path, records: Sequence[Record]) -> None:
+        """Begin the live view; what was validated before is known."""
+        for record in records:
+            if "validation_loss" in record and "validation_bpb" in record:
+                self._note_validation(record)
         if self._live is not None:
             self._live.start()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End the live view, and leave the last one on the screen."""
         if self._live is not None:
             self._live.stop()
 
     def say(self, text: str) -> None:
         """Print a line of its own, which stays."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        try:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # a terminal that was closed; a full disk behind the output
+            raise BrokenPipeError(error.errno, error.strerror) from error
 
     def saved(self, step: int) -> None:
         """Show that there is a checkpoint of `step`."""
         self._saved = step
 
-    def show(self, record: Record) -> None:
+    def record(self, record: Record, logged: bool) -> None:
         """Show the newest measurement; a validation stays on the screen."""
         step = record["step"]
         if "validation_loss" in record:
-            self._validation = record
-            if self._best is None or record["validation_loss"] < self._best["validation_loss"]:
-                self._best = record
+            self._note_validation(record)
             loss, bpb = record["validation_loss"], record["validation_bpb"]
             self.say(f"step {step}: validation loss {loss:.4f}, {bpb:.4f} bpb")
             return
@@ -84,6 +88,11 @@ class Progress:
             self.say(
                 "  ".join([f"step {step}/{self._steps}", *parts, f"{self._left(record)} left"])
             )
+
+    def _note_validation(self, record: Record) -> None:
+        self._validation = record
+        if self._best is None or record["validation_loss"] < self._best["validation_loss"]:
+            self._best = record
 
     def _left(self, record: Record) -> str:
         left = (self._steps - record["step"]) * self._tokens_per_step / record["tokens_per_second"]
@@ -139,10 +148,3 @@ def _shown(record: Record) -> list[tuple[str, str]]:
         for name, (label, form) in formats.items()
         if name in record
     ]
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people read them: `1:05`, or `2:03:04` from an hour on."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,7 +1,7 @@
 """TensorBoard and Weights & Biases: the records of metrics.jsonl where people like to look at them.
 
-Both are optional packages. A tracker is made before a run starts, so that a missing package is
-told at once, and begins (`start`) with all records that the run has kept.
+Both are optional packages. A tracker is an observer of a run. It is made before the run starts, so
+that a missing package is told at once, and begins (`start`) with all records of earlier sessions.
 """
 
 import importlib
@@ -15,13 +15,14 @@ from typing import Any
 
 from transformer_vq.errors import UserError
 from transformer_vq.run.log import Record
+from transformer_vq.run.observer import Observer
 
 
 class TrackerError(UserError):
     """A tracker cannot be used; one sentence says why and what to do."""
 
 
-class TensorBoard:
+class TensorBoard(Observer):
     """Event files in `tensorboard/` of the run folder, for `tensorboard --logdir`.
 
     They are written anew from metrics.jsonl whenever a run is resumed, so no step is there twice,
@@ -36,9 +37,11 @@ class TensorBoard:
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         self._writer = self._package.SummaryWriter(str(folder / "tensorboard"))
         for record in records:
-            self.write(record)
+            self.record(record, logged=True)
 
-    def write(self, record: Record) -> None:
+    def record(self, record: Record, logged: bool) -> None:
+        if not logged:
+            return
         for name, value in scalars(record):
             self._writer.add_scalar(name, value, record["step"])
 
@@ -46,7 +49,7 @@ class TensorBoard:
         self._writer.close()
 
 
-class WandB:
+class WandB(Observer):
     """A run of Weights & Biases, in a project; resuming continues it under the same id.
 
     W&B takes steps in order only: those that it had before an interruption stay as they were.
@@ -69,13 +72,13 @@ class WandB:
             id=id_file.read_text("utf-8"),
             resume="allow",
             dir=str(folder),
-            config=json.loads((folder / "config.json").read_text("utf-8")),
+            config=json.loads((folder / "config.json").read_bytes()),
         )
         for record in () if known else records:  # what came before it was turned on
-            self.write(record)
+            self.record(record, logged=True)
 
-    def write(self, record: Record) -> None:
-        if record["step"] >= self._run.step:
+    def record(self, record: Record, logged: bool) -> None:
+        if logged and record["step"] >= self._run.step:
             self._run.log(dict(scalars(record)), step=record["step"])
 
     def close(self) -> None:
