@@ -32,14 +32,17 @@ _SMALLEST = 2.0**-126  # in float32: what is nearer to 0 becomes 0
 
 
 def whole(
-    default: int,
+    default: Any,
     help: str,
     low: int = 0,
     high: int = MOST,
     *,
     also: Mapping[int, str] | None = None,
 ) -> Any:
-    """A field for whole numbers from `low` to `high`. `also`: other values, and what they mean."""
+    """A field for whole numbers from `low` to `high`. `also`: other values, and what they mean.
+
+    `default` is a number, or `dataclasses.MISSING` where one must be given.
+    """
     return _field(default, help, _Whole(low, high, also or {}))
 
 

@@ -19,6 +19,8 @@ from transformer_vq import (
     stream,
 )
 from transformer_vq.engine.batch import STEPS_PER_DISPATCH
+from transformer_vq.engine.output import Output
+from transformer_vq.engine.request import Token
 
 
 def test_stop_tokens():
@@ -117,3 +119,19 @@ def test_stop_across_dispatches():
     expected = cut_short(run, params)
     assert len(expected) == edge - 6  # control: it is the first
     assert generate(MODEL, [[1]] * BATCH, params)[0] == expected
+
+
+def passed_on(text, stop, **fields):
+    """What an `Output` passes on at each token, and at the end."""
+    output = Output(SamplingParams(stop=stop, **fields))
+    pieces = [output.push(Token(token, 0)) for token in text.encode()]
+    return ["".join(map(chr, piece)) for piece in (*pieces, output.flush())], output.ended
+
+
+def test_output_holds_back_what_may_be_a_stop():
+    assert passed_on("abcd", "bcx") == (["a", "", "", "bcd", ""], False)
+    assert passed_on("abc", "bcx") == (["a", "", "", "bc"], False)
+    assert passed_on("abcd", ["bc"]) == (["a", "", "", "", ""], True)
+    assert passed_on("aabab", "abab") == (["", "a", "", "", "", ""], True)
+    assert passed_on("abcd", ["bc"], min_tokens=2) == (["a", "b", "c", "d", ""], False)
+    assert passed_on("abcd", ["b"])[0] == ["a", "b", "c", "d", ""]  # the device's business

@@ -1,5 +1,8 @@
 """Prompts: what is taken for one, and the state that is left by reading it."""
 
+import re
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,9 +19,11 @@ from tests.engine.plain import (
 from transformer_vq import (
     SamplingParams,
     generate,
+    init_state,
 )
 from transformer_vq.engine.batch import Session
-from transformer_vq.engine.prefill import PREFILL_SIZES
+from transformer_vq.engine.prefill import PREFILL_SIZES, check_model, check_prompts, read
+from transformer_vq.errors import UserError
 
 
 def test_ragged_prompts():
@@ -86,3 +91,92 @@ def test_an_empty_prompt_needs_its_own_row_of_the_state():
     assert output[0] == generate(MODEL, [[1, 2]] * 8, params)[0]
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         generate(MODEL, [[], [], *[[3]] * 6], params, state)
+
+
+def test_read():
+    """The state after prompts is that of `extend`; it continues, it forks, and stays as it is."""
+    prompts = [[1, 2, 3], [4] * 20, [5]]
+    tokens, lengths = padded(prompts, LENGTH)
+    _, state = EXTEND(MODEL, empty_state(MODEL), tokens, lengths=lengths)
+    found = read(MODEL, None, prompts)
+    np.testing.assert_allclose(found.logits, state.logits[:3], atol=1e-4)
+    again = read(MODEL, read(MODEL, None, [[1]]), [[2, 3], [4], []])
+    np.testing.assert_allclose(again.logits[0], found.logits[0], atol=1e-4)
+    assert again.position.tolist() == [3, 2, 1] and found.position.tolist() == [3, 20, 1]
+
+
+NO_PROMPTS = [
+    ([1, 2, 3], "prompts is one prompt, [1, 2, 3]: give a list of them, [prompt]"),
+    (b"Call me", "prompts is one prompt, b'Call me': give a list of them"),
+    ("Call me", "prompts is one prompt, 'Call me': give a list of them"),
+    (np.arange(3), "prompts is one prompt, array([0, 1, 2])"),
+    (jnp.arange(3), "prompts is one prompt, Array([0, 1, 2]"),
+    (["Call me"], "prompt 0 is text, and the 64 tokens of this model are not bytes: encode it"),
+    ([[1], [1.5]], "prompt 1 has 1.5: tokens are whole numbers"),
+    ([[True, False]], "prompt 0 has True: tokens are whole numbers"),
+    (np.ones((1, 2)), "prompt 0 has 1.0: tokens are whole numbers"),
+    ([[2**70]], f"prompt 0 has the token {2**70}, outside of the vocabulary"),
+    ([[1], 5], "prompt 1 is 5: it must be a list of tokens"),
+    ([{1, 2}], "prompt 0 is {1, 2}: a set has no order"),
+    ([None], "prompt 0 is None: it must be a list of tokens"),
+    (None, "prompts is None: it must be a list of prompts"),
+    ({1: 2}, "prompts is {1: 2}: it must be a list of prompts"),
+]
+
+
+@pytest.mark.parametrize(("prompts", "sentence"), NO_PROMPTS, ids=[s for _, s in NO_PROMPTS])
+def test_what_is_no_list_of_prompts(prompts, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        check_prompts(prompts, MODEL.config, None)
+
+
+def test_what_is_a_list_of_prompts():
+    """Rows of arrays, generators, and text for a model of bytes."""
+    for given in ([[1, 2]] * 2, np.ones((2, 2), int) * [1, 2], ((i for i in (1, 2)) for _ in "ab")):
+        assert check_prompts(given, MODEL.config, None) == [[1, 2]] * 2
+    assert check_prompts(jnp.asarray([[3]]), MODEL.config, None) == [[3]]
+    config = MODEL.config.replace(vocab_size=256)
+    assert check_prompts(["é", b"\xff"], config, None) == [[195, 169], [255]]
+
+
+def test_what_is_no_state_or_no_model():
+    state = init_state(MODEL.config, 1)
+    check_model(MODEL, state)
+    gone = jax.tree.map(jnp.array, state)
+    for leaf in jax.tree.leaves(gone):
+        leaf.delete()
+    wider = MODEL.config.replace(window_len=9)
+    for given, sentence in (
+        ("runs/s.tvq", "state is 'runs/s.tvq': it must be a State, from init_state, extend or"),
+        ({}, "state is {}: it must be a State"),
+        (gone, "the arrays of the state are deleted"),
+        (init_state(wider, 1), "the state is of another model"),
+        (init_state(FULL.config, 1), "the state is of another model"),
+    ):
+        with pytest.raises(UserError, match=re.escape(sentence)):
+            check_model(MODEL, given)
+    with pytest.raises(UserError, match="model is 'runs/demo': it must be a Model"):
+        check_model("runs/demo", None)
+
+
+def test_full_attention_that_memory_does_not_hold():
+    """2^31 tokens "until it stops" cost nothing with VQ, and all memory here."""
+    sentence = r"full attention keeps every token: .* 2,147,483,648 .* \(max_tokens\)"
+    with pytest.raises(UserError, match=sentence):
+        Session(FULL, [[1]], SamplingParams(max_tokens=2**31 - 1))
+    Session(MODEL, [[1]], SamplingParams(max_tokens=2**31 - 1))
+
+
+PARAMS = [
+    {"max_tokens": 3},
+    [None],
+    "greedy",
+    5,
+    SamplingParams,
+]
+
+
+@pytest.mark.parametrize("params", PARAMS, ids=str)
+def test_what_is_no_parameters(params):
+    with pytest.raises(UserError, match=r"params .*give SamplingParams, such as"):
+        Session(MODEL, [[1]], params)

@@ -1,7 +1,10 @@
 """Parameters of a request: what is taken, how it is kept, and what is refused."""
 
+import dataclasses
 import math
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ import pytest
 from transformer_vq import (
     SamplingParams,
 )
-from transformer_vq.errors import ConfigError, shown
+from transformer_vq.errors import ConfigError, UserError, shown
 
 
 def test_sequences_of_stops():
@@ -63,3 +66,78 @@ def test_too_many_stop_tokens():
     SamplingParams(stop=[*range(8), [1, 2]])
     with pytest.raises(ValueError, match="there are 9 stop tokens: at most 8 fit"):
         SamplingParams(stop=range(9))
+
+
+ODD = {  # values that float32 does not have, and things that are not what they are wanted for
+    "temperature": [(1e39, "temperature is 1e+39, which is inf in float32"), ("1", "a number")],
+    "top_p": [(1e-50, "which is 0 in float32: it must be above 0"), (True, "must be a number")],
+    "repetition_penalty": [(1e39, "which is inf in float32"), (1e-50, "which is 0 in float32")],
+    "presence_penalty": [(-1e39, "presence_penalty is -1e+39, which is -inf in float32")],
+    "frequency_penalty": [(-1e39, "frequency_penalty is -1e+39, which is -inf in float32")],
+    "logit_bias": [
+        ([1, 2], "logit_bias is [1, 2]: it must be a dictionary"),
+        ({1: math.nan}, "logit_bias is nan for 1: it must be a number below 1e+09"),
+        ({1: 10**400}, "it must be a number below 1e+09"),
+        ({1: "x"}, "logit_bias is 'x' for 1: it must be a number"),
+        ({"1": 1.0}, "logit_bias has '1': tokens are whole numbers"),
+    ],
+    "allowed_tokens": [
+        ([1.5], "allowed_tokens has 1.5: tokens are whole numbers"),
+        ([True], "allowed_tokens has True: tokens are whole numbers"),
+        (5, "allowed_tokens is 5: it must be a list of tokens"),
+    ],
+    "banned_tokens": [([None], "banned_tokens has None"), ("ab", "banned_tokens is 'ab'")],
+    "stop": [
+        (5, "stop is 5: it must be a list of tokens, lists of tokens and texts"),
+        ({1: 2}, "stop is {1: 2}: it must be a list"),
+        ([1.5], "stop has 1.5: tokens are whole numbers"),
+        ([[True]], "stop has True: tokens are whole numbers"),
+        ("", "a stop sequence is empty"),
+        ([[]], "a stop sequence is empty"),
+        ("\ud800", "half a character"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_parameters(name):
+    for value, sentence in ODD[name]:
+        with pytest.raises(UserError, match=re.escape(sentence)):
+            SamplingParams(**{name: value})
+
+
+def test_parameters_are_kept_as_pythons_own():
+    """Whatever library they came from; what can be read only once is read once."""
+    params = SamplingParams(
+        max_tokens=np.int64(3),
+        temperature=np.float32(0.5),
+        seed=np.uint64(2**63 - 1),
+        logit_bias={np.int32(1): np.float32(2), 2: -(10**400)},
+        allowed_tokens=np.asarray([5, 6]),
+        banned_tokens=(i for i in (1, 2)),
+        stop=(i for i in (3, [4, 5])),
+    )
+    assert params == SamplingParams(
+        max_tokens=3,
+        temperature=0.5,
+        seed=2**63 - 1,
+        logit_bias={1: 2.0, 2: -math.inf},
+        allowed_tokens=(5, 6),
+        banned_tokens=(1, 2),
+        stop=(3, [4, 5]),
+    )
+    assert params.stop_sequences() == params.stop_sequences() == [(3,), (4, 5)]
+    assert type(params.max_tokens) is int and type(params.temperature) is float
+
+
+def test_every_parameter_has_a_help_text():
+    assert all(field.metadata["help"] for field in dataclasses.fields(SamplingParams))
+
+
+def test_requests_are_known_without_jax():
+    program = (
+        "import sys, transformer_vq.engine.output, transformer_vq.engine.request; "
+        "assert 'jax' not in sys.modules; import transformer_vq.engine.batch; "
+        "assert 'jax' in sys.modules"  # control
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

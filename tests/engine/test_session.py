@@ -1,6 +1,7 @@
 """Sessions: the states they leave, and what goes on from them."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -21,8 +22,10 @@ from transformer_vq import (
     generate,
     load_state,
     save_state,
+    stream,
 )
 from transformer_vq.engine.batch import STEPS_PER_DISPATCH, Session
+from transformer_vq.errors import UserError
 
 
 def test_fork():
@@ -85,3 +88,16 @@ def test_a_state_taken_in_the_middle_is_a_copy():
     assert np.isfinite(state.units[0].values).all() and state.position.tolist() == position
     done = [n - len(p) for n, p in zip(position, prompts, strict=True)]
     assert done == [STEPS_PER_DISPATCH] * 8
+
+
+def test_a_session_has_one_iteration():
+    """A second loop goes on where the first one stopped, and finds nothing after the end."""
+    prompts, params = prompts_and_seeds(seed=5, max_tokens=40)
+    whole = [(int(t), t.row) for t in stream(MODEL, prompts, params)]
+    session = Session(MODEL, prompts, params)
+    first = [(int(t), t.row) for t in itertools.islice(session, 100)]
+    rest = [(int(t), t.row) for t in session]
+    assert first + rest == whole
+    assert iter(session) is session and list(session) == []
+    with pytest.raises(UserError, match="steps is 0: it must be a whole number from 1 on"):
+        Session(MODEL, prompts, params, steps=0)

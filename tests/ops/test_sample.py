@@ -30,6 +30,7 @@ from transformer_vq import (
 )
 from transformer_vq.engine.batch import Session
 from transformer_vq.engine.prefill import PREFILL_SIZES
+from transformer_vq.errors import UserError
 from transformer_vq.nn import products
 from transformer_vq.nn.model import model_specs
 from transformer_vq.ops import decode, sample
@@ -205,21 +206,37 @@ def test_one_device_draws_the_same(user_env):
         ((SampleConfig(1, 4), EOS), "global_batch_size is 1: .* multiple of the 8 devices"),
         ((SampleConfig(16, 4), -1), "eos_id is -1: tokens go from 0 to 16"),
         ((SampleConfig(16, 4), VOCAB), "eos_id is 17: tokens go from 0 to 16"),
+        ((SampleConfig(16, 4), 3.7), "eos_id is 3.7: tokens go from 0 to 16"),
+        ((SampleConfig(16, 4), True), "eos_id is True: tokens go from 0 to 16"),
     ],
 )
 def test_arguments_that_do_not_fit(arguments, sentence):
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         sample_op(*arguments, MODEL, KEY)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [-1, 2**32, 2**63, True, "5", 0.5, None, [0, 2**32], [0, -1], [1, 2, 3], np.zeros(2)],
+    ids=repr,
+)
+def test_keys_that_are_none(key):
+    """JAX would keep 32 bits of a number, and say nothing."""
+    with pytest.raises(UserError, match=r"key is .*: it must be a JAX key, or a whole"):
+        sample_op(SampleConfig(16, 4), EOS, MODEL, key)
 
 
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ((0, 4), "global_batch_size is 0: it must be at least 1"),
-        ((8, 0), "sequence_len is 0: it must be at least 1"),
+        ((0, 4), "global_batch_size is 0: it must be a whole number from 1 to"),
+        ((8, 0), "sequence_len is 0: it must be a whole number from 1 to"),
+        ((8, 2.5), "sequence_len is 2.5: it must be a whole number from 1 to"),
+        (("8", 4), "global_batch_size is '8': it must be a whole number from 1 to"),
         ((8, 4, 0.0), "p_nucleus is 0.0: it must be above 0 and at most 1"),
         ((8, 4, 1.5), "p_nucleus is 1.5: it must be above 0 and at most 1"),
         ((8, 4, float("nan")), "p_nucleus is nan: it must be above 0 and at most 1"),
+        ((8, 4, 1e-50), "p_nucleus is 1e-50, which is 0 in float32"),
     ],
 )
 def test_configurations_that_make_no_sense(fields, sentence):

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from transformer_vq.errors import UserError, shown
+from transformer_vq.fields import MOST_SEED
 from transformer_vq.nn.products import matmul, spread
 from transformer_vq.types import Key, Params
 
@@ -30,12 +32,31 @@ def is_spec(x: Any) -> bool:
 
 
 def as_key(key: Any) -> Key:
-    """A typed JAX key from a typed key, raw key data (JAX or numpy) or a whole number."""
-    if isinstance(key, int | np.integer):
-        return jax.random.key(int(key))
+    """A typed JAX key from a typed key, raw key data (JAX or numpy) or a whole number.
+
+    Raises `UserError` for a number of more than the 32 bits that JAX keeps, and for what is no key.
+    """
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return key
-    return jax.random.wrap_key_data(jnp.asarray(key, jnp.uint32))
+        if not key.shape:
+            return key
+    elif isinstance(key, int | np.integer):
+        if 0 <= key <= MOST_SEED and not isinstance(key, bool):
+            return jax.random.key(int(key))
+    else:
+        data = key if isinstance(key, jax.Array) else np.asarray(key)
+        if _is_key_data(data):
+            return jax.random.wrap_key_data(jnp.asarray(data, jnp.uint32))
+    raise UserError(
+        f"key is {shown(key)}: it must be a JAX key, or a whole number from 0 to 2^32 - 1"
+    )
+
+
+def _is_key_data(data: jax.Array | np.ndarray) -> bool:
+    """Whether these are the raw numbers of one key: of 32 bits, and as many as a key has."""
+    like = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    if data.shape != like.shape or data.dtype.kind not in "iu":
+        return False
+    return isinstance(data, jax.Array) or bool((data >= 0).all() and (data <= MOST_SEED).all())
 
 
 def init_arrays(specs: Params, key: Key, dtype: Any) -> Params:

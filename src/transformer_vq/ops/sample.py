@@ -1,14 +1,16 @@
 """The classic operation: sequences drawn from nothing, over all devices."""
 
 import functools
-from dataclasses import dataclass
+import numbers
+from dataclasses import MISSING, dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from transformer_vq import sharding
-from transformer_vq.errors import UserError
+from transformer_vq.errors import UserError, shown
+from transformer_vq.fields import check, real, whole
 from transformer_vq.nn import prob
 from transformer_vq.nn.decode import decode_step, prepare
 from transformer_vq.nn.layers import as_key
@@ -18,18 +20,17 @@ from transformer_vq.ops.decode import draw_at
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """What `sample_op` draws. Hashable: a static argument."""
+    """What `sample_op` draws. Hashable: a static argument.
 
-    global_batch_size: int  # sequences, over all devices
-    sequence_len: int  # tokens in each
-    p_nucleus: float = 1.0  # mass of the nucleus
+    Raises `ValueError`, naming the field, the value and the limit, if a value makes no sense.
+    """
+
+    global_batch_size: int = whole(MISSING, "sequences, over all devices", low=1)
+    sequence_len: int = whole(MISSING, "tokens in each", low=1)
+    p_nucleus: float = real(1.0, "mass of the nucleus", "(0, 1]")
 
     def __post_init__(self) -> None:
-        for name in ("global_batch_size", "sequence_len"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if not 0.0 < self.p_nucleus <= 1.0:
-            raise UserError(f"p_nucleus is {self.p_nucleus}: it must be above 0 and at most 1")
+        check(self)
 
 
 def sample_op(config: SampleConfig, eos_id: int, model: Model, key: Any) -> jax.Array:
@@ -37,14 +38,18 @@ def sample_op(config: SampleConfig, eos_id: int, model: Model, key: Any) -> jax.
 
     Every row starts from `eos_id` (not returned) and draws `sequence_len` tokens from the nucleus;
     its document id grows at each `eos_id` it draws. Rows do not depend on the number of devices,
-    up to float rounding. `key`: a JAX key, raw key data (JAX or numpy) or a whole number.
+    up to float rounding. `key`: a JAX key, raw key data (JAX or numpy) or a whole
+    number of 32 bits.
 
-    Raises `ValueError` if the batch is no multiple of the number of devices, or `eos_id` no token.
+    Raises `ValueError` if the batch is no multiple of the number of devices, `eos_id` no token or
+    `key` no key.
     """
     mesh = sharding.data_mesh()
     sharding.require_divisible(config.global_batch_size, mesh, "global_batch_size")
-    if not 0 <= eos_id < model.config.vocab_size:
-        raise UserError(f"eos_id is {eos_id}: tokens go from 0 to {model.config.vocab_size - 1}")
+    last = model.config.vocab_size - 1
+    is_whole = isinstance(eos_id, numbers.Integral) and not isinstance(eos_id, bool)
+    if not is_whole or not 0 <= eos_id <= last:
+        raise UserError(f"eos_id is {shown(eos_id)}: tokens go from 0 to {last}")
     key_data = jax.random.key_data(as_key(key))
     model, key_data = jax.device_put((model, key_data), sharding.replicated(mesh))
     return _sample_sequences(config, int(eos_id), mesh, model, key_data)
