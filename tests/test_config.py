@@ -127,6 +127,7 @@ def refused(make, fields, message):
 
 
 ONE, ZERO = "a whole number from 1 to 2^31 - 1", "a whole number from 0 to 2^31 - 1"
+SIZE = "a whole number from 1 to 2^30 - 1"
 ABOVE, OR_MORE = "a finite number above 0", "a finite number, 0 or more"
 PART = "at least 0 and below 1"
 
@@ -136,20 +137,20 @@ DTYPES = "one of float32, bfloat16, float16, float64"
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(vocab_size=0), ONE),
-        (dict(vocab_size=2**31), ONE),
-        (dict(d_model=1), "a whole number from 2 to 2^31 - 1"),
-        (dict(d_k=0), ONE),
+        (dict(vocab_size=0), SIZE),
+        (dict(vocab_size=2**30), SIZE),
+        (dict(d_model=1), "a whole number from 2 to 2^30 - 1"),
+        (dict(d_k=0), SIZE),
         (dict(d_v=-1), f"{ONE}, or 0 (2 d_model (shga) or d_k (mqa, mha))"),
-        (dict(num_heads=-3), f"{ONE}, or 0 (1 (shga) or d_model / d_k (mqa, mha))"),
-        (dict(num_layers=0), ONE),
-        (dict(num_layers=2.0), ONE),
-        (dict(num_layers=True), ONE),
-        (dict(num_layers="2"), ONE),
-        (dict(num_layers=None), ONE),
-        (dict(codebook_size=0), ONE),
-        (dict(block_len=0), ONE),
-        (dict(window_len=-1), ZERO),
+        (dict(num_heads=-3), f"{SIZE}, or 0 (1 (shga) or d_model / d_k (mqa, mha))"),
+        (dict(num_layers=0), SIZE),
+        (dict(num_layers=2.0), SIZE),
+        (dict(num_layers=True), SIZE),
+        (dict(num_layers="2"), SIZE),
+        (dict(num_layers=None), SIZE),
+        (dict(codebook_size=0), SIZE),
+        (dict(block_len=0), SIZE),
+        (dict(window_len=-1), "a whole number from 0 to 2^30 - 1"),
         (dict(d_model=7), "even (sine and cosine halves)"),
         (
             dict(d_model=100, d_k=64, head_type="mqa"),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from transformer_vq.errors import ConfigError, shown
-from transformer_vq.fields import MOST_SEED, check, choice, real, switch, whole
+from transformer_vq.fields import MOST_SEED, check, choice, real, size, switch, whole
 from transformer_vq.presets import PRESETS, TRAIN_PRESETS
 
 HeadType = Literal["shga", "mqa", "mha"]
@@ -34,21 +34,20 @@ class ModelConfig:
     Raises `ConfigError`, naming the field, the value and the limit, if a value makes no sense.
     """
 
-    vocab_size: int = whole(256, "number of tokens; 256 for bytes", low=1)
-    d_model: int = whole(256, "width of the residual stream (D)", low=2)
-    d_k: int = whole(64, "width of queries, keys and codewords, per head (K)", low=1)
+    vocab_size: int = size(256, "number of tokens; 256 for bytes")
+    d_model: int = size(256, "width of the residual stream (D)", low=2)
+    d_k: int = size(64, "width of queries, keys and codewords, per head (K)")
     d_v: int = whole(AUTO, "width of values per head (V)", low=1,
                      also={AUTO: "2 d_model (shga) or d_k (mqa, mha)"})  # fmt: skip
-    num_heads: int = whole(AUTO, "query heads (H)", low=1,
-                           also={AUTO: "1 (shga) or d_model / d_k (mqa, mha)"})  # fmt: skip
+    num_heads: int = size(AUTO, "query heads (H)",
+                          also={AUTO: "1 (shga) or d_model / d_k (mqa, mha)"})  # fmt: skip
     head_type: HeadType = choice(
         "shga", "shga: gated heads; mqa: one key/value head; mha: H of them"
     )
-    num_layers: int = whole(4, "layers: two gated units (shga), or attention and an MLP (mqa, mha)",
-                            low=1)  # fmt: skip
-    codebook_size: int = whole(256, "codewords per key/value head (S)", low=1)
-    block_len: int = whole(256, "queries handled together when the input is long (L)", low=1)
-    window_len: int = whole(256, "largest distance with a position bias and its own key (M)")
+    num_layers: int = size(4, "layers: two gated units (shga), or attention and an MLP (mqa, mha)")
+    codebook_size: int = size(256, "codewords per key/value head (S)")
+    block_len: int = size(256, "queries handled together when the input is long (L)")
+    window_len: int = size(256, "largest distance with a position bias and its own key (M)", low=0)
     attention: Attention = choice("vq", "vq: linear time; full: the quadratic baseline")
     use_cache: bool = switch(True, "attend keys beyond the window, by their codes")
     grad_through_cache: bool = switch(True, "let gradients reach values beyond the window")

@@ -35,6 +35,13 @@ def parameter_count(config: ModelConfig) -> int:
     return config.num_units * unit + outside
 
 
+def least_training_bytes(config: ModelConfig, train: TrainConfig) -> int:
+    """Bytes that training cannot do without: parameters, their gradients, codebooks, a batch."""
+    numbers = 2 * parameter_count(config) + codebook_count(config)
+    batch = train.batch_size * train.sequence_len * 2 * _INT_BYTES
+    return numbers * _BYTES[config.param_dtype] + batch
+
+
 def codebook_count(config: ModelConfig) -> int:
     """Numbers that are moving averages: N G S (K + 1), a sum and a count for each codeword."""
     return config.num_units * config.num_kv_heads * config.codebook_size * (config.d_k + 1)

@@ -27,6 +27,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from transformer_vq.errors import ConfigError, shown
 
 MOST = 2**31 - 1  # arrays, positions and counts of steps have indices of 32 bits
+MOST_SIZE = 2**30 - 1  # of an axis: twice as much, or one more, is an index too
 MOST_SEED = 2**32 - 1  # `jax.random.key` keeps 32 bits
 _SMALLEST = 2.0**-126  # in float32: what is nearer to 0 becomes 0
 
@@ -44,6 +45,11 @@ def whole(
     `default` is a number, or `dataclasses.MISSING` where one must be given.
     """
     return _field(default, help, _Whole(low, high, also or {}))
+
+
+def size(default: int, help: str, low: int = 1, *, also: Mapping[int, str] | None = None) -> Any:
+    """A field for the length of an axis of arrays, or what one is computed from."""
+    return whole(default, help, low, MOST_SIZE, also=also)
 
 
 def real(
@@ -88,6 +94,11 @@ def refusal(name: str, value: Any, limit: str) -> ConfigError:
     return ConfigError(f"{name} is {shown(value)}: it must be {limit}", name)
 
 
+def whole_limit(low: int, high: int) -> str:
+    """What a sentence says of the limits of a whole number."""
+    return f"a whole number from {low} to {_power(high)}"
+
+
 # Rules: each has `taken(name, value)`, the value as it is kept, or an error.
 
 
@@ -100,8 +111,7 @@ class _Whole:
     def taken(self, name: str, value: Any) -> int:
         number = _index(value)
         if number is None or not (self.low <= number <= self.high or number in self.also):
-            limit = f"a whole number from {self.low} to {_power(self.high)}"
-            raise refusal(name, value, limit + _others(self.also))
+            raise refusal(name, value, whole_limit(self.low, self.high) + _others(self.also))
         return number
 
 

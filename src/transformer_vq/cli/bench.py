@@ -8,7 +8,7 @@ import tyro
 
 from transformer_vq import costs
 from transformer_vq.cli.common import number, size
-from transformer_vq.cli.parse import UsageError, as_usage, option, overrides
+from transformer_vq.cli.parse import as_usage, option, overrides, require_whole
 from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.presets import PRESETS
 
@@ -59,10 +59,8 @@ class Bench:
     def main(self) -> int:
         for name in ("batch", "length", "position"):
             for value in getattr(self, name):
-                if value < 1:
-                    raise UsageError(f"--{name} is {value}: it must be at least 1")
-        if self.repeats < 1:
-            raise UsageError(f"--repeats is {self.repeats}: it must be at least 1")
+                require_whole(f"--{name}", value)
+        require_whole("--repeats", self.repeats, high=10**6)
         try:
             config = ModelConfig.preset(self.preset, **self.config)
         except ValueError as error:

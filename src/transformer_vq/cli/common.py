@@ -22,7 +22,7 @@ from transformer_vq.data import (
     find_files,
     open_source,
 )
-from transformer_vq.errors import plain
+from transformer_vq.errors import UserError, plain
 from transformer_vq.show.words import describe_model as describe_model
 from transformer_vq.show.words import number as number
 from transformer_vq.show.words import size as size
@@ -97,6 +97,7 @@ def train_with_progress(
     from transformer_vq.run import loop
     from transformer_vq.show.progress import Progress
 
+    _require_memory(costs.least_training_bytes(config, train), mesh)
     trim_after_compiling()
     for note in train.notes():
         tell(note)
@@ -116,6 +117,28 @@ def train_with_progress(
         mesh=mesh,
         observers=(progress, *observers),
     )
+
+
+def _require_memory(least: int, mesh: "Mesh | None") -> None:
+    """Raise `UserError` if the devices' memory does not hold what is needed at the very least.
+
+    It would be found out only after a program is compiled, which may take for ever.
+    """
+    import jax
+
+    devices = jax.devices() if mesh is None else list(mesh.devices.flat)
+    try:
+        if devices[0].platform == "cpu":
+            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * jax.process_count()
+        else:
+            memory = jax.local_devices()[0].memory_stats()["bytes_limit"] * len(devices)
+    except (AttributeError, KeyError, TypeError, ValueError, OSError):
+        return  # nobody knows
+    if least > memory:
+        raise UserError(
+            f"the parameters, their gradients and a batch take {size(least)}, and the memory is "
+            f"{size(memory)}: make the model (--config.*) or --train.batch-size smaller"
+        )
 
 
 def open_data(paths: Sequence[str | Path], *, tokenizer: Tokenizer, **how: Any) -> Source:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from transformer_vq.cli.common import CheckpointOption, progress_bar, run_data
-from transformer_vq.cli.parse import DataPaths, UsageError, flat, option
+from transformer_vq.cli.parse import DataPaths, UsageError, flat, option, require_whole
 from transformer_vq.data import run_tokenizer
 from transformer_vq.run.log import to_json
 from transformer_vq.show.words import bar
@@ -54,11 +54,11 @@ class Evaluate:
     json: Annotated[bool, option("print JSON")] = False
 
     def main(self) -> int:
-        for name, value in (("rows", self.rows), ("chunk-len", self.chunk_len)):
-            if value < 1:
-                raise UsageError(f"--{name} is {value}: it must be at least 1")
+        require_whole("--rows", self.rows)
+        require_whole("--chunk-len", self.chunk_len)
+        require_whole("--context-len", self.context_len, low=0)
         chunk_len = min(self.chunk_len, self.context_len or self.chunk_len)
-        if self.context_len < 0 or self.context_len % chunk_len:
+        if self.context_len % chunk_len:
             raise UsageError(
                 f"--context-len is {self.context_len}: it must be a multiple of --chunk-len, "
                 f"{self.chunk_len}, or less than it"

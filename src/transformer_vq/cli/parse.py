@@ -24,7 +24,7 @@ import tyro
 from tyro.conf import arg
 
 from transformer_vq.errors import UserError, cut, shown
-from transformer_vq.fields import refusal
+from transformer_vq.fields import MOST, refusal, whole_limit
 
 
 class UsageError(UserError):
@@ -68,6 +68,12 @@ def overrides(
 
 
 flat_names = arg(name="")
+
+
+def require_whole(option: str, value: int, low: int = 1, high: int = MOST) -> None:
+    """Raise `UsageError` unless the value of an option is in these limits."""
+    if not low <= value <= high:
+        raise UsageError(str(refusal(option, value, whole_limit(low, high))))
 
 
 def as_usage(error: Exception, prefix: str, fields: type) -> UsageError:

@@ -11,6 +11,7 @@ from transformer_vq.cli.streams import output_fails
 from transformer_vq.errors import cut, plain
 
 MOST = 1000  # characters
+MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")  # in errors of XLA
 
 SMALLER = {  # what to make smaller where memory runs out
     "train": "--train.batch-size, --train.update-len or the model (--config.*)",
@@ -57,9 +58,10 @@ def _cache_name() -> str:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an error is that memory does not suffice: of Python, of XLA, or of its threads."""
-    of_xla = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
-    return isinstance(error, MemoryError) or (of_xla and "RESOURCE_EXHAUSTED" in str(error))
+    """Whether an error, of Python or of XLA, says that memory does not suffice."""
+    if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
+        return any(words in str(error) for words in MEMORY)
+    return isinstance(error, MemoryError)
 
 
 def too_large(error: Exception, command: str) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from tyro.conf import Positional
 
 from transformer_vq.cli.common import open_data, size
-from transformer_vq.cli.parse import DataPaths, UsageError, flat, option
+from transformer_vq.cli.parse import DataPaths, UsageError, flat, option, require_whole
 from transformer_vq.data import ByteTokenizer, OnError, train_tokenizer
 
 
@@ -32,6 +32,7 @@ class Tokenizer:
     on_error: Annotated[OnError, option("at a document that cannot be read")] = "stop"
 
     def main(self) -> int:
+        require_whole("--vocab-size", self.vocab_size, high=10_000_000)
         if not self.out.parent.is_dir():
             raise UsageError(f"--out is {self.out}: there is no such folder, make it first")
         source = open_data(

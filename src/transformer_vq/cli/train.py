@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
-from transformer_vq.cli.parse import DataPaths, UsageError, as_usage, flat, option, overrides
+from transformer_vq.cli.parse import (
+    DataPaths,
+    UsageError,
+    as_usage,
+    flat,
+    option,
+    overrides,
+    require_whole,
+)
 from transformer_vq.config import MeshConfig, ModelConfig, TrainConfig
 from transformer_vq.data import (
     ByteTokenizer,
@@ -25,6 +33,7 @@ from transformer_vq.data import (
 from transformer_vq.presets import PRESETS, TRAIN_PRESETS
 
 DEFAULT_PRESET = "tiny"  # minutes on a laptop
+MOST_SIDE = 16_384  # of a picture
 
 if TYPE_CHECKING:
     from transformer_vq.run.observer import Observer
@@ -134,6 +143,7 @@ class Train:
     process_id: Annotated[int | None, option("with --coordinator: which, from 0", "INT")] = None
 
     def main(self) -> int:
+        require_whole("--image-size", self.image_size, low=0, high=MOST_SIDE)
         if self.dry_run:
             return self._plan()
         if self.out is None:
@@ -211,11 +221,13 @@ class Train:
         if self.resume:
             raise UsageError("--dry-run is for a run from the start: leave out --resume")
         config, train = self._configs(None)
+        mesh = self._mesh()
         if self.tokenizer and "vocab_size" not in self.config:
             config = config.replace(vocab_size=load_tokenizer(self.tokenizer).vocab_size)
 
-        from transformer_vq.cli.common import describe_model, number, size
+        from transformer_vq.cli.common import describe_model, number, size, tell
         from transformer_vq.run.plan import plan
+        from transformer_vq.sharding import make_mesh
 
         print(f"model: {describe_model(config)}")
         print(
@@ -223,7 +235,9 @@ class Train:
             f"{train.update_len:,} tokens, in sequences of {train.sequence_len:,}",
             flush=True,
         )
-        made = plan(config, train)
+        for note in train.notes():
+            tell(note)
+        made = plan(config, train, make_mesh(mesh))
         print(f"compiled: the train step in {made.compile_seconds:.1f} s, for {made.devices}")
         share = " on each device" if made.num_devices > 1 else ""
         print(f"memory: {size(made.total_bytes)}{share}, as the compiler counts it:")
@@ -239,6 +253,8 @@ class Train:
 
     def _mesh(self) -> MeshConfig:
         """The mesh asked for, of processes that can find each other."""
+        if self.num_processes is not None:
+            require_whole("--num-processes", self.num_processes)
         by_hand = {"--num-processes": self.num_processes, "--process-id": self.process_id}
         for name, value in by_hand.items():
             if (value is None) == bool(self.coordinator):
