@@ -60,9 +60,9 @@ def test_scores_are_the_log_probabilities_of_sampling():
 
 
 def test_wrong_texts():
-    with pytest.raises(ValueError, match="prompt 1 is empty"):
+    with pytest.raises(ValueError, match="text 1 is empty"):
         score(MODEL, [[1], []])
-    with pytest.raises(ValueError, match="prompt 0 has the token 64"):
+    with pytest.raises(ValueError, match="text 0 has the token 64"):
         score(MODEL, [[VOCAB]])
     with pytest.raises(ValueError, match="3 rows for 2 prompts"):
         score(MODEL, [[1], [2]], empty_state(MODEL, 3))
