@@ -7,10 +7,11 @@ import signal
 
 import pytest
 
-import transformer_vq.cli.sample as command
+import transformer_vq.cli.models as command
 from tests.helpers import sample, start
 from transformer_vq.cli import main
-from transformer_vq.cli.sample import printable, prompt_tokens, unescape
+from transformer_vq.cli.models import prompt_tokens
+from transformer_vq.cli.text import printable
 from transformer_vq.data import ByteTokenizer
 from transformer_vq.errors import UserError
 
@@ -102,11 +103,6 @@ def test_prefill_reads_a_prompt_once(capsys, tmp_path, run, data):
     assert "60,000 tokens" in printed and "tokens/s" in printed and "kB" in printed
     after = sample(capsys, run, "--state", state, "--max-tokens", "10")
     assert after == sample(capsys, run, "--prompt-file", str(data), "--max-tokens", "10")
-
-
-def test_escapes_and_control_characters():
-    assert unescape(r"a\n\tb\\n\x") == "a\n\tb\\n\\x"
-    assert printable("a\tb\n\x1b[2J\x7f\x9bé") == "a\tb\n^[[2J^?\ufffdé"
 
 
 def test_ctrl_c_in_sampling_ends_the_line(run, user_env):

@@ -76,7 +76,7 @@ def test_score_in_words(capsys, run):
 
 def test_score_of_a_long_file(capsys, tmp_path, run, monkeypatch):
     """Read in pieces, compressed or not; any bytes."""
-    monkeypatch.setattr(score_module, "PIECE", 1024)
+    monkeypatch.setattr(score_module, "CHUNK", 1024)
     monkeypatch.setattr(score_module, "text_pieces", lambda file: text_pieces(file, 700))
     content = np.random.default_rng(0).integers(0, 256, 5000, np.uint8).tobytes()
     (tmp_path / "text").write_bytes(content)
@@ -133,7 +133,7 @@ def test_score_with_a_vocabulary_and_full_attention(capsys, tmp_path):
         (2, ["--text", "a"], "the text has 1 of the two tokens"),
         (2, ["--file", "empty"], "the text has 0 of the two tokens"),
         (1, ["--file", "gone"], "there is no file gone"),
-        (1, ["--file", "."], "cannot read .: Is a directory"),
+        (1, ["--file", "."], ". is a directory: give a file"),
         (1, ["--file", "cut.gz"], "cannot read"),
         (1, ["--text", "ab", "--checkpoint", "7"], "there is no checkpoint of step 7"),
         (1, ["--text", "ab", "--state", "empty"], "not a state file"),

@@ -103,7 +103,7 @@ def test_resuming_needs_the_same_vocabulary(capsys, folder, run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["tokenizer"], "train"),
+        (["tokenizer"], "action is missing"),
         (["tokenizer", "tran", "--data", "x", "--out", "y"], "one of train"),
         (["tokenizer", "train", "--data", "x", "--out", "no/y.json"], "no such folder"),
         (["tokenizer", "train", "--data", "BOOK", "--out", "y.txt"], "must end with .json"),

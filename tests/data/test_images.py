@@ -496,7 +496,7 @@ def test_train_score_and_draw(tmp_path, monkeypatch, capsys):
     assert main(train) == 0
     told = capsys.readouterr().out
     assert "40 pictures of 4 x 6 x 3, of which 36 to train on" in told
-    assert f"sample --run {out} --num-images 25" in told
+    assert f"draw --run {out} --num-images 25" in told
     assert main(["eval", "--run", out, "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["tokens"] == 2 * 72 and record["bpd"] == record["loss"] / np.log(2)
@@ -504,7 +504,7 @@ def test_train_score_and_draw(tmp_path, monkeypatch, capsys):
     assert f"{record['bpd']:.4f} bits per dimension" in capsys.readouterr().out
 
     drawn = tmp_path / "drawn"
-    draw = ["sample", "--run", out, "--num-images", "4", "--out", str(drawn)]
+    draw = ["draw", "--run", out, "--num-images", "4", "--out", str(drawn)]
     assert main([*draw, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["contact_sheet"] == str(drawn / "contact.png")
     assert sorted(p.name for p in drawn.iterdir()) == [
@@ -515,13 +515,14 @@ def test_train_score_and_draw(tmp_path, monkeypatch, capsys):
     assert {image.shape for image in images} == {(4, 6, 3)}
     assert not np.array_equal(images[0], images[1])
     shutil.rmtree(drawn)
-    assert main([*draw[:-3], "3", *draw[-2:], "--seed", "1"]) == 0
+    before = ["sample", *draw[1:4], "3", *draw[-2:], "--seed", "1"]  # as it was called before
+    assert main(before) == 0
     again = np.asarray(Image.open(drawn / "0.png"))
     assert np.array_equal(again, images[1])  # a picture depends on its seed alone
     capsys.readouterr()
-    for wrong, says in (([], "draws pictures: give --num-images"), (["--prompt", "x"], "pictures")):
-        assert main(["sample", "--run", out, *wrong]) == 2
-        assert says in capsys.readouterr().err
+    for options in ([], ["--prompt", "x"]):
+        assert main(["sample", "--run", out, *options]) == 2
+        assert f"draws pictures: tvq draw --run {out}" in capsys.readouterr().err
 
 
 def test_contact_sheet():
@@ -547,7 +548,8 @@ def test_image_size_is_for_pictures(tmp_path):
 @pytest.mark.parametrize(
     ("shape", "arguments", "says"),
     [
-        (None, ["sample", "--out", "drawn"], "--out is for pictures, and the run in"),
+        (None, ["sample", "--out", "drawn"], "was not trained on pictures: tvq sample writes text"),
+        (None, ["draw", "--out", "drawn"], "was not trained on pictures: tvq sample writes text"),
         (None, ["sample", "--num-images", "2"], "was not trained on pictures"),
         (None, ["eval", "--data", "pictures"], "holds pictures of 4 x 6 x 3, and the run was tr"),
         ((4, 6, 3), ["eval", "--data", "text.txt"], "holds text, and the run was trained on pict"),
@@ -563,7 +565,7 @@ def test_image_size_is_for_pictures(tmp_path):
         ),
         *(
             ((4, 6, 3), ["sample", "--num-images", "1", *option], f"{option[0]} is for text")
-            for option in (["--max-tokens", "9"], ["--num-samples", "2"], ["--logprobs"])
+            for option in (["--max-tokens", "9"], ["--num-samples", "2"], ["--prompt", "x"])
         ),
     ],
 )

@@ -247,6 +247,23 @@ def test_paths_that_cannot_be_read(tmp_path):
     assert refused(tmp_path, MODEL, "cannot read", "directory")
 
 
+def test_files_without_an_end(tmp_path):
+    """Neither read until memory is gone nor waited for."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/zero", tmp_path / "pipe"):
+        assert refused(path, MODEL, "cannot read", "a pipe or a device")
+
+
+def test_no_more_is_read_than_a_state_has(good, file):
+    """A header larger than any, and a large file that begins like a state (holes take no disk)."""
+    file.write_bytes((1 << 40).to_bytes(8, "little") + good[8:])
+    os.truncate(file, 1 << 41)
+    assert refused(file, MODEL, "is damaged or not a state file")
+    file.write_bytes(good)
+    os.truncate(file, 1 << 41)
+    assert refused(file, MODEL, "is damaged or not a state file")
+
+
 def not_written(path, *words):
     with pytest.raises(StateError) as caught:
         save_state(path, STATE, MODEL)
@@ -263,6 +280,18 @@ def test_paths_that_cannot_be_written(tmp_path):
     not_written(tmp_path / ("x" * 300), "too long")
     not_written(tmp_path, "directory")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_only_files_are_written(tmp_path, monkeypatch):
+    """A pipe or a device is not replaced by a file, and no name is no file."""
+    os.mkfifo(tmp_path / "pipe")
+    not_written(tmp_path / "pipe", "give the name of a file")
+    assert (tmp_path / "pipe").is_fifo()
+    monkeypatch.chdir(tmp_path)
+    for name in ("", "."):
+        with pytest.raises(StateError, match="give the name of a file"):
+            save_state(name, STATE, MODEL)
+    assert [p.name for p in tmp_path.iterdir()] == ["pipe"]
 
 
 def test_long_names_can_be_written(tmp_path):

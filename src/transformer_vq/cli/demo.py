@@ -198,7 +198,7 @@ def _bpb(results: dict[str, Any], name: str) -> float:
 def _sample(model: "Model", prompt: str, seed: int, *, show: bool) -> str:
     """The prompt and what the model writes after it, also on the terminal as it comes."""
     from transformer_vq import SamplingParams, stream
-    from transformer_vq.cli.sample import printable
+    from transformer_vq.cli.text import printable
 
     params = SamplingParams(max_tokens=SAMPLE_TOKENS, temperature=TEMPERATURE, seed=seed)
     decoder, text = StreamDecoder(), prompt

@@ -67,7 +67,7 @@ class Evaluate:
         from transformer_vq.run.folder import find_step, load_run
 
         model, info = load_run(self.run, find_step(self.run, self.checkpoint))
-        source = run_data(info.data, flat(self.data), run_tokenizer(self.run))
+        source = run_data(info.data, flat(self.data), run_tokenizer(self.run, info.tokenizer))
         part = source.split(self.split)
         if part.image_shape and self.context_len:
             raise UsageError("--context-len is for text: every picture begins anew in any case")

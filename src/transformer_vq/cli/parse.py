@@ -14,6 +14,7 @@ from typing import (
     Any,
     ClassVar,
     TypedDict,
+    cast,
     get_args,
     get_origin,
     get_type_hints,
@@ -21,7 +22,7 @@ from typing import (
 )
 
 import tyro
-from tyro.conf import arg
+from tyro.conf import OmitArgPrefixes, arg
 
 from transformer_vq.errors import UserError, cut, shown
 from transformer_vq.fields import MOST, refusal, whole_limit
@@ -132,6 +133,8 @@ def _known_options(command: type) -> dict[str, str | None]:
             prefix = "" if flat_names in marks else f"{name}."
             names = [prefix + inner for inner in get_type_hints(kind)]
             known |= dict.fromkeys(f"--{inner.replace('_', '-')}" for inner in names)
+        elif dataclasses.is_dataclass(kind) and OmitArgPrefixes in marks:
+            known |= _known_options(cast(type, kind))
         else:
             metavar = next((m for x in marks if (m := getattr(x, "metavar", None))), None)
             known[f"--{name.replace('_', '-')}"] = metavar

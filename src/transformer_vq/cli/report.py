@@ -74,7 +74,7 @@ class Report:
         from transformer_vq.run.folder import load_run
 
         model, info = load_run(self.run)
-        source = run_data(info.data, flat(self.data), run_tokenizer(self.run))
+        source = run_data(info.data, flat(self.data), run_tokenizer(self.run, info.tokenizer))
         return score(model, info, source.split("validation"), max_tokens=EVAL_TOKENS)
 
 

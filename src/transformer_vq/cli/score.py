@@ -1,7 +1,6 @@
 """`tvq score`: how probable a model finds a text, its lines and its tokens."""
 
 import codecs
-import json
 import math
 import sys
 import time
@@ -12,17 +11,20 @@ from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, ClassVar, Literal
 
-from transformer_vq.cli.common import CheckpointOption, progress_bar, standard_input
-from transformer_vq.cli.parse import UsageError, option
-from transformer_vq.cli.sample import PIECE, RunFolder, open_model, printable, show_token
-from transformer_vq.data import (
-    StreamDecoder,
-    Tokenizer,
-    is_compressed,
-    open_binary,
-    run_tokenizer,
-    text_pieces,
+from transformer_vq.cli.common import CheckpointOption, progress_bar, standard_input, tell
+from transformer_vq.cli.models import (
+    CHUNK,
+    RunFolder,
+    StateOption,
+    diverged,
+    open_model,
+    open_run,
 )
+from transformer_vq.cli.parse import UsageError, option
+from transformer_vq.cli.text import printable, show_bytes
+from transformer_vq.data import StreamDecoder, Tokenizer, open_binary, text_pieces
+from transformer_vq.data.tokenizer import Tokens
+from transformer_vq.run.log import to_json
 
 SHOWN = 60  # characters of a line that are shown
 
@@ -46,44 +48,49 @@ class Score:
     run: RunFolder
     text: Annotated[str, option("text to score", "TEXT", default="none")] = ""
     file: Annotated[
-        str, option("a file to score, .gz and .zst too; -: standard input", "FILE", default="none")
-    ] = ""
+        str | None,
+        option("a file to score, .gz and .zst too; -: standard input", "FILE", default="none"),
+    ] = None
     per: Annotated[
         Literal["text", "line", "token"],
         option("score each line or token too; a token is of the line that it begins in"),
     ] = "text"
     checkpoint: CheckpointOption = "latest"
-    state: Annotated[str, option("go on from a saved state", "FILE", default="none")] = ""
+    state: StateOption = None
     json: Annotated[
         bool, option("print JSON: an object for each line or token, if asked, and one for all")
     ] = False
 
     def main(self) -> int:
-        if self.text and self.file:
+        if self.text and self.file is not None:
             raise UsageError("--text and --file are both given: give one")
-        if not (self.text or self.file):
+        if not self.text and self.file is None:
             raise UsageError("there is no text: give --text or --file (- for standard input)")
-        tokenizer = run_tokenizer(self.run)
+        info, tokenizer = open_run(self.run, self.checkpoint)
+        if info.data.image_shape:
+            raise UsageError(f"the run in {self.run} is one of pictures: tvq eval scores those")
         with self._open() as file:
             text = _Counted(text_pieces(file))
-            model, info, state = open_model(self.run, self.state, self.checkpoint)
-            if info.data.image_shape:
-                raise UsageError(f"the run in {self.run} is one of pictures: tvq eval scores those")
+            model, state = open_model(self.run, info, self.state)
 
             from transformer_vq.engine.score import score_chunks
 
             began = time.monotonic()
-            total, lines = _Total(tokenizer), _Lines(tokenizer)
+            before = () if state is None else None  # nobody knows the text of a state
+            total, lines = _Total(tokenizer), _Lines(tokenizer, before)
+            decoder = StreamDecoder(tokenizer, before)
             # What full attention has read must fit a state that is made at the start.
-            limit = sys.maxsize if model.config.attention == "full" else PIECE
-            pieces = token_pieces(text, tokenizer, limit)
+            limit = sys.maxsize if model.config.attention == "full" else CHUNK
+            chunks = token_chunks(text, tokenizer, limit)
             quiet = self.json or self.per != "text"
             with progress_bar("scoring", quiet=quiet, unit="bytes") as show:
-                for tokens, logprobs in score_chunks(model, pieces, state):
+                for tokens, logprobs in score_chunks(model, chunks, state):
                     for token, logprob in zip(tokens, logprobs, strict=True):
+                        if logprob is not None and math.isnan(logprob):
+                            raise diverged(self.run, info.step)
                         total.add(token, logprob)
                         if self.per == "token":
-                            self._tell_token(token, logprob, tokenizer)
+                            self._tell_token(token, logprob, decoder.push_bytes(token))
                         elif self.per == "line" and (line := lines.push(token, logprob)):
                             self._tell_line(line)
                     show(text.bytes, self._size())
@@ -94,10 +101,15 @@ class Score:
                 f"the text has {total.tokens} of the two tokens that a score needs: give more, or "
                 f"a --state that it goes on from"
             )
+        if tokenizer.changes:
+            tell(
+                f"the score is of the text as the vocabulary has it, which changes "
+                f"{tokenizer.changes}"
+            )
         record = {"run": str(self.run), "step": info.step, **total.summary(text)}
         record["seconds"] = round(time.monotonic() - began, 3)
         if self.json:
-            print(json.dumps(record))
+            print(to_json(record))
         else:
             self._tell(record)
         return 0
@@ -105,26 +117,29 @@ class Score:
     def _open(self) -> AbstractContextManager[BinaryIO]:
         if self.file == "-":
             return nullcontext(standard_input())
-        if self.file:
+        if self.file is not None:
             return open_binary(Path(self.file))
         return BytesIO(self.text.encode(errors="surrogateescape"))
 
     def _size(self) -> int | None:
         """Bytes of the text, if that is known before it is read."""
+        if self.file is None or self.file == "-":
+            return None
         path = Path(self.file)
-        plain = self.file not in ("", "-") and not is_compressed(path)
+        plain = path.is_file() and path.suffix.lower() not in (".gz", ".zst")
         return path.stat().st_size if plain else None
 
-    def _tell_token(self, token: int, logprob: float | None, tokenizer: Tokenizer) -> None:
+    def _tell_token(self, token: int, logprob: float | None, content: bytes) -> None:
+        """`content`: what the token adds to the text."""
         if self.json:
-            text = tokenizer.decode_text([token])
-            print(json.dumps({"token": int(token), "text": text, "logprob": logprob}))
+            text = content.decode(errors="replace")
+            print(to_json({"token": int(token), "text": text, "logprob": logprob}))
         else:
-            print(f"{_number(logprob):>9}   {show_token(token, tokenizer)}")
+            print(f"{_number(logprob):>9}   {show_bytes(content)}")
 
     def _tell_line(self, line: dict[str, Any]) -> None:
         if self.json:
-            print(json.dumps(line))
+            print(to_json(line))
         else:
             logprob = line["logprob"] if line["scored"] else None
             text = printable(line["text"].rstrip("\n").replace("\n", "\\n").replace("\t", " "))
@@ -133,7 +148,7 @@ class Score:
     def _tell(self, record: dict[str, Any]) -> None:
         if self.per != "text":
             print()
-        print(f"{record['run']} at step {record['step']:,}")
+        print(f"{printable(record['run'])} at step {record['step']:,}")
         print(
             f"  {record['bits_per_byte']:.4f} bits per byte   "
             f"{record['bits_per_character']:.4f} bits per character   "
@@ -145,7 +160,7 @@ class Score:
         )
 
 
-def token_pieces(pieces: Iterator[bytes], tokenizer: Tokenizer, limit: int) -> Iterator[list[int]]:
+def token_chunks(pieces: Iterator[bytes], tokenizer: Tokenizer, limit: int) -> Iterator[list[int]]:
     """The tokens of a text that comes in pieces of bytes, so many of them at once."""
     waiting: list[int] = []
     for piece in pieces:
@@ -211,15 +226,15 @@ class _Total:
             "bits_per_byte": bits / max(text.bytes - len(given), 1),
             "bits_per_character": bits
             / max(text.characters - len(given.decode(errors="ignore")), 1),
-            "perplexity": math.exp(-self.logprob / self.scored),
+            "perplexity": _exp(-self.logprob / self.scored),
         }
 
 
 class _Lines:
-    """The score of each line, once it is whole."""
+    """The score of each line, once it is whole. `before`: as of `StreamDecoder`."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._decoder, self._line = StreamDecoder(tokenizer), 1
+    def __init__(self, tokenizer: Tokenizer, before: Tokens | None):
+        self._decoder, self._line = StreamDecoder(tokenizer, before), 1
         self._begin()
 
     def _begin(self) -> None:
@@ -250,6 +265,10 @@ class _Lines:
         self._line += lines
         self._begin()
         return line
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
 
 
 def _number(logprob: float | None) -> str:

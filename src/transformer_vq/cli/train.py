@@ -203,8 +203,9 @@ class Train:
             return 130
         print(f"done: {result.step} steps. The run is in {self.out}. What now:")
         print(f"  {program()} eval --run {out}")
-        pictures = " --num-images 25 --out drawn" if source.image_shape else ""
-        print(f"  {program()} sample --run {out}{pictures}")
+        use = "draw" if source.image_shape else "sample"
+        rest = " --num-images 25 --out drawn" if source.image_shape else ""
+        print(f"  {program()} {use} --run {out}{rest}")
         print(f"  {program()} report --run {out}")
         print(f"  {again} --steps {2 * result.step}")
         return 0
@@ -294,7 +295,9 @@ class Train:
     def _tokenizer(self, saved: dict[str, Any] | None) -> Tokenizer:
         """As given, or as the saved run has it, or bytes."""
         if not self.tokenizer:
-            return run_tokenizer(self.out) if saved and self.out else ByteTokenizer()
+            if not (saved and self.out):
+                return ByteTokenizer()
+            return run_tokenizer(self.out, saved.get("tokenizer"))
         tokenizer = load_tokenizer(self.tokenizer)
         if saved and tokenizer.name != saved.get("tokenizer"):
             raise UsageError(

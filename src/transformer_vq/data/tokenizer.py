@@ -137,6 +137,14 @@ class StreamDecoder:
         self._take(text)
         return text
 
+    def adds(self, token: int) -> bytes:
+        """The bytes that `token` would add now; the stream stays where it is."""
+        if self._tokenizer.by_bytes:
+            return self._tokenizer.decode([token])
+        here = [*(self._word if self._begun else []), *self._tokens]
+        before = self._tokenizer.decode(here)
+        return self._tokenizer.decode([*here, int(token)])[len(before) :]
+
     def flush(self) -> str:
         """U+FFFD if the stream stopped inside a character; the decoder is as new afterwards."""
         text = self._utf8.decode(self._unseen(), final=True)

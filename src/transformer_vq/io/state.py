@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from transformer_vq.nn.model import Model, State, init_state
 
 VERSION = 2  # 1 had no spare rows in its tables
 FORMAT = "transformer-vq state"
+_MOST_HEADER = 1 << 24  # bytes of a header: a line for each array
 
 
 class StateError(UserError):
@@ -40,6 +42,9 @@ def save_state(path: str | os.PathLike, state: State, model: Model) -> None:
     older file then stays.
     """
     path = Path(path)
+    if not path.name or (os.path.exists(path) and not os.path.isfile(path)):
+        kind = "a directory" if os.path.isdir(path) else "a pipe or a device"
+        raise StateError(f"cannot write the state to {path}, {kind}: give the name of a file")
     _require_fit(state, model)
     arrays = {
         jax.tree_util.keystr(key): _as_bits(np.asarray(jax.device_get(array)))
@@ -72,25 +77,22 @@ def load_state(path: str | os.PathLike, model: Model) -> State:
     Raises `StateError` for a missing, damaged or foreign file, or a state of another model.
     """
     path = Path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise StateError(f"cannot read the state {path}: {error.strerror or error}") from None
     damaged = StateError(f"{path} is damaged or not a state file: make it again with save_state")
     try:
-        header_size = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + header_size])["__metadata__"]
-        arrays = load(data)
-        is_state = header.get("format") == FORMAT
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise damaged from None
-    if not is_state:
+        data, header = _read(path)
+    except OSError as error:
+        raise StateError(f"cannot read the state {path}: {error.strerror or error}") from None
+    if header.get("format") != FORMAT:
         raise damaged
     if header.get("version") != str(VERSION):
         raise StateError(
             f"{path} has version {header.get('version')} of the format, and this program reads "
             f"version {VERSION}: make it again"
         )
+    try:
+        arrays = load(data)
+    except (SafetensorError, ValueError, KeyError, TypeError):
+        raise damaged from None
     if header.pop("hash", "") != _hash(header, arrays):
         raise damaged
     if header.get("model") != model_hash(model):
@@ -109,6 +111,32 @@ def load_state(path: str | os.PathLike, model: Model) -> State:
         for name, (_, leaf) in zip(names, leaves, strict=True)
     ]
     return jax.tree.unflatten(tree, restored)
+
+
+def _read(path: Path) -> tuple[bytes, dict[str, str]]:
+    """The bytes of a file and its metadata, which is empty if it is no state.
+
+    Whatever the file is, no more is read than its header says. Raises `StateError` for what is no
+    regular file (a pipe or a device may never end), and `OSError`.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        what = "a directory" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise StateError(f"cannot read the state {path}: it is {what}, and no regular file")
+    with path.open("rb") as file:
+        size = int.from_bytes(start := file.read(8), "little")
+        if size > _MOST_HEADER:
+            return b"", {}
+        start += (text := file.read(size))
+        try:
+            header = json.loads(text)
+            metadata = header.pop("__metadata__")
+            end = max(array["data_offsets"][1] for array in header.values())
+            if metadata["format"] != FORMAT or end != os.fstat(file.fileno()).st_size - len(start):
+                return b"", {}
+            return start + file.read(end), metadata
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+            return b"", {}
 
 
 def _require_fit(state: State, model: Model) -> None:

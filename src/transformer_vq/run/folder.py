@@ -184,10 +184,11 @@ def load(folder: str | os.PathLike, checkpoint: str | int = "latest") -> tuple[M
     """A trained model and its vocabulary: what `generate`, `stream` and `score` need.
 
     `checkpoint`: latest, best (by validation loss), or a step. Raises `RunError` and
-    `CheckpointError` as `find_step` and `load_info` do.
+    `CheckpointError` as `find_step` and `load_info` do, and `DataError` if the vocabulary of the
+    run is lost, or is another one.
     """
-    model, _ = load_run(folder, find_step(folder, str(checkpoint)))
-    return model, run_tokenizer(Path(folder))
+    model, info = load_run(folder, find_step(folder, str(checkpoint)))
+    return model, run_tokenizer(folder, info.tokenizer)
 
 
 def make_run_folder(folder: Path, *, resume: bool) -> None:

@@ -1,0 +1,155 @@
+"""What commands do with a trained model: open it, read prompts, keep states."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+
+from transformer_vq.cli.common import progress_bar, standard_input
+from transformer_vq.cli.parse import UsageError, option
+from transformer_vq.data import Tokenizer, free_memory, load_bytes, run_tokenizer
+from transformer_vq.errors import UserError
+
+if TYPE_CHECKING:
+    from transformer_vq import Model, SamplingParams, State
+    from transformer_vq.run.folder import RunInfo
+
+CHUNK = 16 * 1024  # tokens of a prompt between looks at the progress
+
+RunFolder = Annotated[Path, option("folder of a trained run", "DIR")]
+StateOption = Annotated[str | None, option("go on from a saved state", "FILE", default="none")]
+
+
+def open_run(folder: Path, checkpoint: str = "latest") -> "tuple[RunInfo, Tokenizer]":
+    """What a checkpoint says of a run, and the vocabulary that it was trained with."""
+    from transformer_vq.run.folder import find_step, load_info
+
+    info = load_info(folder, find_step(folder, checkpoint))
+    return info, run_tokenizer(folder, info.tokenizer)
+
+
+def open_model(
+    folder: Path, info: "RunInfo", state_file: str | None = None
+) -> "tuple[Model, State | None]":
+    """The model of the run's checkpoint, and a state of it from a file, if one is named."""
+    from transformer_vq.io.state import StateError, load_state
+    from transformer_vq.measure.memory import trim_after_compiling
+    from transformer_vq.run.folder import load_run
+
+    trim_after_compiling()
+    model, _ = load_run(folder, info.step)
+    if state_file is None:
+        return model, None
+    state = load_state(state_file, model)
+    if len(state.position) != 1:
+        raise StateError(f"{state_file} holds {len(state.position)} sequences: one is needed")
+    return model, state
+
+
+# Options that several commands have.
+
+
+def check_save_state(path: str | None) -> None:
+    """Raise `UsageError` now, and not after the work, if a state cannot be written there."""
+    if path is None:
+        return
+    target = Path(path)
+    if not os.path.isdir(target.parent):
+        raise UsageError(f"--save-state is {path}: there is no such folder, make it first")
+    if os.path.exists(target) and not os.path.isfile(target):
+        kind = "a folder" if os.path.isdir(target) else "no regular file"
+        raise UsageError(f"--save-state is {path}, which is {kind}: give the name of a file")
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"--save-state is {path}: its folder cannot be written to ({error.strerror})"
+        ) from None
+
+
+# Prompts and states.
+
+
+def prompt_tokens(text: str, file: str | None, tokenizer: Tokenizer) -> list[int]:
+    """The prompt given as text or in a file, as tokens. Raises `UserError` if it is too large."""
+    if file is None:
+        return tokenizer.encode(text)
+    most = free_memory() // 32  # bytes: a list of tokens takes several times as many
+    if file != "-":
+        return tokenizer.encode(load_bytes(file, max_bytes=most).tobytes())
+    content = standard_input().read(most + 1)
+    if len(content) > most:
+        raise UsageError(f"the standard input has more than {most:,} bytes: too much")
+    return tokenizer.encode(content)
+
+
+def read(
+    model: "Model", prompt: list[int], state: "State | None", *, room: int, quiet: bool = False
+) -> "State":
+    """The state after a prompt, read chunk by chunk; `room`: for so many tokens more."""
+    from transformer_vq.engine import prefill
+    from transformer_vq.nn.model import init_state
+
+    capacity = None
+    if model.config.attention == "full":
+        capacity = max(256, 1 << (len(prompt) + room - 1).bit_length())
+    now = init_state(model.config, 1, capacity=capacity) if state is None else state
+    with progress_bar("reading", quiet=quiet or len(prompt) <= CHUNK) as show:
+        for start in range(0, len(prompt), CHUNK):
+            chunk = prompt[start : start + CHUNK]
+            now = prefill.read(model, now, [chunk])
+            np.asarray(now.position)  # wait, so that the speed shown is true
+            show(start + len(chunk), len(prompt))
+    return now
+
+
+def session(
+    model: "Model", prompt: list[int], params: "SamplingParams", state: "State | None"
+) -> Any:
+    """One request being decoded (`engine.batch.Session`)."""
+    from transformer_vq.engine.batch import Session
+
+    return Session(model, [prompt], params, state)
+
+
+def state_after(
+    model: "Model",
+    start: "State | None",
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    session: Any,
+) -> "State":
+    """The state after the tokens that were shown, no further.
+
+    A stop text is in the session's state by the time it is found: then the tokens are read again.
+    """
+    before = 0 if start is None else int(start.position[0])
+    consumed = [*prompt, *map(int, tokens)]
+    if int(session.state.position[0]) == before + len(consumed):
+        return session.state
+    if not consumed:
+        assert start is not None  # without a state there is a prompt
+        return start
+    return read(model, consumed, start, room=1, quiet=True)
+
+
+def require_probabilities(state: "State", run: Path, step: int) -> None:
+    """Raise `UserError` if what comes after a state has no probabilities: not-a-numbers."""
+    logits = np.asarray(state.logits, np.float32)
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        sound = not np.isnan(logits - logits.max(axis=-1, keepdims=True)).any()
+    if not sound:
+        raise diverged(run, step)
+
+
+def diverged(run: Path, step: int) -> UserError:
+    """The error of a model whose probabilities are not numbers."""
+    return UserError(
+        f"the model in {run} at step {step} gives no probabilities but not-a-number (NaN): its "
+        f"training diverged, so use an earlier checkpoint (tvq info lists them), or train anew "
+        f"with a lower learning rate"
+    )
