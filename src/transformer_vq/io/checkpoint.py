@@ -20,6 +20,7 @@ import math
 import os
 import re
 import shutil
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -72,14 +73,18 @@ class Checkpoints:
         self._keep = keep
         self._best_metric = best_metric
         self._saving: tuple[int, ocp.AsyncCheckpointer] | None = None  # in the background
-        self._made = False  # the folder, by this object
+        self._made: tuple[int, int] | None = None  # device and inode of the folder at a save
         _mute_orbax()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        with contextlib.suppress(CheckpointError):  # what went wrong first is what to tell
+            self.close()
 
     # Writing
 
@@ -104,6 +109,8 @@ class Checkpoints:
         save; the checkpoints before it stay as they are.
         """
         self.wait()
+        if self._has_gone():
+            raise self._save_failed(step, FileNotFoundError(str(self.folder)))
         newest = self.latest()
         if newest is not None and step <= newest:
             raise CheckpointError(
@@ -125,10 +132,8 @@ class Checkpoints:
         checkpointer = ocp.AsyncCheckpointer(_Handler(sidecar), async_options=_ASYNC)
         self._saving = step, checkpointer
         try:
-            if self._made and not self.folder.is_dir():
-                raise FileNotFoundError("the folder has been removed or moved")
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._made = True
+            self._made = _identity(self.folder)
             self._tidy()
             checkpointer.save(self.folder / str(step), args=_Save(stored))
         except Exception as error:
@@ -301,15 +306,28 @@ class Checkpoints:
         best = next((s for s in metrics if metrics[s] == lowest < math.inf), None)
         return metrics.keys() - {*steps[-self._keep :], best}
 
+    def _has_gone(self) -> bool:
+        """Whether the folder of earlier saves is not there any more, or is another one."""
+        return self._made is not None and _identity(self.folder) != self._made
+
     def _save_failed(self, step: int, error: Exception) -> CheckpointError:
         """The error to raise; clears the remains away, which may be what fills the disk."""
         self._saving = None
+        failed = f"step {step} could not be saved in {self.folder}"
+        if self._has_gone():
+            # What was being written may have made the folder again: it goes if nothing is in it.
+            for remains in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(remains, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
+                self.folder.parent.rmdir()
+            return CheckpointError(
+                f"{failed}, which has been removed or moved: nothing more is written there"
+            )
         self._tidy()
         latest = self.latest()
         remains = "nothing was saved before" if latest is None else f"step {latest} is intact"
-        return CheckpointError(
-            f"step {step} could not be saved in {self.folder} ({remains}): {_reason(error)}"
-        )
+        return CheckpointError(f"{failed} ({remains}): {_reason(error)}")
 
     def _tidy(self) -> None:
         """Delete what is not to be kept and what interrupted saves and deletions left."""
@@ -367,6 +385,15 @@ def _damage(checkpoint: Path, names: Sequence[str] = ()) -> str | None:
         return _reason(error)
 
 
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Device and inode of a folder; None if there is none."""
+    try:
+        stat = folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return stat.st_dev, stat.st_ino
+
+
 def _require_utf8(folder: Path) -> None:
     """Raise `CheckpointError` for a path that the library which writes arrays cannot take."""
     try:
@@ -391,4 +418,4 @@ def _reason(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in text:
         return "the disk is full, so free some space and resume"
-    return text.splitlines()[0]
+    return textwrap.shorten(text.splitlines()[0], 300)
