@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import numpy as np
 
+from transformer_vq import costs
 from transformer_vq.cli.cache import cache_folder
 from transformer_vq.cli.parse import UsageError, option
 from transformer_vq.config import ModelConfig, TrainConfig
