@@ -188,7 +188,7 @@ def load(folder: str | os.PathLike, checkpoint: str | int = "latest") -> tuple[M
     run is lost, or is another one.
     """
     model, info = load_run(folder, find_step(folder, str(checkpoint)))
-    return model, run_tokenizer(folder, info.tokenizer)
+    return model, run_tokenizer(Path(folder), info.tokenizer)
 
 
 def make_run_folder(folder: Path, *, resume: bool) -> None:
