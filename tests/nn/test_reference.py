@@ -144,11 +144,11 @@ def test_each_switch_matters(change, double):
     far(other, logits)
 
 
-def test_groups_of_blocks(double, monkeypatch):
-    """Long inputs go in groups of blocks, as many as memory allows: here two at a time."""
+def test_chunks_of_blocks(double, monkeypatch):
+    """Long inputs go in chunks of blocks, as many as memory allows: here two at a time."""
     config = CONFIGS["documents_positions"].replace(max_wavelength=1000.0)  # compiled anew
     scores = BATCH * config.num_heads * (config.window_len + config.block_len + 5)
-    name = "transformer_vq.nn.attention.SCORES_PER_GROUP"
+    name = "transformer_vq.nn.attention.blocks.SCORES_PER_CHUNK"
     monkeypatch.setattr(name, 2 * scores * config.block_len)
     check(config)
 

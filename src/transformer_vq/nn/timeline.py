@@ -5,9 +5,10 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Int
 
 from transformer_vq.config import ModelConfig
-from transformer_vq.types import PerRow, Tokens
+from transformer_vq.types import First, KeyIndex, PerRow, Tokens
 
 
 @jax.tree_util.register_dataclass
@@ -19,10 +20,30 @@ class Timeline:
     slot, index W + t is token t of this call. A query sees the keys from its `first` to itself.
     """
 
-    start: jax.Array  # int32 [B]: tokens consumed before this call
-    length: jax.Array  # int32 [B]: real tokens in this call
-    first_before: jax.Array  # int32 [B]: `first` of the document the state is in
-    first: jax.Array  # int32 [B, T]: index of the first key of each token's document
+    start: Int[jax.Array, "*n B"]  # int32 [B]: tokens consumed before this call
+    length: Int[jax.Array, "*n B"]  # int32 [B]: real tokens in this call
+    first_before: Int[jax.Array, "*n B"]  # int32 [B]: `first` of the document the state is in
+    first: Int[jax.Array, "*n B T"]  # int32 [B, T]: index of the first key of a token's document
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KeyDocuments:
+    """The keys of a timeline, those of the ring first: which are real, and their documents."""
+
+    length: PerRow  # int32 [B]: real tokens in the call
+    first: KeyIndex  # int32 [B, W + T]: index of the first key of each key's document
+
+    @classmethod
+    def of(cls, timeline: Timeline, ring_len: int) -> "KeyDocuments":
+        rows = timeline.length.shape[0]
+        before = jnp.broadcast_to(timeline.first_before[:, None], (rows, ring_len))
+        return cls(timeline.length, jnp.concatenate([before, timeline.first], axis=1))
+
+    def first_at(self, index: First) -> First:
+        """Where the document of the keys with these indices `[B, n]` begins."""
+        index = jnp.clip(index, 0, self.first.shape[1] - 1)
+        return jnp.take_along_axis(self.first, index, axis=1)
 
 
 @runtime_checkable

@@ -8,7 +8,12 @@ import jax.numpy as jnp
 
 from transformer_vq.config import ModelConfig
 from transformer_vq.nn import attention, layers, vq
-from transformer_vq.nn.attention import AttentionState, FullAttentionState
+from transformer_vq.nn.attention import (
+    QKV,
+    AttentionWeights,
+    FullAttentionState,
+    UnitState,
+)
 from transformer_vq.nn.products import OutputMajor, computed_once, matmul
 from transformer_vq.nn.timeline import Timeline
 from transformer_vq.nn.vq import Places
@@ -77,13 +82,13 @@ def no_drop(added: jax.Array, branch: int) -> jax.Array:
 def apply_unit(
     unit: Params,
     x: Features,
-    state: AttentionState | FullAttentionState,
+    state: UnitState,
     timeline: Timeline,
     config: ModelConfig,
     weights: jax.Array | None = None,
     places: Places | None = None,
     drop: Callable[[jax.Array, int], jax.Array] = no_drop,
-) -> tuple[Features, AttentionState | FullAttentionState, Statistics | None]:
+) -> tuple[Features, UnitState, Statistics | None]:
     """One residual unit. `drop` is the dropout of what branch 0 (attention), 1 (MLP) adds to x."""
     batch, length, _ = x.shape
     heads, groups, d_k, d_v = config.num_heads, config.num_kv_heads, config.d_k, config.d_v
@@ -96,34 +101,33 @@ def apply_unit(
     k = layers.rms_norm(k) * d_k**-0.25  # stays wide until its code is known
     v = v.reshape(batch, length, groups, d_v)
 
+    constants = AttentionWeights(**{name: unit[name] for name in ("words", "u", "w", "r")})
+
     statistics = None
     if isinstance(state, FullAttentionState):
         # Training counts every token: a call that fills the state began with an empty one.
         from_empty = weights is not None and length >= state.capacity
-        k = k.astype(dtype)
-        constants = unit["u"], unit["w"], unit["r"]
-        out, state = attention.attend_full(
-            q, k, v, *constants, state, timeline, config, from_empty=from_empty
+        attended = attention.attend_full(
+            QKV(q, k.astype(dtype), v), constants, state, timeline, config, from_empty=from_empty
         )
     else:
         one = length == 1 and weights is None  # training takes tokens in blocks, always
         attend = attention.attend_step if one else attention.attend_blocks
-        out, codes, state = attend(
-            q, k, v, unit["words"], unit["u"], unit["w"], unit["r"], state, timeline, config
-        )
-        if weights is not None:
+        attended = attend(QKV(q, k, v), constants, state, timeline, config)
+        codes = attended.codes
+        if weights is not None and codes is not None:
             statistics = Statistics(
                 commitment=vq.commitment(k, vq.look_up(unit["words"], codes), weights),
                 codebook=vq.code_statistics(k, codes, weights, config.codebook_size),
                 keys=None if places is None else vq.keys_at(k, places),
             )
-    out = out.reshape(batch, length, -1)
+    out = attended.out.reshape(batch, length, -1)
     if gate is not None:
         out = out * gate
     x = x + drop(matmul(out, unit["w_o"]), 0)
     if not gated:
         x = x + drop(layers.mlp(unit["mlp"], x), 1)
-    return x, state, statistics
+    return x, attended.state, statistics
 
 
 def _project_in(

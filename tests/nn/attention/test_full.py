@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.helpers import close, far, make_config, quick_jit
 from transformer_vq import init_state
-from transformer_vq.nn.attention import FullAttentionState, attend_full
+from transformer_vq.nn.attention import QKV, AttentionWeights, FullAttentionState, attend_full
 from transformer_vq.nn.reference import quadratic_attention
 from transformer_vq.nn.timeline import make_timeline
 from transformer_vq.sharding import AXES, data_mesh
@@ -42,6 +42,12 @@ def inputs(config, length=LENGTH, batch=BATCH):
     return tuple(rng.normal(size=shape) for shape in shapes), document_ids, cotangent
 
 
+def constants(config, u, w, r):
+    """Of a unit of full attention, which has no use for codewords."""
+    words = jnp.zeros((config.num_kv_heads, 1, config.d_k))
+    return AttentionWeights(words, *map(jnp.asarray, (u, w, r)))
+
+
 @functools.partial(quick_jit, static_argnums=0)
 def oracle(config, arrays, document_ids, cotangent):
     def outputs(q, k, v, u, w, r):
@@ -68,19 +74,23 @@ def in_pieces(config, pieces, arrays, document_ids, from_empty=False):
         timeline, start, last_id = make_timeline(
             config, state, jnp.array(lengths, jnp.int32), size, ids
         )
-        new = [x[rows, at] for x in (q, k, v)]
-        part, unit = attend_full(
-            *new, u, w, r[:capacity], state.units[0], timeline, config, from_empty=from_empty
+        attended = attend_full(
+            QKV(*(jnp.asarray(x)[rows, at] for x in (q, k, v))),
+            constants(config, u, w, r[:capacity]),
+            state.units[0],
+            timeline,
+            config,
+            from_empty=from_empty,
         )
         b, t = np.nonzero(real)
-        out = out.at[b, at[b, t]].set(part[b, t])
+        out = out.at[b, at[b, t]].set(attended.out[b, t])
         used = used + lengths
         state = replace(
             state,
             position=jnp.array(used, jnp.int32),
             document_start=start,
             document_id=last_id,
-            units=(unit,),
+            units=(attended.state,),
         )
     assert (used == LENGTH).all()
     return out, state.units[0]
@@ -126,33 +136,33 @@ def poisoned(config, arrays, state, position=0, documents=None, from_empty=False
     whole = replace(whole, position=jnp.full(BATCH, position, jnp.int32))
     lengths = jnp.full(BATCH, q.shape[1], jnp.int32)
     timeline = make_timeline(config, whole, lengths, q.shape[1], documents)[0]
-    constants = u, w, r[: state.capacity]
-    return attend_full(q, k, v, *constants, state, timeline, config, from_empty=from_empty)[0]
+    x, unit = QKV(*map(jnp.asarray, (q, k, v))), constants(config, u, w, r[: state.capacity])
+    return attend_full(x, unit, state, timeline, config, from_empty=from_empty).out
 
 
 def test_what_no_query_sees_is_skipped(double):
     """Not masked: there a weight of 0 times a value that is no number would be no number."""
     config, block = GROUPED, GROUPED.block_len
-    (q, k, v, *constants), _, _ = inputs(config)
+    (q, k, v, *rest), _, _ = inputs(config)
     cache = init_state(config, BATCH, capacity=LENGTH).units[0]
     run = quick_jit(poisoned, static_argnums=(0, 5))
 
     last = LENGTH // block * block
     after = np.where(np.arange(LENGTH)[:, None, None] >= last, np.nan, v)
-    finite = np.isfinite(run(config, (q, k, after, *constants), cache)).all((0, 2, 3))
+    finite = np.isfinite(run(config, (q, k, after, *rest), cache)).all((0, 2, 3))
     assert finite[:last].all() and not finite[last:].any()
     # Documents that ended in an earlier block in every row.
     before = np.where(np.arange(LENGTH)[:, None, None] < block, np.nan, v)
     ids = np.broadcast_to(np.arange(LENGTH) >= block, (BATCH, LENGTH)).astype(np.int32)
-    out = run(config, (q, k, before, *constants), cache, 0, ids)
+    out = run(config, (q, k, before, *rest), cache, 0, ids)
     assert np.isfinite(out).all((0, 2, 3))[block:].all()
     # A cache in which nothing is, and control: one in which something is.
     cache = replace(cache, values=jnp.full_like(cache.values, np.nan))
-    assert np.isfinite(run(config, (q, k, v, *constants), cache)).all()
-    assert np.isnan(run(config, (q, k, v, *constants), cache, 1)[:, 0]).all()
+    assert np.isfinite(run(config, (q, k, v, *rest), cache)).all()
+    assert np.isnan(run(config, (q, k, v, *rest), cache, 1)[:, 0]).all()
     # From empty: the cache is not looked at, and what was in it would be missed.
-    assert np.isfinite(run(config, (q, k, v, *constants), cache, 0, None, True)).all()
-    assert np.isnan(run(config, (q, k, v, *constants), cache, 1, None, True)).all()
+    assert np.isfinite(run(config, (q, k, v, *rest), cache, 0, None, True)).all()
+    assert np.isnan(run(config, (q, k, v, *rest), cache, 1, None, True)).all()
 
 
 def test_scores_are_never_whole(double):
@@ -188,11 +198,13 @@ def test_devices_that_share_rows_do_not_talk(double):
     rows = NamedSharding(mesh, PartitionSpec(AXES))
 
     @jax.jit
-    def run(new, constants, cache, position):
+    def run(new, rest, cache, position):
         length = new[0].shape[1]
         state = replace(init_state(config, 8, capacity=CAPACITY), position=position)
         timeline = make_timeline(config, state, jnp.full(8, length, jnp.int32), length, None)[0]
-        return attend_full(*new, *constants, FullAttentionState(*cache), timeline, config)
+        unit = constants(config, *rest)
+        attended = attend_full(QKV(*new), unit, FullAttentionState(*cache), timeline, config)
+        return attended.out, attended.state
 
     unit = init_state(config, 8, capacity=CAPACITY).units[0]
     cache = jax.device_put((unit.keys, unit.values), rows)

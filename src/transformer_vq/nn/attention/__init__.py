@@ -13,10 +13,14 @@ key with score `(q + u) . C_s + log n_s` and value the mean of theirs. The state
 
 from transformer_vq.nn.attention.blocks import attend_blocks
 from transformer_vq.nn.attention.blockwise import SAVED
-from transformer_vq.nn.attention.full import FullAttentionState, attend_full, init_full_state
+from transformer_vq.nn.attention.full import attend_full
+from transformer_vq.nn.attention.inputs import QKV, Attended, AttentionWeights
 from transformer_vq.nn.attention.state import (
     AttentionState,
+    FullAttentionState,
+    UnitState,
     init_attention_state,
+    init_full_state,
     keep_keys,
     window_keys,
 )
@@ -24,10 +28,14 @@ from transformer_vq.nn.attention.step import attend_step
 from transformer_vq.nn.timeline import Timeline
 
 __all__ = [
+    "QKV",
     "SAVED",
+    "Attended",
     "AttentionState",
+    "AttentionWeights",
     "FullAttentionState",
     "Timeline",
+    "UnitState",
     "attend_blocks",
     "attend_full",
     "attend_step",

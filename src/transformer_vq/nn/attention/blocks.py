@@ -1,180 +1,356 @@
-"""Attention of many tokens per row over the past and each other, block by block."""
+"""Attention of many tokens per row over the past and each other, block by block.
+
+A block of L queries meets a span of M + L keys one by one: those before the block, and its own.
+What is older than the span is in the cache that the block sees. Blocks that fit memory stand side
+by side in a chunk; chunks go one after the other, carrying the window and the cache.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Int, Shaped
 
 from transformer_vq.config import ModelConfig
 from transformer_vq.nn import vq
 from transformer_vq.nn.attention import blockwise
 from transformer_vq.nn.attention.blockwise import Far, Near
-from transformer_vq.nn.attention.cache import Eviction, log_counts
+from transformer_vq.nn.attention.cache import Cache, join_blocks, log_mass
+from transformer_vq.nn.attention.inputs import QKV, Attended, AttentionWeights
 from transformer_vq.nn.attention.state import AttentionState, window_keys
 from transformer_vq.nn.layers import wide
-from transformer_vq.nn.timeline import Timeline
+from transformer_vq.nn.timeline import KeyDocuments, Timeline
+from transformer_vq.types import (
+    BlockQueries,
+    ByHead,
+    ByKeyHead,
+    Codewords,
+    InReach,
+    NearBiases,
+    NearVisible,
+    Outputs,
+    Timed,
+    TimedBlocks,
+    TimedCodes,
+    TimedKeys,
+    TimedValues,
+)
 
-SCORES_PER_GROUP = 2**23  # scores held at once, per unit
-BLOCKS_PER_GROUP = 64  # where window and block differ, each is a slice of its own
+SCORES_PER_CHUNK = 2**23  # scores held at once, per unit
+BLOCKS_PER_CHUNK = 64  # where window and block differ, each is a slice of its own
 
 
+class Layout(NamedTuple):
+    """How the T tokens of a row are cut."""
+
+    block: int  # tokens of a block
+    blocks_per_chunk: int  # side by side
+    chunks: int  # one after the other
+
+    @property
+    def tokens(self) -> int:
+        """Of a row, in a chunk."""
+        return self.block * self.blocks_per_chunk
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Window:
+    """Keys that are seen one by one, in the order of time: of the ring, the window, or new."""
+
+    codes: TimedCodes  # int32 [B, G, j]
+    keys: TimedKeys  # [B, G, j, K]: quantized
+    values: TimedValues  # [B, G, j, V]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Chunk:
+    """The tokens of one chunk, or of all, stacked along an axis in front."""
+
+    index: Int[jax.Array, "*chunks"]
+    q: Float[jax.Array, "*chunks B c H K"]
+    keys: Float[jax.Array, "*chunks B c G K"]  # quantized
+    values: Float[jax.Array, "*chunks B c G V"]
+    codes: Int[jax.Array, "*chunks B c G"]
+    first: Int[jax.Array, "*chunks B c"]  # as in `Timeline`
+
+
+class BlockWeights(NamedTuple):
+    """The constants of a unit, query heads by their key/value head."""
+
+    words: Codewords  # [G, S, K]
+    u: ByKeyHead  # [G, R, K]
+    w: ByKeyHead  # [G, R, K]
+    biases: NearBiases  # [M + 1, G, R, K]: farthest first
+
+
+@jax.named_scope("attend_blocks")
 def attend_blocks(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    words: jax.Array,
-    u: jax.Array,
-    w: jax.Array,
-    r: jax.Array,
+    x: QKV,
+    unit: AttentionWeights,
     state: AttentionState,
     timeline: Timeline,
     config: ModelConfig,
-) -> tuple[jax.Array, jax.Array, AttentionState]:
-    """Attention of T new tokens per row over the past and each other, block by block.
+) -> Attended:
+    """Attention of T new tokens per row over the past and each other."""
+    batch, length, heads, _ = x.q.shape
+    cut = layout(config, batch, length)
+    codes = checkpoint_name(vq.assign(x.k, unit.words), "codes")
+    keys = vq.straight_through(x.k, vq.look_up(unit.words, codes)).astype(x.q.dtype)
+    weights = by_key_head(unit, x)
+    ring = ring_in_time(state, weights.words, timeline, x.v.dtype)
+    documents = KeyDocuments.of(timeline, config.ring_len)
 
-    q `[B, T, H, K]`, k `[B, T, G, K]`, v `[B, T, G, V]`, codewords `[G, S, K]`, u, w `[H, K]`,
-    r `[M + 1, H, K]` (one row per distance). Returns outputs `[B, T, H, V]`, codes `[B, T, G]` and
-    the state after each row's `length` tokens. Outputs at padding are finite and meaningless.
-
-    Blocks are taken in groups that fit memory: side by side within a group, one group after the
-    other, carrying the window and the cache.
-    """
-    batch, length, heads, d_k = q.shape
-    groups, d_v = v.shape[2:]
-    dtype = v.dtype
-    window, ring, size = config.window_len, config.ring_len, config.codebook_size
-    block = min(config.block_len, length)
-    per_group, num_groups = _grouping(length, block, batch * heads * (window + block + size))
-    if not config.grad_through_cache:  # blocks that exchange no gradient go one by one
-        per_group, num_groups = 1, -(-length // block)
-    tokens = per_group * block  # of each row in a group
-    padded = num_groups * tokens
-
-    codes = checkpoint_name(vq.assign(k, words), "codes")
-    near_keys = vq.straight_through(k, vq.look_up(words, codes)).astype(q.dtype)
-    words = words.astype(q.dtype)
-
-    # The ring in time order: what stands before the call's own keys.
-    slots = ((timeline.start[:, None] + jnp.arange(ring)) % ring)[:, None, :]
-    ring_codes = jnp.take_along_axis(state.codes, slots, axis=2)
-    ring_values = jnp.take_along_axis(state.values, slots[..., None], axis=2).astype(dtype)
-    ring_keys = window_keys(state, words, words.dtype)
-    ring_keys = jnp.take_along_axis(ring_keys, slots[..., None], axis=2)
-
-    def by_group(x: jax.Array) -> jax.Array:
-        """`[B, T, ...]` as `[num_groups, B, tokens of a group, ...]`, padded at the end."""
-        x = jnp.pad(x, [(0, 0), (0, padded - length)] + [(0, 0)] * (x.ndim - 2))
-        x = x.reshape(batch, num_groups, tokens, *x.shape[2:])
-        return jnp.moveaxis(x, 1, 0)
-
-    def by_head(x: jax.Array) -> jax.Array:
-        """Query heads `[..., H, K]` as `[..., G, R, K]`."""
-        return x.reshape(*x.shape[:-2], groups, heads // groups, d_k)
-
-    def by_block(x: jax.Array) -> jax.Array:
-        """Keys `[B, T', G, ...]` as `[B, G, T', ...]`."""
-        return jnp.moveaxis(x, 2, 1)
-
-    def pushed_out(recent: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The window's keys `[B, G, window, ...]` and new ones, in time order, cut in two: as many
-        as are new, which leave the window, and those that stay."""
-        stay = max(tokens - window, 0)
-        leave = jnp.concatenate([recent[:, :, :tokens], new[:, :, :stay]], axis=2)
-        return leave, jnp.concatenate([recent[:, :, tokens:], new[:, :, stay:]], axis=2)
-
-    def before(recent: jax.Array, new: jax.Array) -> jax.Array:
-        """The `window` keys before each block of the new ones: `[B, G, n, window, ...]`."""
-        if window == block:
-            return own(pushed_out(recent, new)[0])
-        x = jnp.concatenate([recent, new], axis=2)
-        starts = [i * block for i in range(per_group)]
-        return jnp.stack([x[:, :, start : start + window] for start in starts], axis=2)
-
-    def own(x: jax.Array) -> jax.Array:
-        """Of keys `[B, G, tokens, ...]`, those of each block."""
-        return x.reshape(*x.shape[:2], per_group, block, *x.shape[3:])
-
-    u, w, biases = by_head(u), by_head(w), by_head(r)[::-1]
-    cache_of = Eviction(config, timeline, ring, length)
-    row, column = jnp.arange(block)[:, None], jnp.arange(window + block)
-    distance = row + window - column  # [block, M + block]
-    in_reach = distance >= 0 if config.use_cache else (distance >= 0) & (distance <= window)
-
-    def attend_group(carry, xs):
-        i, q, keys, values, codes, first = xs
-        if not config.grad_through_cache:
-            carry = jax.lax.stop_gradient(carry)
-        recent, cache = carry
-        new = (by_block(codes), by_block(keys), by_block(values))
-        pairs = list(zip(recent, new, strict=True))
-        near_keys, near_values = ((before(x, y), own(y)) for x, y in pairs[1:])
-        leaving, recent = zip(*(pushed_out(x, y) for x, y in pairs), strict=True)
-        start = 1 + i * tokens  # timeline index of the first key here
-        first = first.reshape(batch, per_group, block)
-        index = start + jnp.arange(per_group)[:, None, None] * block + column
-        visible = in_reach & (index >= first[..., None])  # [B, n, c, j]
-
-        near = Near(near_keys, near_values, biases, visible)
-        far = None
-        if config.use_cache:
-            caches, cache = cache_of.blocks(cache, leaving[0], leaving[2], start, block)
-            counts, means, cache_first = caches
-            sees_cache = first == cache_first[..., None]
-            far = Far(words, means.astype(dtype), log_counts(counts, means.dtype), sees_cache)
-        q = jnp.moveaxis(by_head(q), 1, 3)  # [B, G, R, tokens, K]
-        q = jnp.moveaxis(q.reshape(*q.shape[:3], per_group, block, d_k), 3, 2)
-        out = blockwise.attend(q + u[:, None, :, None], q + w[:, None, :, None], near, far)
-        out = jnp.moveaxis(out, (2, 4), (1, 2))  # [B, n, c, G, R, V]
-        return (recent, cache), out.reshape(batch, tokens, heads, d_v)
-
-    cache = (state.counts, wide(state.values[:, :, ring : ring + size]), timeline.first_before)
-    if config.use_cache:  # the oldest slot is beyond the window of every query to come
-        cache = cache_of.after(cache, ring_codes[:, :, :1], ring_values[:, :, :1], 0)
-    recent = tuple(x[:, :, 1:] for x in (ring_codes, ring_keys, ring_values))
-    xs = (
-        jnp.arange(num_groups),
-        *(by_group(x) for x in (q, near_keys, v, codes, timeline.first)),
+    step = functools.partial(
+        attend_chunk,
+        weights=weights,
+        documents=documents,
+        in_reach=keys_in_reach(cut.block, config),
+        cut=cut,
+        config=config,
     )
-    if num_groups == 1:
-        (_, cache), out = attend_group((recent, cache), jax.tree.map(lambda x: x[0], xs))
-        out = out[:, :length]
+    carry = before_call(state, ring, timeline, documents, config)
+    chunks = Chunk(
+        jnp.arange(cut.chunks),
+        *(by_chunk(a, cut) for a in (x.q, keys, x.v, codes, timeline.first)),
+    )
+    if cut.chunks == 1:
+        (_, cache), out = step(carry, jax.tree.map(lambda a: a[0], chunks))
     else:
         keep = jax.checkpoint_policies.save_only_these_names(*blockwise.SAVED)
-        body = jax.checkpoint(attend_group, policy=keep)
-        (_, cache), out = jax.lax.scan(body, (recent, cache), xs)
-        out = jnp.moveaxis(out, 0, 1).reshape(batch, padded, heads, d_v)[:, :length]
+        (_, cache), out = jax.lax.scan(jax.checkpoint(step, policy=keep), carry, chunks)
+        out = jnp.moveaxis(out, 0, 1).reshape(batch, cut.chunks * cut.tokens, heads, -1)
+    new = Window(*(heads_first(a) for a in (codes, keys, x.v)))
+    state = state_after(state, ring, new, cache, timeline, documents)
+    return Attended(out[:, :length], codes, state)
 
-    # The state after `length` tokens: the newest W keys, each in its slot, and the cache.
-    counts, means, cache_first = cache
-    newest = timeline.length[:, None] + jnp.arange(ring)  # [B, W] timeline indices, oldest first
-    at_slot = (jnp.arange(ring) - (timeline.start + timeline.length)[:, None]) % ring
-    index = jnp.take_along_axis(newest, at_slot, axis=1)[:, None, :]
-    all_codes = jnp.concatenate([ring_codes, by_block(codes)], axis=2)
-    all_values = jnp.concatenate([ring_values, by_block(v)], axis=2)
-    keys = None
-    if state.keys is not None:
-        all_keys = jnp.concatenate([ring_keys, by_block(near_keys)], axis=2)
-        keys = jnp.take_along_axis(all_keys, index[..., None], axis=2)
-    newest_first = cache_of.first_at(timeline.length[:, None] - 1 + ring)
-    current = (newest_first[:, 0] == cache_first)[:, None, None]
-    new_values = jnp.take_along_axis(all_values, index[..., None], axis=2)
-    new_means = jnp.where(current[..., None], means, 0)  # else it is of an older document
-    spare = jnp.zeros_like(state.values[:, :, ring + size :])
-    new_state = AttentionState(
-        codes=jnp.take_along_axis(all_codes, index, axis=2),
-        counts=jnp.where(current, counts, 0),
-        values=jnp.concatenate(
-            [x.astype(state.values.dtype) for x in (new_values, new_means, spare)], axis=2
-        ),
-        keys=keys,
+
+def attend_chunk(
+    carry: tuple[Window, Cache],
+    chunk: Chunk,
+    *,
+    weights: BlockWeights,
+    documents: KeyDocuments,
+    in_reach: InReach,
+    cut: Layout,
+    config: ModelConfig,
+) -> tuple[tuple[Window, Cache], Outputs]:
+    """Outputs of a chunk's queries; the window (M keys) and the cache before and after it."""
+    if not config.grad_through_cache:
+        carry = jax.lax.stop_gradient(carry)
+    window, cache = carry
+    new = Window(*(heads_first(a) for a in (chunk.codes, chunk.keys, chunk.values)))
+    out_of_window, window_after = slide(window, new)
+    start = 1 + chunk.index * cut.tokens  # timeline index of the oldest key of the window
+    first = chunk.first.reshape(-1, cut.blocks_per_chunk, cut.block)
+    near = Near(
+        keys=spans(window.keys, new.keys, cut),
+        values=spans(window.values, new.values, cut),
+        biases=weights.biases,
+        visible=visible_keys(in_reach, first, start),
     )
-    return out, codes, new_state
+    far = None
+    if config.use_cache:
+        seen, cache = join_blocks(
+            cache,
+            out_of_window.codes,
+            out_of_window.values,
+            start=start,
+            documents=documents,
+            block=cut.block,
+        )
+        far = Far(
+            words=weights.words,
+            means=seen.means.astype(chunk.values.dtype),
+            log_mass=log_mass(seen.mass, seen.means.dtype),
+            visible=first == seen.first[..., None],
+        )
+    q = block_queries(chunk.q, cut, groups=new.codes.shape[1])
+    u, w = (a[:, None, :, None] for a in (weights.u, weights.w))
+    out = blockwise.attend(blockwise.Queries(q + u, q + w), near, far)
+    out = jnp.moveaxis(out, (2, 4), (1, 2))  # [B, n, c, G, R, V]
+    return (window_after, cache), out.reshape(*chunk.q.shape[:3], -1)
 
 
-def _grouping(length: int, block: int, scores_per_query: int) -> tuple[int, int]:
-    """Blocks in a group, and groups: as few groups as memory allows, of equal size."""
+def layout(config: ModelConfig, batch: int, length: int) -> Layout:
+    """As few chunks as memory allows, of equal size. Blocks that exchange no gradient
+    (`grad_through_cache = False`) go one by one."""
+    block = min(config.block_len, length)
     blocks = -(-length // block)
-    limit = SCORES_PER_GROUP // (block * scores_per_query)
-    limit = max(1, min(limit, BLOCKS_PER_GROUP))
-    groups = -(-blocks // limit)
-    per_group = -(-blocks // groups)
-    return per_group, -(-blocks // per_group)
+    if not config.grad_through_cache:
+        return Layout(block, 1, blocks)
+    columns = config.window_len + block + config.codebook_size
+    limit = SCORES_PER_CHUNK // (block * batch * config.num_heads * columns)
+    limit = max(1, min(limit, BLOCKS_PER_CHUNK))
+    chunks = -(-blocks // limit)
+    per_chunk = -(-blocks // chunks)
+    return Layout(block, per_chunk, -(-blocks // per_chunk))
+
+
+# Axes.
+
+
+def by_chunk(x: Shaped[jax.Array, "B T *any"], cut: Layout) -> Shaped[jax.Array, "i B c *any"]:
+    """The tokens of each chunk, padded at the end."""
+    batch, length = x.shape[:2]
+    pad = cut.chunks * cut.tokens - length
+    x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(batch, cut.chunks, cut.tokens, *x.shape[2:]), 1, 0)
+
+
+def by_block(x: Shaped[jax.Array, "B G c *any"], cut: Layout) -> TimedBlocks:
+    """Of the keys of a chunk, those of each block."""
+    return x.reshape(*x.shape[:2], cut.blocks_per_chunk, cut.block, *x.shape[3:])
+
+
+def heads_first(x: Shaped[jax.Array, "B T G *any"]) -> Shaped[jax.Array, "B G T *any"]:
+    """Keys, key/value head by key/value head."""
+    return jnp.moveaxis(x, 2, 1)
+
+
+def split_heads(x: ByHead, groups: int) -> ByKeyHead:
+    """Query heads, by their key/value head."""
+    *lead, heads, d_k = x.shape
+    return x.reshape(*lead, groups, heads // groups, d_k)
+
+
+def by_key_head(unit: AttentionWeights, x: QKV) -> BlockWeights:
+    """The constants of a unit as blocks need them, in the dtype of the queries."""
+    u, w, r = (split_heads(a, x.k.shape[2]) for a in (unit.u, unit.w, unit.r))
+    return BlockWeights(unit.words.astype(x.q.dtype), u, w, r[::-1])
+
+
+def block_queries(q: Float[jax.Array, "B t H K"], cut: Layout, groups: int) -> BlockQueries:
+    """The queries of a chunk, block by block."""
+    q = jnp.moveaxis(split_heads(q, groups), 1, 3)  # [B, G, R, tokens, K]
+    q = q.reshape(*q.shape[:3], cut.blocks_per_chunk, cut.block, q.shape[-1])
+    return jnp.moveaxis(q, 3, 2)
+
+
+# The window.
+
+
+def ring_in_time(
+    state: AttentionState, words: Codewords, timeline: Timeline, dtype: jnp.dtype
+) -> Window:
+    """The W keys of the ring, oldest first: what stands before the call's own keys."""
+    ring = state.codes.shape[2]
+    slots = ((timeline.start[:, None] + jnp.arange(ring)) % ring)[:, None, :]
+    codes = jnp.take_along_axis(state.codes, slots, axis=2)
+    values = jnp.take_along_axis(state.values, slots[..., None], axis=2).astype(dtype)
+    keys = window_keys(state, words, words.dtype)
+    return Window(codes, jnp.take_along_axis(keys, slots[..., None], axis=2), values)
+
+
+def before_call(
+    state: AttentionState,
+    ring: Window,
+    timeline: Timeline,
+    documents: KeyDocuments,
+    config: ModelConfig,
+) -> tuple[Window, Cache]:
+    """The window and the cache that the first chunk meets.
+
+    The oldest key of the ring is beyond the window of every query to come: it is in the cache.
+    """
+    size, first_mean = config.codebook_size, config.ring_len
+    means = wide(state.values[:, :, first_mean : first_mean + size])
+    cache = Cache(state.counts, means, timeline.first_before)
+    if config.use_cache:
+        oldest = ring.codes[:, :, :1], ring.values[:, :, :1]
+        _, cache = join_blocks(cache, *oldest, start=0, documents=documents, block=1)
+    return jax.tree.map(lambda a: a[:, :, 1:], ring), cache
+
+
+def slide(window: Window, new: Window) -> tuple[Window, Window]:
+    """The window's keys and new ones, in time order, cut in two: as many as are new, which leave
+    the window, and those that stay."""
+    return jax.tree.map(leaving, window, new), jax.tree.map(staying, window, new)
+
+
+def leaving(old: Timed, new: Shaped[jax.Array, "B G c *any"]) -> Shaped[jax.Array, "B G c *any"]:
+    """The oldest c of both."""
+    window, tokens = old.shape[2], new.shape[2]
+    return jnp.concatenate([old[:, :, :tokens], new[:, :, : max(tokens - window, 0)]], axis=2)
+
+
+def staying(old: Timed, new: Shaped[jax.Array, "B G c *any"]) -> Timed:
+    """The newest of both, as many as old ones."""
+    window, tokens = old.shape[2], new.shape[2]
+    return jnp.concatenate([old[:, :, tokens:], new[:, :, max(tokens - window, 0) :]], axis=2)
+
+
+def spans(
+    old: Timed, new: Shaped[jax.Array, "B G c *any"], cut: Layout
+) -> tuple[TimedBlocks, Shaped[jax.Array, "B G n b *any"]]:
+    """The keys that each block sees one by one: those of the window before it, and its own.
+
+    `[B, G, M, ...]` and `[B, G, tokens, ...]` to `[B, G, n, M, ...]` and `[B, G, n, L, ...]`.
+    """
+    window = old.shape[2]
+    if window == cut.block:
+        return by_block(leaving(old, new), cut), by_block(new, cut)
+    both = jnp.concatenate([old, new], axis=2)
+    starts = [i * cut.block for i in range(cut.blocks_per_chunk)]
+    before = jnp.stack([both[:, :, start : start + window] for start in starts], axis=2)
+    return before, by_block(new, cut)
+
+
+def keys_in_reach(block: int, config: ModelConfig) -> InReach:
+    """Which keys of its span, M + L of them, the queries of a block see, documents apart."""
+    row, column = jnp.arange(block)[:, None], jnp.arange(config.window_len + block)
+    distance = row + config.window_len - column  # [block, M + block]
+    if config.use_cache:
+        return distance >= 0
+    return (distance >= 0) & (distance <= config.window_len)
+
+
+def visible_keys(
+    in_reach: InReach, first: Int[jax.Array, "B n c"], start: Int[jax.Array, ""]
+) -> NearVisible:
+    """Those in reach that are of the query's document. `start`: index of the first span's first."""
+    blocks, block = first.shape[1:]
+    index = start + jnp.arange(blocks)[:, None, None] * block + jnp.arange(in_reach.shape[1])
+    return in_reach & (index >= first[..., None])
+
+
+def state_after(
+    state: AttentionState,
+    ring: Window,
+    new: Window,
+    cache: Cache,
+    timeline: Timeline,
+    documents: KeyDocuments,
+) -> AttentionState:
+    """The state after `length` tokens: the newest W keys, each in its slot, and the cache.
+
+    `ring` and `new` are the keys before the call and its own, `cache` what is older than the newest
+    W. It is emptied where it is not of the current document.
+    """
+    size, length = ring.codes.shape[2], timeline.length[:, None]
+    newest = length + jnp.arange(size)  # [B, W] timeline indices, oldest first
+    at_slot = (jnp.arange(size) - (timeline.start + timeline.length)[:, None]) % size
+    index = jnp.take_along_axis(newest, at_slot, axis=1)[:, None, :]
+
+    def in_slots(old: Timed, new: Shaped[jax.Array, "B G T *any"]) -> Timed:
+        both = jnp.concatenate([old, new], axis=2)
+        at = index.reshape(*index.shape, *[1] * (both.ndim - 3))
+        return jnp.take_along_axis(both, at, axis=2)
+
+    current = documents.first_at(length - 1 + size)[:, 0] == cache.first
+    current = current[:, None, None]
+    parts = (
+        in_slots(ring.values, new.values),
+        jnp.where(current[..., None], cache.means, 0),
+        jnp.zeros_like(state.values[:, :, size + cache.mass.shape[2] :]),
+    )
+    return AttentionState(
+        codes=in_slots(ring.codes, new.codes),
+        counts=jnp.where(current, cache.mass, 0),
+        values=jnp.concatenate([part.astype(state.values.dtype) for part in parts], axis=2),
+        keys=None if state.keys is None else in_slots(ring.keys, new.keys),
+    )

@@ -4,8 +4,9 @@ As in flash attention (Dao et al., 2022) the weights are not kept for the backwa
 made again from the scores and the saved log-sum-exp, block by block. Everything here is one softmax
 over two kinds of columns, near keys and codes; `blocks.py` says what they are.
 
-Axes beyond those of `types.py`: n blocks, c queries of a block, j keys of a span (M + block), s
-codes, d distances (M + 1, farthest first), r query heads of a key/value head.
+Axes as in `types.py`: n blocks, c queries of a block, j keys of a span (M + c), d distances
+(M + 1, farthest first). What is differentiated is in named tuples, not in dataclasses: their fields
+also hold what JAX has in place of the derivative of a flag.
 """
 
 import functools
@@ -14,38 +15,59 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float
 
 from transformer_vq.nn.layers import wide
+from transformer_vq.types import (
+    BlockOutputs,
+    BlockQueries,
+    BlockScores,
+    Codewords,
+    FarVisible,
+    LogMass,
+    LogSums,
+    Means,
+    NearBiases,
+    NearVisible,
+    TimedBlocks,
+)
 
 MASKED = -1e30  # finite, so that a row with nothing to see gives numbers and not NaN
 SAVED = ("attention_out", "attention_lse")  # names of what a rematerialised unit keeps
 
 
+class Queries(NamedTuple):
+    """The queries of each block."""
+
+    content: BlockQueries  # [B, G, n, R, c, K]: q + u
+    position: BlockQueries  # [B, G, n, R, c, K]: q + w
+
+
 class Near(NamedTuple):
-    """The keys that a group of query blocks sees one by one: those before a block, and its own.
+    """The keys that each block sees one by one: those before the block, and its own.
 
     In two parts, so that those of its own are nowhere copied. j counts over both.
     """
 
-    keys: tuple[jax.Array, jax.Array]  # [B, G, n, M, K] and [B, G, n, c, K]
-    values: tuple[jax.Array, jax.Array]  # [B, G, n, M, V] and [B, G, n, c, V]
-    biases: jax.Array  # [d, G, r, K]: position vectors, farthest first
-    visible: jax.Array  # bool [B, n, c, j]; of the key by the query
+    keys: tuple[TimedBlocks, TimedBlocks]  # [B, G, n, M, K] and [B, G, n, c, K]
+    values: tuple[TimedBlocks, TimedBlocks]  # [B, G, n, M, V] and [B, G, n, c, V]
+    biases: NearBiases  # [d, G, R, K]: position vectors, farthest first
+    visible: NearVisible  # bool [B, n, c, j]; of the key by the query
 
 
 class Far(NamedTuple):
     """The cache of each block: a column for each code."""
 
-    words: jax.Array  # [G, S, K]
-    means: jax.Array  # [B, G, n, S, V]
-    log_counts: jax.Array  # [B, G, n, S]; MASKED for a code without keys
-    visible: jax.Array  # bool [B, n, c]: of the cache by the query
+    words: Codewords  # [G, S, K]
+    means: Means  # [B, G, n, S, V]
+    log_mass: LogMass  # [B, G, n, S]; MASKED for a code without keys
+    visible: FarVisible  # bool [B, n, c]: of the cache by the query
 
 
-def skew(scores: jax.Array, width: int) -> jax.Array:
+def skew(scores: Float[jax.Array, "*any c d"], width: int) -> Float[jax.Array, "*any c j"]:
     """Shift row a right by a: `out[..., a, a + e] = scores[..., a, e]`, zero elsewhere.
 
-    `[..., c, e]` to `[..., c, width]`, with width >= c + e - 1 (Dai et al., 2019, appendix B).
+    `[..., c, d]` to `[..., c, width]`, with width >= c + d - 1 (Dai et al., 2019, appendix B).
     """
     *lead, rows, entries = scores.shape
     padded = jnp.pad(scores, [(0, 0)] * (len(lead) + 1) + [(0, width + 1 - entries)])
@@ -57,52 +79,57 @@ def skew(scores: jax.Array, width: int) -> jax.Array:
 # backend then pays with transposed copies.
 
 
-def _swap(x: jax.Array) -> jax.Array:
+def _swap(x: Float[jax.Array, "*any x y"]) -> Float[jax.Array, "*any y x"]:
     return jnp.swapaxes(x, -1, -2)
 
 
-def _over_blocks(queries: jax.Array, shared: jax.Array) -> jax.Array:
-    """Queries `[B, G, n, r, c, x]` times what all blocks share, `[G, r or 1, x, y]`."""
+def _over_blocks(
+    queries: BlockQueries, shared: Float[jax.Array, "G #R K y"]
+) -> Float[jax.Array, "B G n R c y"]:
+    """Queries times what all blocks share, `[G, R or 1, K, y]`."""
     x = jnp.moveaxis(queries, (1, 3), (0, 1))  # [G, r, B, n, c, x]
     groups, repeats, *lead, width = x.shape
     y = jnp.matmul(x.reshape(groups, repeats, -1, width), shared)
     return jnp.moveaxis(y.reshape(groups, repeats, *lead, -1), (0, 1), (1, 3))
 
 
-def _over_heads(queries: jax.Array, keys: jax.Array) -> jax.Array:
-    """Queries `[B, G, n, r, c, x]` times what all heads of a group share, `[B, G, n, x, y]`."""
+def _over_heads(
+    queries: Float[jax.Array, "B G n R c x"], keys: Float[jax.Array, "B G n x y"]
+) -> Float[jax.Array, "B G n R c y"]:
+    """Queries, or weights, times what all R query heads of a key/value head share."""
     *lead, repeats, rows, width = queries.shape
     y = jnp.matmul(queries.reshape(*lead, repeats * rows, width), keys)
     return y.reshape(*lead, repeats, rows, -1)
 
 
-def _near_scores(content: jax.Array, position: jax.Array, near: Near) -> list[jax.Array]:
-    """Scores of near keys, `[B, G, n, r, c, j]` in two parts, in wide."""
-    bias = wide(_over_blocks(position, jnp.moveaxis(near.biases, 0, -1)))
+def _near_scores(queries: Queries, near: Near) -> list[BlockScores]:
+    """Scores of near keys, `[B, G, n, R, c, j]` in two parts, in wide."""
+    bias = wide(_over_blocks(queries.position, jnp.moveaxis(near.biases, 0, -1)))
     bias = skew(bias, near.visible.shape[-1])
     scores, start = [], 0
     for keys in near.keys:
         end = start + keys.shape[3]
-        part = wide(_over_heads(content, _swap(keys))) + bias[..., start:end]
+        part = wide(_over_heads(queries.content, _swap(keys))) + bias[..., start:end]
         visible = near.visible[:, None, :, None, :, start:end]
         scores.append(jnp.where(visible, part, MASKED))
         start = end
     return scores
 
 
-def _far_scores(content: jax.Array, far: Far) -> jax.Array:
-    """Scores of codes, `[B, G, n, r, c, s]`, in wide."""
+def _far_scores(content: BlockQueries, far: Far) -> BlockScores:
+    """Scores of codes, `[B, G, n, R, c, S]`, in wide."""
     scores = wide(_over_blocks(content, _swap(far.words)[:, None]))
-    scores += far.log_counts[:, :, :, None, None]
+    scores += far.log_mass[:, :, :, None, None]
     return jnp.where(far.visible[:, None, :, None, :, None], scores, MASKED)
 
 
-def _forward(content, position, near, far):
+@jax.named_scope("softmax")
+def _forward(queries: Queries, near: Near, far: Far | None) -> tuple[BlockOutputs, LogSums]:
     """Outputs, and the logarithm of the sum of exponentials of each query's scores."""
-    dtype = content.dtype
-    columns = list(zip(_near_scores(content, position, near), near.values, strict=True))
+    dtype = queries.content.dtype
+    columns = list(zip(_near_scores(queries, near), near.values, strict=True))
     if far is not None:
-        columns.append((_far_scores(content, far), far.means))
+        columns.append((_far_scores(queries.content, far), far.means))
     columns = [(scores, values) for scores, values in columns if scores.shape[-1]]
     tops = [scores.max(-1, keepdims=True) for scores, _ in columns]
     top = functools.reduce(jnp.maximum, tops)
@@ -117,12 +144,9 @@ def _forward(content, position, near, far):
 
 
 @jax.custom_jvp
-def attend(content: jax.Array, position: jax.Array, near: Near, far: Far | None) -> jax.Array:
-    """Outputs `[B, G, n, r, c, V]` of queries for content, `q + u`, and position, `q + w`.
-
-    Queries are `[B, G, n, r, c, K]`. No gradient reaches `far.words` and `far.log_counts`.
-    """
-    return _forward(content, position, near, far)[0]
+def attend(queries: Queries, near: Near, far: Far | None) -> BlockOutputs:
+    """Outputs `[B, G, n, R, c, V]`. No gradient reaches `far.words` and `far.log_mass`."""
+    return _forward(queries, near, far)[0]
 
 
 @attend.defjvp
@@ -131,14 +155,14 @@ def _attend_jvp(primals, tangents):
 
     Linear in the tangents, so JAX makes the backward pass of it, that of flash attention.
     """
-    content, position, near, far = primals
-    d_content, d_position, d_near, d_far = tangents
+    queries, near, far = primals
+    d_queries, d_near, d_far = tangents
     out, lse = _forward(*primals)
     out, lse = (checkpoint_name(x, name) for x, name in zip((out, lse), SAVED, strict=True))
     dtype = out.dtype
 
-    def near_scores(content, position, keys, biases):
-        return _near_scores(content, position, near._replace(keys=keys, biases=biases))
+    def near_scores(queries, keys, biases):
+        return _near_scores(queries, near._replace(keys=keys, biases=biases))
 
     def part(scores, d_scores, values, d_values):
         weights = jnp.exp(scores - lse[..., None])
@@ -148,11 +172,12 @@ def _attend_jvp(primals, tangents):
 
     scores, d_scores = jax.jvp(
         near_scores,
-        (content, position, near.keys, near.biases),
-        (d_content, d_position, d_near.keys, d_near.biases),
+        (queries, near.keys, near.biases),
+        (d_queries, d_near.keys, d_near.biases),
     )
     columns = list(zip(scores, d_scores, near.values, d_near.values, strict=True))
     if far is not None:
+        content, d_content = queries.content, d_queries.content
         far_scores = jax.jvp(lambda content: _far_scores(content, far), (content,), (d_content,))
         columns.append((*far_scores, far.means, d_far.means))
     parts = [part(*column) for column in columns if column[0].shape[-1]]

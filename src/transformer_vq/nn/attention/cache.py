@@ -1,79 +1,138 @@
-"""The cache of codes: what is older than the window, one entry per code."""
+"""The cache of codes: what is older than the window, one entry per code.
+
+Of the keys of each code it holds their mass, which is their number, and the mean of their values.
+The step takes in one key at a time (`join`), blocks many (`join_blocks`), and a query meets a code
+with the logarithm of its mass added to the score (`log_mass`). Nothing else knows what a mass is.
+"""
+
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int, Num
 
-from transformer_vq.config import ModelConfig
 from transformer_vq.nn import products
 from transformer_vq.nn.attention.blockwise import MASKED
-from transformer_vq.nn.timeline import Timeline
+from transformer_vq.nn.timeline import KeyDocuments
+from transformer_vq.types import (
+    First,
+    LogMass,
+    Mass,
+    Means,
+    PerRowFlag,
+    TimedCodes,
+    TimedValues,
+)
 
 
-def log_counts(counts: jax.Array, dtype) -> jax.Array:
-    """The score that a code gains from the number of its keys: log n, and nothing for none."""
-    return jnp.where(counts > 0, jnp.log(jnp.maximum(counts, 1).astype(dtype)), MASKED)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """The cache of each row; or, with an axis n, as each of n blocks sees it.
 
-
-class Eviction:
-    """How keys leave the window and join the cache, in time order.
-
-    A cache is `(counts [B, G, S], means [B, G, S, V], first [B])`: of one document, the newest that
-    had a key leave; `first` is the timeline index of that document's first key. Key i leaves when
-    token i arrives, so only the first `length` keys leave.
+    It is of one document, the newest of which a key has left the window.
     """
 
-    def __init__(self, config: ModelConfig, timeline: Timeline, ring: int, length: int):
-        self.size = config.codebook_size
-        self.length = timeline.length
-        before = jnp.broadcast_to(timeline.first_before[:, None], (len(timeline.length), ring))
-        self.firsts = jnp.concatenate([before, timeline.first], axis=1)  # [B, W + T]
+    mass: Mass  # int32 [B, G, *n, S]: how many keys of each code there are
+    means: Means  # [B, G, *n, S, V]: of their values, in wide
+    first: First  # int32 [B, *n]: timeline index of the first key of the document
 
-    def first_at(self, index: jax.Array) -> jax.Array:
-        """Where the document of key `index` `[B, n]` begins."""
-        index = jnp.clip(index, 0, self.firsts.shape[1] - 1)
-        return jnp.take_along_axis(self.firsts, index, axis=1)
 
-    def after(self, cache, codes, values, start):
-        """The cache after the keys from timeline index `start` on have left.
+def log_mass(mass: Mass, dtype: Any) -> LogMass:
+    """What a code's score gains from the mass of its keys: its log; MASKED where there is none."""
+    return jnp.where(mass > 0, jnp.log(jnp.maximum(mass, 1).astype(dtype)), MASKED)
 
-        codes `[B, G, keys]`, values `[B, G, keys, V]`.
-        """
-        return self.blocks(cache, codes, values, start, codes.shape[2])[1]
 
-    def blocks(self, cache, codes, values, start, block):
-        """The caches that each block sees, stacked along a new axis, and the one after them.
+def join(
+    mass: Num[jax.Array, "B G"],
+    rows: Float[jax.Array, "B G 2 V"],
+    new_values: Float[jax.Array, "B G V"],
+    *,
+    arrives: PerRowFlag,
+    joins: PerRowFlag,
+) -> tuple[Num[jax.Array, "B G"], Float[jax.Array, "B G 2 V"]]:
+    """One key per row and head leaves its slot to a new one, and joins the mean of its code.
 
-        Keys of block i leave before block i + 1: codes `[B, G, keys]` and values
-        `[B, G, keys, V]` begin at index `start`.
-        """
-        counts, means, cache_first = cache
-        codes = codes.reshape(*codes.shape[:2], -1, block)
-        values = values.reshape(*codes.shape, -1)
-        index = start + jnp.arange(codes[0, 0].size).reshape(-1, block)
-        length = self.length[:, None]
-        newest = jnp.minimum(index[:, -1], length - 1)  # [B, n]
-        firsts = jnp.where(start < length, self.first_at(newest), cache_first[:, None])
-        joins = (index < length[..., None]) & (index >= firsts[..., None])  # [B, n, j]
-        codes = jnp.where(joins[:, None], codes, self.size)  # of no code
-        sums = products.sum_by_code(values.astype(means.dtype), codes, self.size)
-        ones = jnp.ones((*codes.shape, 1), means.dtype)
-        added = products.sum_by_code(ones, codes, self.size)  # [B, G, n, S, 1]
+    `mass` is that of its code; `rows` are its value and the mean. Returned are the mass, and the
+    new value and the moved mean: `m + (v - m) / n`. Where no key `arrives`, the value stays; where
+    none `joins` (it is of an older document, or there is no cache), mass and mean do.
 
-        # Cache i holds the cache at first and what blocks 0 to i - 1 added, of its own document.
-        firsts = jnp.concatenate([cache_first[:, None], firsts], axis=1)  # [B, n + 1]
-        keep = jnp.tril(firsts[:, :, None] == firsts[:, None, :]).astype(means.dtype)
+    The two rows are made by a product, which XLA does not fuse with the read of them (fused, each
+    number is read by itself).
+    """
+    mass = mass + joins[:, None].astype(mass.dtype)
+    step = joins[:, None] / jnp.maximum(mass, 1).astype(rows.dtype)
+    keep = jnp.broadcast_to(~arrives[:, None], step.shape).astype(rows.dtype)
+    zero = jnp.zeros_like(step)
+    mix = jnp.stack([jnp.stack([keep, zero], -1), jnp.stack([step, 1 - step], -1)], axis=-2)
+    rows = products.matmul_exact(mix, rows)
+    new_values = ((1 - keep)[..., None] * new_values).astype(rows.dtype)
+    return mass, rows.at[:, :, 0].add(new_values)
 
-        def over(keep: jax.Array, x: jax.Array) -> jax.Array:
-            """Products, here and in the backward pass: XLA's sums over blocks are slow on a CPU."""
-            flat = x.reshape(*x.shape[:3], -1)
-            flat = products.matmul_exact(keep[:, None], flat)
-            return flat.reshape(*flat.shape[:3], *x.shape[3:])
 
-        sums, added = over(keep[:, :, 1:], sums), over(keep[:, :, 1:], added)
-        base = over(keep[:, :, :1], means[:, :, None])
-        kept = keep[:, None, :, :1].astype(jnp.int32)  # [B, 1, n + 1, 1]
-        counts = kept * counts[:, :, None] + added[..., 0].astype(jnp.int32)
-        total = jnp.maximum(counts, 1)[..., None].astype(means.dtype)
-        means = base + (sums - added * base) / total
-        seen = (counts[:, :, :-1], means[:, :, :-1], firsts[:, :-1])
-        return seen, (counts[:, :, -1], means[:, :, -1], firsts[:, -1])
+def join_blocks(
+    cache: Cache,
+    codes: TimedCodes,
+    values: TimedValues,
+    *,
+    start: int | Int[jax.Array, ""],
+    documents: KeyDocuments,
+    block: int,
+) -> tuple[Cache, Cache]:
+    """The caches that n blocks see, and the one after them.
+
+    The keys `codes` `[B, G, n block]`, `values` `[B, G, n block, V]` stand from timeline index
+    `start` on; those of block i leave the window before block i + 1. Key i leaves when token i
+    arrives, so only as many keys leave as tokens are real.
+    """
+    size = cache.mass.shape[-1]
+    codes = codes.reshape(*codes.shape[:2], -1, block)
+    values = values.reshape(*codes.shape, -1)
+    joins, firsts = joining(cache.first, codes.shape[2], start, documents, block)
+    codes = jnp.where(joins[:, None], codes, size)  # of no code
+    sums = products.sum_by_code(values.astype(cache.means.dtype), codes, size)
+    ones = jnp.ones((*codes.shape, 1), cache.means.dtype)
+    added = products.sum_by_code(ones, codes, size)  # [B, G, n, S, 1]
+
+    # Cache i holds the cache at first and what blocks 0 to i - 1 added, of its own document.
+    firsts = jnp.concatenate([cache.first[:, None], firsts], axis=1)  # [B, n + 1]
+    keep = jnp.tril(firsts[:, :, None] == firsts[:, None, :]).astype(cache.means.dtype)
+    sums, added = _over_blocks(keep[:, :, 1:], sums), _over_blocks(keep[:, :, 1:], added)
+    base = _over_blocks(keep[:, :, :1], cache.means[:, :, None])
+    kept = keep[:, None, :, :1].astype(cache.mass.dtype)  # [B, 1, n + 1, 1]
+    mass = kept * cache.mass[:, :, None] + added[..., 0].astype(cache.mass.dtype)
+    total = jnp.maximum(mass, 1)[..., None].astype(cache.means.dtype)
+    means = base + (sums - added * base) / total
+    seen = Cache(mass[:, :, :-1], means[:, :, :-1], firsts[:, :-1])
+    return seen, Cache(mass[:, :, -1], means[:, :, -1], firsts[:, -1])
+
+
+def joining(
+    cache_first: Int[jax.Array, "B"],
+    blocks: int,
+    start: int | Int[jax.Array, ""],
+    documents: KeyDocuments,
+    block: int,
+) -> tuple[Bool[jax.Array, "B n j"], Int[jax.Array, "B n"]]:
+    """Which keys of each block join the cache, and the document that it then is of, by its `first`.
+
+    That is the document of the newest key that has left; keys of older ones do not join.
+    """
+    index = start + jnp.arange(blocks * block).reshape(-1, block)
+    length = documents.length[:, None]
+    newest = jnp.minimum(index[:, -1], length - 1)  # [B, n]
+    firsts = jnp.where(start < length, documents.first_at(newest), cache_first[:, None])
+    return (index < length[..., None]) & (index >= firsts[..., None]), firsts
+
+
+def _over_blocks(
+    keep: Float[jax.Array, "B i k"], x: Float[jax.Array, "B G k S X"]
+) -> Float[jax.Array, "B G i S X"]:
+    """Sums over blocks k, as far as `keep` takes them over into cache i.
+
+    Products, here and in the backward pass: XLA's sums over blocks are slow on a CPU.
+    """
+    flat = x.reshape(*x.shape[:3], -1)
+    flat = products.matmul_exact(keep[:, None], flat)
+    return flat.reshape(*flat.shape[:3], *x.shape[3:])

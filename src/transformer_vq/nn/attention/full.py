@@ -4,63 +4,46 @@ Its state is a key/value cache of a capacity fixed when the state is made. Many 
 block (`tiled.py`); with one block for all of them the whole score matrix is there at once.
 """
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Int, Shaped
 
 from transformer_vq.config import ModelConfig
 from transformer_vq.nn.attention import tiled
 from transformer_vq.nn.attention.blockwise import MASKED
+from transformer_vq.nn.attention.inputs import QKV, Attended, AttentionWeights
+from transformer_vq.nn.attention.state import FullAttentionState
 from transformer_vq.nn.layers import wide
 from transformer_vq.nn.timeline import Timeline
+from transformer_vq.types import (
+    CachedKeys,
+    CachedValues,
+    Keys,
+    Outputs,
+    PerRow,
+    PerToken,
+    Queries,
+    Values,
+)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class FullAttentionState:
-    """Keys and values of all tokens so far, at their positions."""
-
-    keys: jax.Array  # state_dtype [B, G, capacity, K]
-    values: jax.Array  # state_dtype [B, G, capacity, V]
-
-    @property
-    def capacity(self) -> int:
-        return self.keys.shape[2]
-
-
-def init_full_state(
-    config: ModelConfig, batch_size: int, capacity: int, dtype
-) -> FullAttentionState:
-    """Nothing seen: all zeros."""
-    lead = (batch_size, config.num_kv_heads, capacity)
-    return FullAttentionState(
-        keys=jnp.zeros((*lead, config.d_k), dtype),
-        values=jnp.zeros((*lead, config.d_v), dtype),
-    )
-
-
+@jax.named_scope("attend_full")
 def attend_full(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    u: jax.Array,
-    w: jax.Array,
-    r: jax.Array,
+    x: QKV,
+    unit: AttentionWeights,
     state: FullAttentionState,
     timeline: Timeline,
     config: ModelConfig,
     *,
     from_empty: bool = False,
-) -> tuple[jax.Array, FullAttentionState]:
+) -> Attended:
     """Attention of T new tokens per row over the cache and each other; any T.
 
-    Shapes as in `attend_blocks`, with r `[capacity, H, K]`: one row per distance. A query beyond
-    the capacity gives NaN: `extend` refuses it first wherever positions are known.
+    `unit.r` is `[capacity, H, K]`: one row per distance. A query beyond the capacity gives NaN:
+    `extend` refuses it first wherever positions are known.
     `from_empty`: nothing was before this call, so the cache is not looked at; NaN if it was.
     """
-    batch, length = q.shape[:2]
-    capacity = state.capacity
+    length, capacity = x.q.shape[1], state.capacity
     positions = timeline.start[:, None] + jnp.arange(length)
     real = jnp.arange(length) < timeline.length[:, None]
     # `first` counts from the oldest of W slots before this call: make it a position.
@@ -72,48 +55,51 @@ def attend_full(
         before = None if from_empty else state
         relative = timeline.first - config.ring_len
         # What is lost, and may be no number, is not in the sums: 0 times it would be.
-        k, v = (jnp.where(lost[..., None, None], 0, x) for x in (k, v))
-        out = _attend_many(q, k, v, u, w, r, before, timeline.start, relative, config.block_len)
-        state = _write(state, k, v, positions, real)
+        k, v = (jnp.where(lost[..., None, None], 0, a) for a in (x.k, x.v))
+        x = QKV(x.q, k, v)
+        out = _attend_many(x, unit, before, timeline.start, relative, config.block_len)
+        state = _write(state, x, positions, real)
     else:
-        state = _write(state, k, v, positions, real)
-        out = _attend_cache(q, u, w, r, state, positions, first, v.dtype)
-    return jnp.where(lost[..., None, None], jnp.nan, out), state
+        state = _write(state, x, positions, real)
+        out = _attend_cache(x.q, unit, state, positions, first)
+    return Attended(jnp.where(lost[..., None, None], jnp.nan, out), None, state)
 
 
 def _write(
-    state: FullAttentionState, k: jax.Array, v: jax.Array, positions: jax.Array, real: jax.Array
+    state: FullAttentionState, x: QKV, positions: PerToken, real: Bool[jax.Array, "B T"]
 ) -> FullAttentionState:
-    """The state with keys `[B, T, G, K]` and values at `positions` `[B, T]`, the real ones."""
+    """The state with the new keys and values at their positions, the real ones."""
     target = jnp.where(real, positions, state.capacity)  # past the end: dropped
 
     @jax.vmap  # by rows, so that devices that share the rows need not tell each other
-    def put(cache: jax.Array, new: jax.Array, target: jax.Array) -> jax.Array:
+    def put(
+        cache: Shaped[jax.Array, "G capacity X"],
+        new: Shaped[jax.Array, "T G X"],
+        target: Int[jax.Array, "T"],
+    ) -> Shaped[jax.Array, "G capacity X"]:
         new = jnp.moveaxis(new, 0, 1).astype(cache.dtype)
         return cache.at[:, target].set(new, mode="drop")
 
-    return FullAttentionState(put(state.keys, k, target), put(state.values, v, target))
+    return FullAttentionState(put(state.keys, x.k, target), put(state.values, x.v, target))
 
 
 def _attend_cache(
-    q: jax.Array,
-    u: jax.Array,
-    w: jax.Array,
-    r: jax.Array,
+    q: Queries,
+    unit: AttentionWeights,
     state: FullAttentionState,
-    positions: jax.Array,
-    first: jax.Array,
-    dtype,
-) -> jax.Array:
+    positions: PerToken,
+    first: PerToken,
+) -> Outputs:
     """Attention over the cache as it stands: all scores at once, for a token per row.
 
     `positions`, `first` `[B, T]`: of each query and of the first key that it sees.
     """
     batch, length, heads, d_k = q.shape
     groups, capacity = state.keys.shape[1:3]
+    dtype = q.dtype
     q = jnp.moveaxis(q.reshape(batch, length, groups, heads // groups, d_k), 1, 3)
-    u, w = (x.reshape(groups, heads // groups, 1, d_k) for x in (u, w))
-    r = r.reshape(capacity, groups, heads // groups, d_k)
+    u, w = (x.reshape(groups, heads // groups, 1, d_k) for x in (unit.u, unit.w))
+    r = unit.r.reshape(capacity, groups, heads // groups, d_k)
     distance = positions[:, :, None] - jnp.arange(capacity)  # [B, T, capacity]
     bias = jnp.einsum("bgrtk,dgrk->bgrtd", q + w, r)
     bias = jnp.take_along_axis(bias, jnp.clip(distance, 0)[:, None, None], axis=4, mode="clip")
@@ -126,36 +112,36 @@ def _attend_cache(
 
 
 def _attend_many(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    u: jax.Array,
-    w: jax.Array,
-    r: jax.Array,
+    x: QKV,
+    unit: AttentionWeights,
     before: FullAttentionState | None,
-    start: jax.Array,
-    first: jax.Array,
+    start: PerRow,
+    first: PerToken,
     block_len: int,
-) -> jax.Array:
+) -> Outputs:
     """Attention `[B, T, H, V]` of many tokens over each other and the cache before them, by blocks.
 
     Keys stand in the order of time and end with the call's own: those of the cache are moved so
     that in every row the last one is just before the call. `first` `[B, T]`: of the first key that
     a query sees, counted from the first token of the call, so below 0 in the cache.
     """
-    batch, length, heads, d_k = q.shape
-    groups, repeats = k.shape[2], heads // k.shape[2]
+    batch, length, heads, d_k = x.q.shape
+    groups, repeats = x.k.shape[2], heads // x.k.shape[2]
     block = min(block_len, length)
     blocks = -(-length // block)
     old_blocks = 0 if before is None else -(-before.capacity // block)
 
-    def by_block(x: jax.Array, mode="constant") -> jax.Array:
+    def by_block(
+        x: Shaped[jax.Array, "B T *any"], mode: str = "constant"
+    ) -> Shaped[jax.Array, "n B c *any"]:
         """`[B, T, ...]` as `[n, B, c, ...]`, padded at the end."""
         pad = [(0, 0), (0, blocks * block - length)] + [(0, 0)] * (x.ndim - 2)
         x = jnp.pad(x, pad, mode=mode).reshape(batch, blocks, block, *x.shape[2:])
         return jnp.moveaxis(x, 1, 0)
 
-    def with_old(new: jax.Array, cache: jax.Array | None) -> jax.Array:
+    def with_old(
+        new: Keys | Values, cache: CachedKeys | CachedValues | None
+    ) -> Shaped[jax.Array, "m B G c X"]:
         """Keys `[B, T, G, K]` and those of the cache before them: `[m, B, G, c, K]`."""
         new = jnp.moveaxis(by_block(new), 3, 2)
         if cache is None:
@@ -165,17 +151,17 @@ def _attend_many(
         old = old.reshape(batch, groups, old_blocks, block, -1).astype(new.dtype)
         return jnp.concatenate([jnp.moveaxis(old, 2, 0), new])
 
-    q = by_block(q.reshape(batch, length, groups, repeats, d_k))  # [n, B, c, G, r, K]
-    u, w = (x.reshape(groups, repeats, d_k) for x in (u, w))
+    q = by_block(x.q.reshape(batch, length, groups, repeats, d_k))  # [n, B, c, G, R, K]
+    u, w = (a.reshape(groups, repeats, d_k) for a in (unit.u, unit.w))
     rows = (old_blocks + blocks) * block
-    r = jnp.pad(r[:rows], [(0, max(0, rows - len(r))), (0, 0), (0, 0)])
-    x = tiled.Tiles(
+    r = jnp.pad(unit.r[:rows], [(0, max(0, rows - len(unit.r))), (0, 0), (0, 0)])
+    tiles = tiled.Tiles(
         content=jnp.moveaxis(q + u, 2, 4),
         position=jnp.moveaxis(q + w, (3, 4), (1, 2)),
-        keys=with_old(k, None if before is None else before.keys),
-        values=with_old(v, None if before is None else before.values),
+        keys=with_old(x.k, None if before is None else before.keys),
+        values=with_old(x.v, None if before is None else before.values),
         biases=jnp.moveaxis(r[::-1].reshape(rows, groups, repeats, d_k), 0, 2),
     )
-    out = tiled.attend(x, by_block(first + old_blocks * block, mode="edge"))
-    out = jnp.moveaxis(out, (0, 4), (1, 2))  # [B, n, c, G, r, V]
+    out = tiled.attend(tiles, by_block(first + old_blocks * block, mode="edge"))
+    out = jnp.moveaxis(out, (0, 4), (1, 2))  # [B, n, c, G, R, V]
     return out.reshape(batch, blocks * block, heads, -1)[:, :length]

@@ -1,11 +1,21 @@
-"""What an attention unit remembers: the ring of the newest keys, and the cache of older ones."""
+"""What an attention unit remembers."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from transformer_vq.config import ModelConfig
+from transformer_vq.types import (
+    CachedKeys,
+    CachedValues,
+    Codewords,
+    Counts,
+    RingCodes,
+    RingKeys,
+    TableOfValues,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -18,13 +28,29 @@ class AttentionState:
     (docs/architecture.md).
     """
 
-    codes: jax.Array  # int32 [B, G, W]: code of the key in each ring slot
-    counts: jax.Array  # int32 [B, G, S]: keys of each code that have left the ring
-    values: jax.Array  # state_dtype [B, G, J, V]
-    keys: jax.Array | None = None  # [B, G, W, K]: quantized keys of the ring, in training only
+    codes: RingCodes  # int32 [B, G, W]: code of the key in each ring slot
+    counts: Counts  # int32 [B, G, S]: mass of each code: how many of its keys have left the ring
+    values: TableOfValues  # state_dtype [B, G, J, V]
+    keys: RingKeys | None = None  # [B, G, W, K]: quantized keys of the ring, in training only
 
 
-def init_attention_state(config: ModelConfig, batch_size: int, dtype) -> AttentionState:
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FullAttentionState:
+    """What one unit of full attention remembers: all keys and values, at their positions."""
+
+    keys: CachedKeys  # state_dtype [B, G, capacity, K]
+    values: CachedValues  # state_dtype [B, G, capacity, V]
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[-2]
+
+
+UnitState = AttentionState | FullAttentionState
+
+
+def init_attention_state(config: ModelConfig, batch_size: int, dtype: Any) -> AttentionState:
     """Nothing seen: all zeros."""
     lead = (batch_size, config.num_kv_heads)
     return AttentionState(
@@ -34,18 +60,29 @@ def init_attention_state(config: ModelConfig, batch_size: int, dtype) -> Attenti
     )
 
 
+def init_full_state(
+    config: ModelConfig, batch_size: int, capacity: int, dtype: Any
+) -> FullAttentionState:
+    """Nothing seen: all zeros."""
+    lead = (batch_size, config.num_kv_heads, capacity)
+    return FullAttentionState(
+        keys=jnp.zeros((*lead, config.d_k), dtype),
+        values=jnp.zeros((*lead, config.d_v), dtype),
+    )
+
+
 def keep_keys(state: AttentionState, config: ModelConfig) -> AttentionState:
     """An empty state whose window will hold on to its keys as they were when they came.
 
-    For training, where the codebook moves between the pieces of a sequence: so does the reference
+    For training, where the codebook moves between the chunks of a sequence: so does the reference
     implementation. Without, a code means its codeword of today, which is equal if nothing moves.
     """
     shape = (*state.codes.shape, config.d_k)
     return replace(state, keys=jnp.zeros(shape, config.compute_dtype))
 
 
-def window_keys(state: AttentionState, words: jax.Array, dtype) -> jax.Array:
-    """The keys of the window, `[B, G, W, K]`: kept ones, or the codewords `[G, S, K]` of its codes.
+def window_keys(state: AttentionState, words: Codewords, dtype: Any) -> RingKeys:
+    """The keys of the ring, `[B, G, W, K]`: kept ones, or the codewords `[G, S, K]` of its codes.
 
     In a state that carries them, gradients reach them.
     """
