@@ -72,3 +72,15 @@ NearBiases = Float[jax.Array, "d G R K"]  # position vectors, farthest distance 
 NearVisible = Bool[jax.Array, "B n c j"]  # whether the query sees the key
 FarVisible = Bool[jax.Array, "B n c"]  # whether the query sees the cache
 InReach = Bool[jax.Array, "c j"]
+
+# Tiles: n blocks of queries against m >= n blocks of keys (`nn/attention/tiled.py`).
+TileContent = Float[jax.Array, "n B G R c K"]
+TilePosition = Float[jax.Array, "n G R B c K"]
+TileKeys = Float[jax.Array, "m B G c K"]
+TileValues = Float[jax.Array, "m B G c V"]
+TileBiases = Float[jax.Array, "G R d K"]  # position vectors, farthest distance first
+TileFirst = Int[jax.Array, "n B c"]  # the first key that each query sees
+TileOutputs = Float[jax.Array, "n B G R c V"]
+TileLogSums = Float[jax.Array, "n B G R c"]
+TileScores = Float[jax.Array, "B G R c c"]  # of one tile: queries, keys
+Index = int | Int[jax.Array, ""]

@@ -20,7 +20,7 @@ from tests.nn.test_reference import run_reference
 from transformer_vq import Model
 from transformer_vq.nn import model as model_module
 from transformer_vq.nn import pieces
-from transformer_vq.nn.attention import keep_keys
+from transformer_vq.nn.attention import blocks, keep_keys
 from transformer_vq.nn.model import forward
 
 VQ = [name for name, config in CASES.items() if config.attention == "vq"]
@@ -72,11 +72,11 @@ def test_pieces(name, remat, double, monkeypatch):
     close(out, expected)
     close(grads, expected_grads)
     if name == "gated":  # control: without the keys of the state, a piece is where gradients end
-        monkeypatch.setattr(model_module.attention, "window_keys", cut_off)
+        monkeypatch.setattr(blocks, "window_keys", cut_off)
         far(run(config, 1, monkeypatch)[1], expected_grads)
 
 
-def cut_off(state, words, dtype, window_keys=model_module.attention.window_keys):
+def cut_off(state, words, dtype, window_keys=blocks.window_keys):
     return jax.lax.stop_gradient(window_keys(state, words, dtype))
 
 

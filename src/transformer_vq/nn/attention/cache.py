@@ -17,6 +17,7 @@ from transformer_vq.nn.attention.blockwise import MASKED
 from transformer_vq.nn.timeline import KeyDocuments
 from transformer_vq.types import (
     First,
+    Index,
     LogMass,
     Mass,
     Means,
@@ -76,7 +77,7 @@ def join_blocks(
     codes: TimedCodes,
     values: TimedValues,
     *,
-    start: int | Int[jax.Array, ""],
+    start: Index,
     documents: KeyDocuments,
     block: int,
 ) -> tuple[Cache, Cache]:
@@ -111,7 +112,7 @@ def join_blocks(
 def joining(
     cache_first: Int[jax.Array, "B"],
     blocks: int,
-    start: int | Int[jax.Array, ""],
+    start: Index,
     documents: KeyDocuments,
     block: int,
 ) -> tuple[Bool[jax.Array, "B n j"], Int[jax.Array, "B n"]]:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from transformer_vq.config import ModelConfig
 from transformer_vq.nn import products, vq
@@ -14,7 +14,7 @@ from transformer_vq.nn.attention.inputs import QKV, Attended, AttentionWeights
 from transformer_vq.nn.attention.state import AttentionState
 from transformer_vq.nn.layers import wide
 from transformer_vq.nn.timeline import Timeline
-from transformer_vq.types import Codes, PerRowFlag, TableOfValues, Values
+from transformer_vq.types import Codes, Index, PerRowFlag, TableOfValues, Values
 
 
 @jax.named_scope("attend_step")
@@ -111,9 +111,7 @@ def empty_cache(state: AttentionState, clear: PerRowFlag, ring_len: int) -> Atte
 
 
 @jax.custom_jvp
-def _clear_means(
-    values: TableOfValues, clear: PerRowFlag, first_mean: int | Int[jax.Array, ""]
-) -> TableOfValues:
+def _clear_means(values: TableOfValues, clear: PerRowFlag, first_mean: Index) -> TableOfValues:
     """Zero the means, from row `first_mean` of the table on, of the rows to clear.
 
     A loop of zero or one turns: while no row starts a document, the table is not touched.
@@ -131,8 +129,6 @@ def _clear_means_jvp(primals, tangents):
     return _clear_means(*primals), _without_means(tangents[0], clear, first_mean)
 
 
-def _without_means(
-    values: TableOfValues, clear: PerRowFlag, first_mean: int | Int[jax.Array, ""]
-) -> TableOfValues:
+def _without_means(values: TableOfValues, clear: PerRowFlag, first_mean: Index) -> TableOfValues:
     is_mean = jnp.arange(values.shape[2]) >= first_mean
     return jnp.where(clear[:, None, None, None] & is_mean[:, None], 0, values)

@@ -7,8 +7,8 @@ partly masked. The forward pass goes through the keys of a query block with a ru
 backward pass makes the weights again from the scores and the saved log-sum-exp, and goes through
 the queries of a key block.
 
-Axes beyond those of `types.py`: n query blocks, m >= n key blocks (those before the call first),
-c tokens of a block, r query heads of a key/value head, e rows of biases.
+Axes as in `types.py`: n query blocks, m >= n key blocks (those before the call first), c tokens of
+a block; and e rows of biases of a tile.
 """
 
 import functools
@@ -17,31 +17,44 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Int, Shaped
 
 from transformer_vq.nn.attention.blockwise import MASKED, SAVED
 from transformer_vq.nn.layers import wide
+from transformer_vq.types import (
+    Index,
+    TileBiases,
+    TileContent,
+    TileFirst,
+    TileKeys,
+    TileLogSums,
+    TileOutputs,
+    TilePosition,
+    TileScores,
+    TileValues,
+)
 
 
 class Tiles(NamedTuple):
     """What attention is differentiated by, in blocks: a block is then one piece of memory."""
 
-    content: jax.Array  # [n, B, G, r, c, K]: q + u
-    position: jax.Array  # [n, G, r, B, c, K]: q + w
-    keys: jax.Array  # [m, B, G, c, K]
-    values: jax.Array  # [m, B, G, c, V]
-    biases: jax.Array  # [G, r, m c, K]: position vectors, farthest first
+    content: TileContent  # [n, B, G, R, c, K]: q + u
+    position: TilePosition  # [n, G, R, B, c, K]: q + w
+    keys: TileKeys  # [m, B, G, c, K]
+    values: TileValues  # [m, B, G, c, V]
+    biases: TileBiases  # [G, R, m c, K]: position vectors, farthest first
 
 
-def _swap(x: jax.Array) -> jax.Array:
+def _swap(x: Float[jax.Array, "*any x y"]) -> Float[jax.Array, "*any y x"]:
     return jnp.swapaxes(x, -1, -2)
 
 
-def _rows(x: jax.Array) -> jax.Array:
+def _rows(x: Float[jax.Array, "*any x c y"]) -> Float[jax.Array, "*any x*c y"]:
     """Join the axes before the last but one with it: `[..., x, c, y]` as `[..., x c, y]`."""
     return x.reshape(*x.shape[:-3], -1, x.shape[-1])
 
 
-def _align(x: jax.Array) -> jax.Array:
+def _align(x: Float[jax.Array, "*any c e"]) -> Float[jax.Array, "*any c c"]:
     """Of biases `[..., c, e]`, farthest first, those of keys: `out[a, j] = x[a, c - 1 - a + j]`.
 
     e is 2 c, or c for a block against itself: then entries with j > a mean nothing. Rows are read
@@ -55,7 +68,7 @@ def _align(x: jax.Array) -> jax.Array:
     return x.reshape(*lead, c, 2 * c - 1)[..., :c]
 
 
-def _align_transposed(x: jax.Array, width: int) -> jax.Array:
+def _align_transposed(x: Float[jax.Array, "*any c c"], width: int) -> Float[jax.Array, "*any c e"]:
     """`[..., c, c]` to `[..., c, e]`; in a block against itself j > a must hold zeros."""
     *lead, c, _ = x.shape
     none = [(0, 0)] * len(lead)
@@ -66,7 +79,9 @@ def _align_transposed(x: jax.Array, width: int) -> jax.Array:
     return jnp.pad(x, [*none, (c - 1, 1)]).reshape(*lead, c, 2 * c)
 
 
-def _add_at(x: jax.Array, part: jax.Array, start, axis: int) -> jax.Array:
+def _add_at(
+    x: Float[jax.Array, "*x"], part: Float[jax.Array, "*part"], start: Index, axis: int
+) -> Float[jax.Array, "*x"]:
     """x with `part` added from `start` on, along an axis; in place in a loop."""
     there = jax.lax.dynamic_slice_in_dim(x, start, part.shape[axis], axis)
     return jax.lax.dynamic_update_slice_in_dim(x, there + part, start, axis)
@@ -75,12 +90,12 @@ def _add_at(x: jax.Array, part: jax.Array, start, axis: int) -> jax.Array:
 class _Saved(NamedTuple):
     """What the backward pass needs of query blocks besides `Tiles`."""
 
-    lse: jax.Array  # [n, B, G, r, c]
-    delta: jax.Array  # [n, B, G, r, c]: the sum of `d_out` times the output
-    d_out: jax.Array  # [n, B, G, r, c, V]
-    d_out_t: jax.Array  # [n, B, G, V, r c]
-    content: jax.Array  # [n, B, G, K, r c]
-    position: jax.Array  # [n, G, r, K, B c]
+    lse: TileLogSums  # [n, B, G, R, c]
+    delta: TileLogSums  # [n, B, G, R, c]: the sum of `d_out` times the output
+    d_out: TileOutputs  # [n, B, G, R, c, V]
+    d_out_t: Float[jax.Array, "n B G V Rc"]  # [n, B, G, V, R c]
+    content: Float[jax.Array, "n B G K Rc"]  # [n, B, G, K, R c]
+    position: Float[jax.Array, "n G R K Bc"]  # [n, G, R, K, B c]
 
 
 class _Tile:
@@ -89,7 +104,7 @@ class _Tile:
     Products name their operands in order, as in `blockwise`.
     """
 
-    def __init__(self, x: Tiles, first: jax.Array, i, j, own: bool):
+    def __init__(self, x: Tiles, first: TileFirst, i: Index, j: Index, own: bool):
         before = len(x.keys) - len(x.content)
         c = x.content.shape[-2]
         self.content, self.position = x.content[i], x.position[i]
@@ -103,8 +118,8 @@ class _Tile:
         if own:
             self.visible = self.visible & (index <= index[:, None])
 
-    def scores(self) -> jax.Array:
-        """`[B, G, r, c, c]`, in wide."""
+    def scores(self) -> TileScores:
+        """`[B, G, R, c, c]`, in wide."""
         content = jnp.matmul(_rows(self.content), _swap(self.keys))
         content = content.reshape(*self.content.shape[:-1], -1)
         position = jnp.matmul(_rows(self.position), _swap(self.biases))
@@ -112,12 +127,12 @@ class _Tile:
         bias = jnp.moveaxis(_align(position), 2, 0)
         return jnp.where(self.visible, wide(content) + wide(bias), MASKED)
 
-    def times_values(self, weights: jax.Array) -> jax.Array:
-        """Sums of values `[B, G, r, c, V]`, in wide, by weights `[B, G, r, c, c]`."""
+    def times_values(self, weights: TileScores) -> Float[jax.Array, "B G R c V"]:
+        """Sums of values, in wide, by weights."""
         sums = jnp.matmul(_rows(weights.astype(self.values.dtype)), self.values)
         return wide(sums.reshape(*weights.shape[:-1], -1))
 
-    def pull_back(self, saved: "_Saved"):
+    def pull_back(self, saved: _Saved) -> tuple[Shaped[jax.Array, "..."], ...]:
         """Gradients for content, position, and, transposed, for biases, keys and values; in wide.
 
         No matrix of weights is transposed, which a CPU pays for: what it multiplies is.
@@ -134,8 +149,9 @@ class _Tile:
         return tuple(wide(x) for x in (d_content, d_position, d_biases, d_keys, d_values))
 
 
-def _forward(x: Tiles, first: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Outputs `[n, B, G, r, c, V]`, and the logarithm of the sum of exponentials of the scores."""
+@jax.named_scope("softmax")
+def _forward(x: Tiles, first: TileFirst) -> tuple[TileOutputs, TileLogSums]:
+    """Outputs, and the logarithm of the sum of exponentials of the scores."""
     before, oldest = len(x.keys) - len(x.content), _oldest(x, first)
 
     def block(i):
@@ -162,14 +178,14 @@ def _forward(x: Tiles, first: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jax.lax.map(block, jnp.arange(len(x.content), dtype=jnp.int32))
 
 
-def _oldest(x: Tiles, first: jax.Array) -> jax.Array:
+def _oldest(x: Tiles, first: TileFirst) -> Int[jax.Array, "n"]:
     """The first key block that any query of each block sees, `[n]`: they do not fall."""
     return jnp.clip(first.min((1, 2)) // x.content.shape[-2], 0).astype(jnp.int32)
 
 
 @jax.custom_vjp
-def attend(x: Tiles, first: jax.Array) -> jax.Array:
-    """Outputs `[n, B, G, r, c, V]` of causal attention; the last n blocks of keys are the queries'.
+def attend(x: Tiles, first: TileFirst) -> TileOutputs:
+    """Outputs `[n, B, G, R, c, V]` of causal attention; the last n blocks of keys are the queries'.
 
     `first` int32 `[n, B, c]`: the first key, of all m c, that each query sees. In a row it must
     not fall, nor be beyond the query itself.
@@ -177,13 +193,14 @@ def attend(x: Tiles, first: jax.Array) -> jax.Array:
     return _forward(x, first)[0]
 
 
-def _attend_forward(x: Tiles, first: jax.Array):
+def _attend_forward(x: Tiles, first: TileFirst):
     out, lse = _forward(x, first)
     out, lse = (checkpoint_name(x, name) for x, name in zip((out, lse), SAVED, strict=True))
     return out, (x, first, out, lse)
 
 
-def _attend_backward(residuals, d_out: jax.Array):
+@jax.named_scope("softmax_backward")
+def _attend_backward(residuals, d_out: TileOutputs):
     """With weights P: d scores = P (d out . v - d out . out), the rest by the rules of products."""
     x, first, out, lse = residuals
     queries, before = len(x.content), len(x.keys) - len(x.content)
