@@ -42,7 +42,12 @@ class Cache:
 
 def log_mass(mass: Mass, dtype: Any) -> LogMass:
     """What a code's score gains from the mass of its keys: its log; MASKED where there is none."""
-    return jnp.where(mass > 0, jnp.log(jnp.maximum(mass, 1).astype(dtype)), MASKED)
+    return jnp.where(mass > 0, jnp.log(_divisor(mass).astype(dtype)), MASKED)
+
+
+def _divisor(mass: Num[jax.Array, "*any"]) -> Num[jax.Array, "*any"]:
+    """The mass, a whole number, and 1 where there is none."""
+    return jnp.maximum(mass, 1)
 
 
 def join(
@@ -63,7 +68,7 @@ def join(
     number is read by itself).
     """
     mass = mass + joins[:, None].astype(mass.dtype)
-    step = joins[:, None] / jnp.maximum(mass, 1).astype(rows.dtype)
+    step = joins[:, None] / _divisor(mass).astype(rows.dtype)
     keep = jnp.broadcast_to(~arrives[:, None], step.shape).astype(rows.dtype)
     zero = jnp.zeros_like(step)
     mix = jnp.stack([jnp.stack([keep, zero], -1), jnp.stack([step, 1 - step], -1)], axis=-2)
@@ -103,7 +108,7 @@ def join_blocks(
     base = _over_blocks(keep[:, :, :1], cache.means[:, :, None])
     kept = keep[:, None, :, :1].astype(cache.mass.dtype)  # [B, 1, n + 1, 1]
     mass = kept * cache.mass[:, :, None] + added[..., 0].astype(cache.mass.dtype)
-    total = jnp.maximum(mass, 1)[..., None].astype(cache.means.dtype)
+    total = _divisor(mass)[..., None].astype(cache.means.dtype)
     means = base + (sums - added * base) / total
     seen = Cache(mass[:, :, :-1], means[:, :, :-1], firsts[:, :-1])
     return seen, Cache(mass[:, :, -1], means[:, :, -1], firsts[:, -1])
