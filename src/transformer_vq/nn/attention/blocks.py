@@ -96,7 +96,10 @@ def attend_blocks(
     timeline: Timeline,
     config: ModelConfig,
 ) -> Attended:
-    """Attention of T new tokens per row over the past and each other."""
+    """Attention of T new tokens per row over the past and each other.
+
+    Chunk by chunk: the keys of a chunk push as many out of the window, which join the cache.
+    """
     batch, length, heads, _ = x.q.shape
     cut = layout(config, batch, length)
     codes = checkpoint_name(vq.assign(x.k, unit.words), "codes")
@@ -318,6 +321,7 @@ def visible_keys(
     return in_reach & (index >= first[..., None])
 
 
+@jax.named_scope("state_after")
 def state_after(
     state: AttentionState,
     ring: Window,

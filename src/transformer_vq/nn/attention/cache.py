@@ -77,6 +77,7 @@ def join(
     return mass, rows.at[:, :, 0].add(new_values)
 
 
+@jax.named_scope("join_blocks")
 def join_blocks(
     cache: Cache,
     codes: TimedCodes,

@@ -42,6 +42,7 @@ def attend_step(
     return Attended(out.reshape(batch, length, heads, -1).astype(x.v.dtype), codes, state)
 
 
+@jax.named_scope("take_in")
 def take_in(
     state: AttentionState, codes: Codes, values: Values, timeline: Timeline, config: ModelConfig
 ) -> AttentionState:
