@@ -41,13 +41,13 @@ PositionBiases = Float[jax.Array, "d H K"]  # position vectors r, nearest distan
 ByHead = Float[jax.Array, "*any H K"]
 ByKeyHead = Float[jax.Array, "*any G R K"]
 
-# The state of a unit; stacked over units, or cut into rows, it has more axes in front.
-RingCodes = Int[jax.Array, "*N B G W"]
-RingKeys = Float[jax.Array, "*N B G W K"]
-Counts = Int[jax.Array, "*N B G S"]
-TableOfValues = Float[jax.Array, "*N B G J V"]
-CachedKeys = Float[jax.Array, "*N B G capacity K"]
-CachedValues = Float[jax.Array, "*N B G capacity V"]
+# The state of a unit, `*rows` being B; of one row, or stacked over units, other axes are there.
+RingCodes = Int[jax.Array, "*rows G W"]
+RingKeys = Float[jax.Array, "*rows G W K"]
+Counts = Int[jax.Array, "*rows G S"]
+TableOfValues = Float[jax.Array, "*rows G J V"]
+CachedKeys = Float[jax.Array, "*rows G capacity K"]
+CachedValues = Float[jax.Array, "*rows G capacity V"]
 
 # Keys in the order of time: of the ring, the window, or the call.
 TimedCodes = Int[jax.Array, "B G j"]

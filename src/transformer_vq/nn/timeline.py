@@ -20,10 +20,10 @@ class Timeline:
     slot, index W + t is token t of this call. A query sees the keys from its `first` to itself.
     """
 
-    start: Int[jax.Array, "*n B"]  # int32 [B]: tokens consumed before this call
-    length: Int[jax.Array, "*n B"]  # int32 [B]: real tokens in this call
-    first_before: Int[jax.Array, "*n B"]  # int32 [B]: `first` of the document the state is in
-    first: Int[jax.Array, "*n B T"]  # int32 [B, T]: index of the first key of a token's document
+    start: Int[jax.Array, "*rows"]  # int32 [B]: tokens consumed before this call
+    length: Int[jax.Array, "*rows"]  # int32 [B]: real tokens in this call
+    first_before: Int[jax.Array, "*rows"]  # int32 [B]: `first` of the document the state is in
+    first: Int[jax.Array, "*rows T"]  # int32 [B, T]: index of the first key of a token's document
 
 
 @jax.tree_util.register_dataclass
