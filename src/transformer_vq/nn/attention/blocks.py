@@ -147,7 +147,6 @@ def attend_chunk(
         carry = jax.lax.stop_gradient(carry)
     window, cache = carry
     new = Window(*(heads_first(a) for a in (chunk.codes, chunk.keys, chunk.values)))
-    out_of_window, window_after = slide(window, new)
     start = 1 + chunk.index * cut.tokens  # timeline index of the oldest key of the window
     first = chunk.first.reshape(-1, cut.blocks_per_chunk, cut.block)
     near = Near(
@@ -156,6 +155,7 @@ def attend_chunk(
         biases=weights.biases,
         visible=visible_keys(in_reach, first, start),
     )
+    out_of_window, window_after = slide(window, new)
     far = None
     if config.use_cache:
         seen, cache = join_blocks(
