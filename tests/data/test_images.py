@@ -491,7 +491,7 @@ def test_train_score_and_draw(tmp_path, monkeypatch, capsys):
     assert main([*train, "--train.sequence-len", "64"]) == 2
     assert "pictures of 4 x 6 x 3 are sequences of 72: leave it out" in capsys.readouterr().err
     assert main([*train, "--train.update-len", "50"]) == 2
-    assert "not a multiple of update_len, 50" in capsys.readouterr().err
+    assert "not a multiple of --train.update-len, 50" in capsys.readouterr().err
     assert not Path(out).exists()
     assert main(train) == 0
     told = capsys.readouterr().out
