@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.helpers import SINGLE, close, far, make_config, quick_jit, random_inputs, random_model
 from transformer_vq import Model, extend, init_state
 from transformer_vq.nn import vq
-from transformer_vq.nn.model import forward
+from transformer_vq.nn.forward import Training, forward
 from transformer_vq.nn.reference import reference_logits
 
 BATCH, LENGTH = 3, 19
@@ -282,7 +282,9 @@ def test_commitment(double):
     def ours(params, codebook):
         model = Model(params=params, codebook=codebook, config=config)
         state, weights = init_state(config, BATCH), jnp.ones(tokens.shape)
-        return forward(model, state, jnp.asarray(tokens), weights=weights)[2].commitment
+        training = Training(weights)
+        out = forward(model, state, jnp.asarray(tokens), training=training)
+        return out.statistics.commitment
 
     def oracle(params, codebook):
         return reference_logits(params, codebook, config, tokens)[1]

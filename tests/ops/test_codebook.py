@@ -14,8 +14,8 @@ from transformer_vq.config import TrainConfig
 from transformer_vq.data import Batch
 from transformer_vq.io.checkpoint import Checkpoints
 from transformer_vq.nn import vq
-from transformer_vq.nn.model import forward
-from transformer_vq.nn.vq import Places
+from transformer_vq.nn.forward import Training, forward
+from transformer_vq.nn.vq import SamplePositions
 from transformer_vq.ops.loss import token_nll
 from transformer_vq.ops.train import make_train_step, start_codebook
 from transformer_vq.run import loop
@@ -41,20 +41,20 @@ def distance(tree, other) -> float:
 # Which keys
 
 
-def test_places_are_drawn_from_what_counts():
+def test_samples_are_drawn_from_what_counts():
     mask = np.random.default_rng(1).random((8, 16)) < 0.7
-    places = vq.draw_places(jax.random.key(0), jnp.asarray(mask), 40)
-    drawn = list(zip(places.rows.tolist(), places.times.tolist(), strict=True))
-    assert len(set(drawn)) == 40 and all(mask[place] for place in drawn)
-    other = vq.draw_places(jax.random.key(1), jnp.asarray(mask), 40)
-    assert raw(other) != raw(places)
+    samples = vq.draw_samples(jax.random.key(0), jnp.asarray(mask), 40)
+    drawn = list(zip(samples.rows.tolist(), samples.times.tolist(), strict=True))
+    assert len(set(drawn)) == 40 and all(mask[at] for at in drawn)
+    other = vq.draw_samples(jax.random.key(1), jnp.asarray(mask), 40)
+    assert raw(other) != raw(samples)
     # Spread over devices it is the same draw.
     spread = jax.device_put(mask, by_rows(data_mesh()))
-    assert raw(jax.jit(vq.draw_places, static_argnums=2)(jax.random.key(0), spread, 40)) == raw(
-        places
+    assert raw(jax.jit(vq.draw_samples, static_argnums=2)(jax.random.key(0), spread, 40)) == raw(
+        samples
     )
     # Fewer tokens than codewords: each is taken as often as another, or once more.
-    few = vq.draw_places(jax.random.key(0), jnp.arange(16)[None] < 3, 8)
+    few = vq.draw_samples(jax.random.key(0), jnp.arange(16)[None] < 3, 8)
     assert np.bincount(few.times).tolist() in ([3, 3, 2], [3, 2, 3], [2, 3, 3])
 
 
@@ -70,17 +70,16 @@ def keys_of_first_unit(params, tokens):
     return rms(x @ unit["w_k"]) * CONFIG.d_k**-0.25
 
 
-def test_keys_at_places():
+def test_keys_at_sample_positions():
     model, batch = START(CONFIG, TRAIN), one_batch()
-    places = vq.draw_places(jax.random.key(0), jnp.asarray(batch.loss_mask), 8)
-    _, _, statistics = forward(
+    samples = vq.draw_samples(jax.random.key(0), jnp.asarray(batch.loss_mask), 8)
+    statistics = forward(
         Model(model.params, model.codebook, CONFIG),
         init_state(CONFIG, 8),
         jnp.asarray(batch.inputs),
-        weights=jnp.ones((8, 16)),
-        places=places,
-    )
-    expected = keys_of_first_unit(model.params, batch.inputs)[places.rows, places.times]
+        training=Training(jnp.ones((8, 16)), samples),
+    ).statistics
+    expected = keys_of_first_unit(model.params, batch.inputs)[samples.rows, samples.times]
     np.testing.assert_allclose(statistics.keys[0, 0], expected, rtol=1e-5, atol=1e-6)
     assert statistics.keys.shape == (2, 1, 8, 8)
 
@@ -144,15 +143,14 @@ def test_first_codebook_holds_keys_of_the_batch():
     assert raw(began.params) == raw(state.params)
     # The second unit's are its keys once the first has its codewords, and not before.
     tokens = jnp.asarray(batch.inputs[:, :6])
-    places = Places(*jnp.divmod(jnp.arange(48), 6), jnp.ones(48))
+    samples = SamplePositions(*jnp.divmod(jnp.arange(48), 6), jnp.ones(48))
 
     @jax.jit
     def second_keys(codebook):
         model = Model(state.params, codebook, CONFIG)
-        _, _, statistics = forward(
-            model, init_state(CONFIG, 8), tokens, weights=jnp.ones((8, 6)), places=places
-        )
-        return statistics.keys[1, 0]
+        training = Training(jnp.ones((8, 6)), samples)
+        out = forward(model, init_state(CONFIG, 8), tokens, training=training)
+        return out.statistics.keys[1, 0]
 
     def off(keys):
         return np.abs(words[1, 0][:, None] - keys).max(-1).min(-1).max()
@@ -194,7 +192,7 @@ def test_a_stream_goes_on_where_it_was():
 
     @jax.jit
     def nll(model, inputs, targets):
-        features, _, _ = forward(model, init_state(config, len(texts)), inputs)
+        features = forward(model, init_state(config, len(texts)), inputs).features
         return token_nll(model, features, targets).reshape(-1, 3, 16).mean(-1)
 
     loss = nll(Model(state.params, state.codebook, config), inputs, targets)

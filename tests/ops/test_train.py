@@ -12,14 +12,14 @@ from transformer_vq import Model, init_state
 from transformer_vq.config import TrainConfig
 from transformer_vq.data import Batch
 from transformer_vq.io.official import from_official
-from transformer_vq.nn.model import DropoutKeys
-from transformer_vq.nn.vq import Places
+from transformer_vq.nn.dropout import DropoutKeys
+from transformer_vq.nn.vq import SamplePositions
 from transformer_vq.ops import train as train_module
 from transformer_vq.ops.loss import LossTerms, loss_fn
 from transformer_vq.ops.optimizer import make_optimizer
 from transformer_vq.ops.train import (
     TrainState,
-    _in_turns,
+    _in_micro_batches,
     codebook_metrics,
     dropout_keys,
     make_train_step,
@@ -77,7 +77,7 @@ def test_two_training_calls_of_the_reference_implementation(parity):
         names = ("inputs", "targets", "loss_mask", "doc_ids")
         state, metrics = step(state, Batch(*(batch[name] for name in names)))
         theirs, share = tree(f"metrics_{i}/"), batch["loss_mask"].mean()
-        loss = metrics["loss"] * share  # theirs is per place, masked or not
+        loss = metrics["loss"] * share  # theirs is per token, masked or not
         assert float(loss) == pytest.approx(theirs["loss_lm_per_token_unscaled"], abs=1e-5)
         commitment = metrics["commitment"] * share
         assert float(commitment) == pytest.approx(theirs["loss_commit_per_token"], abs=1e-4)
@@ -133,8 +133,8 @@ def test_what_is_masked_takes_no_part(step):
         np.testing.assert_allclose(total, expected, rtol=1e-5)
 
 
-def test_the_state_is_carried_from_piece_to_piece():
-    """Where nothing is learnt, the pieces lose what the sequence loses when it is taken whole."""
+def test_the_state_is_carried_from_chunk_to_chunk():
+    """Where nothing is learnt, the chunks lose what the sequence loses when it is taken whole."""
     config = CONFIG.replace(codebook_decay=1 - 1e-9)
     still = replace(TRAIN, learning_rate=1e-12, weight_decay=0.0)
     step = make_train_step(config, still)
@@ -144,20 +144,20 @@ def test_the_state_is_carried_from_piece_to_piece():
         start = START(config, still)
         model = Model(start.params, start.codebook, config)
         whole = jax.jit(loss_fn)(start.params, model, init_state(config, 2), *batch[:3])[1].nll
-        places = batch.loss_mask.mean()
-        return float(step(start, batch)[1]["loss"]), float(whole / places)
+        share = batch.loss_mask.mean()
+        return float(step(start, batch)[1]["loss"]), float(whole / share)
 
     late = np.broadcast_to(np.arange(16) >= 8, (2, 16))
-    batch = one_batch(TRAIN)._replace(loss_mask=late)  # of the second piece only
-    pieces, whole = losses(batch)
-    assert pieces == pytest.approx(whole, abs=1e-6)
-    # Control: what was in the first piece matters.
+    batch = one_batch(TRAIN)._replace(loss_mask=late)  # of the second chunk only
+    chunks, whole = losses(batch)
+    assert chunks == pytest.approx(whole, abs=1e-6)
+    # Control: what was in the first chunk matters.
     other = batch._replace(inputs=np.where(late, batch.inputs, 5))
-    assert abs(losses(other)[0] - pieces) > 1e-4
+    assert abs(losses(other)[0] - chunks) > 1e-4
 
 
 def test_eight_devices_are_as_one(monkeypatch):
-    """Rows take turns: on one device in 16 parts, on eight in 2."""
+    """In micro-batches: on one device in 16, on eight in 2."""
     assert jax.device_count() >= 8
     tune(monkeypatch, tokens_per_chunk=TRAIN.update_len)
     train = replace(TRAIN, batch_size=16)
@@ -189,7 +189,7 @@ def test_dropout_follows_seed_and_step_alone():
         return raw([jax.random.key_data(key) for key in (both.call, both.sequence)])
 
     first, second, third = (keys(step) for step in range(3))
-    assert first[0] != second[0] and first[1] == second[1]  # pieces of one sequence
+    assert first[0] != second[0] and first[1] == second[1]  # chunks of one sequence
     assert second[0] != third[0] and second[1] != third[1]
     assert keys(0, seed=1)[1] != first[1]
     assert len({key for step in range(6) for key in keys(step)}) == 9  # 6 calls, 3 sequences
@@ -244,34 +244,34 @@ def test_parts_of_a_batch_add_up_to_the_whole():
         assert least < 0.7 * used
 
 
-def test_by_default_the_rows_of_a_piece_take_a_turn(monkeypatch):
-    """In as many parts as bring one down to what goes through a unit at once."""
+def test_by_default_a_micro_batch_is_what_fits_a_chunk(monkeypatch):
+    """On a CPU: as many micro-batches as bring one down to what goes through a unit at once."""
     train, made = replace(FOUR, batch_size=8), []
     state, batch = jax.eval_shape(lambda: START(CONFIG, train)), one_batch(train)
 
-    def in_turns(gradient, parts):
-        made.append(parts)
+    def in_micro_batches(gradient, count):
+        made.append(count)
         return gradient
 
-    monkeypatch.setattr(train_module, "_in_turns", in_turns)
+    monkeypatch.setattr(train_module, "_in_micro_batches", in_micro_batches)
     for accumulate, rows in ((0, 8), (0, 4), (0, 3), (0, 1), (2, 8), (2, 1), (1, 1)):
         tune(monkeypatch, tokens_per_chunk=rows * TRAIN.update_len)
         step = make_train_step(CONFIG, replace(train, accumulate=accumulate))
         jax.eval_shape(step, state, batch)
-    assert made == [2, 4, 8, 2, 2]  # of one part, there are no turns
+    assert made == [2, 4, 8, 2, 2]  # one micro-batch is the batch
 
 
-def test_every_part_has_rows_and_places_of_its_own():
-    def gradient(state, piece, dropout, places):
+def test_every_micro_batch_has_rows_and_samples_of_its_own():
+    def gradient(state, chunk, dropout, samples):
         drawn = dropout.rows.sum() / 3.0
-        keys = jnp.where(places.here > 0, piece.inputs[places.rows, places.times], 0)
+        keys = jnp.where(samples.here > 0, chunk.inputs[samples.rows, samples.times], 0)
         return drawn, LossTerms(drawn**2, drawn, drawn, {}, state, keys)
 
     rows = jnp.arange(6, dtype=jnp.int32)
     batch = Batch(*[10 * rows[:, None] + jnp.arange(4)] * 4)
-    places = Places(jnp.array([5, 0, 3]), jnp.array([1, 2, 3]), jnp.ones(3))
+    samples = SamplePositions(jnp.array([5, 0, 3]), jnp.array([1, 2, 3]), jnp.ones(3))
     dropout = DropoutKeys(jax.random.key(0), jax.random.key(1), rows)
-    mean, terms = _in_turns(gradient, 3)({"x": rows}, batch, dropout, places)
+    mean, terms = _in_micro_batches(gradient, 3)({"x": rows}, batch, dropout, samples)
     assert terms.state["x"].tolist() == rows.tolist()
     assert terms.keys.tolist() == [51, 2, 33]  # of the whole batch
     # Rows 0 and 3, 1 and 4, 2 and 5.

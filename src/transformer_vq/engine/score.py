@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from transformer_vq.engine.prefill import Prompts, begin, check_model, check_prompts, prompt_chunks
-from transformer_vq.nn.model import Model, State, forward
+from transformer_vq.nn.forward import forward
+from transformer_vq.nn.model import Model, State
 from transformer_vq.ops.loss import token_nll
 
 Scores = list[float | None]  # of the tokens of a text
@@ -62,8 +63,8 @@ def _score_chunk(
     """The state after a chunk of every text, `[B, T]`, and the log-probabilities of its tokens."""
     before = jax.nn.log_softmax(state.logits)
     first = jnp.take_along_axis(before, tokens[:, :1], axis=1)
-    features, state, _ = forward(model, state, tokens, lengths=lengths)
+    out = forward(model, state, tokens, lengths=lengths)
     if tokens.shape[1] == 1:
-        return state, first
-    rest = -token_nll(model, features[:, :-1], tokens[:, 1:])
-    return state, jnp.concatenate([first, rest], axis=1).astype(jnp.float32)
+        return out.state, first
+    rest = -token_nll(model, out.features[:, :-1], tokens[:, 1:])
+    return out.state, jnp.concatenate([first, rest], axis=1).astype(jnp.float32)

@@ -7,16 +7,16 @@ their arrays are separate: slices of stacked arrays would be copied at every ste
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from transformer_vq.config import ModelConfig
-from transformer_vq.nn.model import Model, State, distance_wave, embed, to_logits
+from transformer_vq.nn.embedding import embed, to_logits
+from transformer_vq.nn.model import Model, State
 from transformer_vq.nn.products import OutputMajor
 from transformer_vq.nn.timeline import Timeline, make_timeline
-from transformer_vq.nn.unit import apply_unit, for_few_rows, prepare_unit
+from transformer_vq.nn.unit import PreparedUnit, UnitState, apply_unit, distance_wave, prepare_unit
 from transformer_vq.types import Features, Params, PerRow, PerRowFlag
 
 
@@ -28,17 +28,17 @@ class Decoder:
     """A model prepared for decoding."""
 
     params: Params  # the arrays outside of units; the output projection `OutputMajor`
-    units: tuple[Params, ...]  # `prepare_unit` of each, `for_few_rows`
+    units: tuple[PreparedUnit, ...]
     config: ModelConfig
 
 
 def prepare(model: Model, state: State) -> Decoder:
     """The decoder of a model, for states like this one (only its shapes matter)."""
-    wave = distance_wave(model.config, state)
+    wave = distance_wave(model.config, state.capacity)
 
-    def unit(i: int) -> Params:
+    def unit(i: int) -> PreparedUnit:
         params, codebook = jax.tree.map(lambda a: a[i], (model.params["units"], model.codebook))
-        return for_few_rows(prepare_unit(params, codebook, wave, model.config))
+        return prepare_unit(params, codebook, wave, model.config, layout="decode")
 
     params = {name: array for name, array in model.params.items() if name != "units"}
     if not model.config.tie_embeddings:
@@ -85,7 +85,9 @@ def decode_step(
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _step_unit(unit: Params, x: Features, unit_state: Any, timeline: Timeline, config: ModelConfig):
+def _step_unit(
+    unit: PreparedUnit, x: Features, unit_state: UnitState, timeline: Timeline, config: ModelConfig
+) -> tuple[Features, UnitState]:
     """One unit. Jitted, so that all units are traced and lowered once; XLA inlines the calls."""
-    x, unit_state, _ = apply_unit(unit, x, unit_state, timeline, config)
-    return x, unit_state
+    out = apply_unit(unit, x, unit_state, timeline, config)
+    return out.x, out.state

@@ -12,7 +12,9 @@ from transformer_vq.config import ModelConfig
 from transformer_vq.errors import UserError
 from transformer_vq.nn.attention import AttentionState, FullAttentionState
 from transformer_vq.nn.decode import decode_step, prepare
-from transformer_vq.nn.model import Model, State, forward, to_logits
+from transformer_vq.nn.embedding import to_logits
+from transformer_vq.nn.forward import forward
+from transformer_vq.nn.model import Model, State
 from transformer_vq.types import Logits
 
 
@@ -56,7 +58,7 @@ def _as_array(x: Any) -> Any:
     return x if x is None or isinstance(x, jax.Array) else np.asarray(x)
 
 
-@jax.jit  # the one jit in nn: people call `extend` as it is, and its loops must not compile anew
+@jax.jit  # people call `extend` as it is, and its loops must not be compiled at every call
 def _extend(model, state, tokens, lengths, document_ids):
     tokens = tokens.astype(jnp.int32)
     lengths = None if lengths is None else lengths.astype(jnp.int32)
@@ -66,8 +68,8 @@ def _extend(model, state, tokens, lengths, document_ids):
         documents = None if document_ids is None else document_ids[:, 0]
         state = decode_step(prepare(model, state), state, tokens[:, 0], active, documents)
         return state.logits[:, None], state
-    x, state, _ = forward(model, state, tokens, lengths=lengths, document_ids=document_ids)
-    return to_logits(model.params, x, model.config), state
+    out = forward(model, state, tokens, lengths=lengths, document_ids=document_ids)
+    return to_logits(model.params, out.features, model.config), out.state
 
 
 def _fits(config: ModelConfig, state: State) -> bool:

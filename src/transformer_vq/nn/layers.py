@@ -1,4 +1,4 @@
-"""Small pieces every model has: array declarations, norms, sinusoids, dropout, keys."""
+"""Small parts that every model has: array declarations, norms, sinusoids, dropout, keys."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,7 +9,7 @@ import numpy as np
 
 from transformer_vq.errors import UserError, shown
 from transformer_vq.fields import MOST_SEED
-from transformer_vq.nn.products import matmul, spread
+from transformer_vq.nn.products import OutputMajor, matmul, spread
 from transformer_vq.types import Key, Params
 
 
@@ -83,6 +83,7 @@ def rms_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
 
 
+@jax.named_scope("norm")
 def norm(params: Params, x: jax.Array) -> jax.Array:
     """RMS norm with gain and bias, in the dtype of x."""
     gain, bias = (spread(params[name], x) for name in ("gain", "bias"))
@@ -117,13 +118,21 @@ def dropout(key: Key, x: jax.Array, rate: float, mask_shape: tuple[int, ...] | N
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
 
-def mlp(params: Params, x: jax.Array) -> jax.Array:
-    """Squared-ReLU feed-forward block (So et al., 2021), with its own norm: `[..., D]` to same.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Mlp:
+    """The constants of an MLP, matrices in the compute dtype."""
 
-    Its weights are in the dtype of x.
-    """
-    hidden = matmul(norm(params["norm"], x), params["w_in"])
-    return matmul(jnp.square(jax.nn.relu(hidden)), params["w_out"])
+    norm: Params
+    w_in: jax.Array | OutputMajor  # [D, hidden]
+    w_out: jax.Array | OutputMajor  # [hidden, D]
+
+
+@jax.named_scope("mlp")
+def mlp(weights: Mlp, x: jax.Array) -> jax.Array:
+    """Squared-ReLU feed-forward block (So et al., 2021), with its own norm: `[..., D]` to same."""
+    hidden = matmul(norm(weights.norm, x), weights.w_in)
+    return matmul(jnp.square(jax.nn.relu(hidden)), weights.w_out)
 
 
 def mlp_specs(lead: tuple[int, ...], width: int, hidden: int) -> Params:

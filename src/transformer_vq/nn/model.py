@@ -1,7 +1,7 @@
-"""The model: its arrays, its state, and the forward pass over many tokens."""
+"""The model: its arrays and its state."""
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -9,15 +9,11 @@ import jax.numpy as jnp
 
 from transformer_vq.config import ModelConfig
 from transformer_vq.errors import UserError
-from transformer_vq.nn import attention, layers, pieces, products, vq
+from transformer_vq.nn import attention, layers, vq
 from transformer_vq.nn.attention import AttentionState, FullAttentionState
+from transformer_vq.nn.embedding import logits_dtype
 from transformer_vq.nn.layers import ArraySpec
-from transformer_vq.nn.pieces import Piece
-from transformer_vq.nn.timeline import Timeline, make_timeline
-from transformer_vq.nn.unit import Statistics, apply_unit, prepare_unit
-from transformer_vq.nn.vq import Places
-from transformer_vq.sharding import cuts_columns, keep_rows, whole_columns
-from transformer_vq.types import Features, Key, Params, PerRow, Tokens
+from transformer_vq.types import Params
 
 DEFAULT_CAPACITY = 4096  # tokens that a state of full attention holds, unless told otherwise
 
@@ -51,19 +47,11 @@ class State:
     logits: jax.Array  # float32 [B, vocab_size]: prediction of the next token; zeros at first
     units: tuple[AttentionState | FullAttentionState, ...]  # N of them
 
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class DropoutKeys:
-    """Randomness of one training call: masks that are drawn anew, and masks of a sequence.
-
-    Every row draws for itself, but for sinusoids, whose mask is one for all: so the rows of a batch
-    may go through the model in any parts.
-    """
-
-    call: Key
-    sequence: Key  # the same in all calls that continue one sequence
-    rows: jax.Array  # int32 [B]: which rows of the batch those of the call are
+    @property
+    def capacity(self) -> int | None:
+        """How many tokens the state can hold; None: there is no limit."""
+        unit = self.units[0]
+        return unit.capacity if isinstance(unit, FullAttentionState) else None
 
 
 def model_specs(config: ModelConfig) -> tuple[Params, Params]:
@@ -147,159 +135,3 @@ def init_state(
         logits=jnp.zeros((batch_size, config.vocab_size), logits_dtype(config)),
         units=tuple(make() for _ in range(config.num_units)),
     )
-
-
-def logits_dtype(config: ModelConfig) -> Any:
-    """float32, or float64 where the computation is."""
-    return jnp.promote_types(config.compute_dtype, jnp.float32)
-
-
-# From tokens to features to logits.
-
-
-def distance_wave(config: ModelConfig, state: State) -> jax.Array:
-    """Sinusoids of all distances that get a position bias, `[distances, D]`."""
-    first = state.units[0]
-    distances = first.capacity if isinstance(first, FullAttentionState) else config.ring_len
-    return layers.sinusoid(
-        jnp.arange(distances), config.d_model, config.max_wavelength, config.compute_dtype
-    )
-
-
-def embed(params: Params, tokens: Tokens, timeline: Timeline, config: ModelConfig) -> Features:
-    """The input of the first unit. Positions count from the start of the document."""
-    dtype = jnp.dtype(config.compute_dtype)
-    x = whole_columns(params["embedding"])[tokens].astype(dtype)
-    if config.absolute_positions:
-        position = config.ring_len + jnp.arange(tokens.shape[1]) - timeline.first
-        wave = layers.sinusoid(position, config.d_model, config.max_wavelength, dtype)
-        x = x + (params["position_scale"] * wave).astype(dtype)
-    return x
-
-
-def to_logits(params: Params, x: jax.Array, config: ModelConfig) -> jax.Array:
-    """Logits of features `[..., D]`: `[..., vocab_size]`, in wide precision."""
-    dtype = logits_dtype(config)
-    if config.final_norm:
-        x = layers.norm(params["final_norm"], x)
-    tied = config.tie_embeddings
-    w_out = products.OutputMajor(params["embedding"]) if tied else params["w_out"]
-    w_out = jax.tree.map(lambda a: a.astype(dtype), w_out)
-    logits = products.matmul(x.astype(dtype), w_out) + params["output_bias"].astype(dtype)
-    return logits * config.logit_scale
-
-
-def forward(
-    model: Model,
-    state: State,
-    tokens: Tokens,
-    *,
-    lengths: PerRow | None = None,
-    document_ids: Tokens | None = None,
-    weights: jax.Array | None = None,
-    places: Places | None = None,
-    dropout: DropoutKeys | None = None,
-    remat: bool = False,
-) -> tuple[Features, State, Statistics | None]:
-    """Features of T new tokens per row, before the output projection, and the new state.
-
-    This is `extend` (which see for the arguments) with what training needs: units are scanned, so
-    compile time does not grow with depth, and tokens are taken in blocks.
-
-    `weights` `[B, T]`: how much each token counts in the statistics; none are made without it.
-    `places`: tokens whose keys the statistics are to hold.
-    `remat`: recompute each unit in the backward pass instead of keeping its activations.
-    """
-    config, params = model.config, model.params
-    batch, length = tokens.shape
-    if lengths is None:
-        lengths = jnp.full(batch, length, jnp.int32)
-    timeline, document_start, document_id = make_timeline(
-        config, state, lengths, length, document_ids
-    )
-    x = keep_rows(embed(params, tokens, timeline, config))
-    wave = distance_wave(config, state)
-
-    unit_keys, rows = None, jnp.arange(batch)
-    if dropout is not None:
-        rows = dropout.rows
-        if config.dropout_embedding:
-            key = jax.random.fold_in(dropout.call, config.num_units)
-            row_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
-            drop_row = functools.partial(layers.dropout, rate=config.dropout_embedding)
-            x = jax.vmap(drop_row)(row_keys, x)
-        unit_keys = jax.vmap(
-            lambda i: (
-                jax.random.fold_in(dropout.call, i),
-                jax.random.fold_in(dropout.sequence, i),
-            )
-        )(jnp.arange(config.num_units))
-    plan = pieces.plan(config, batch, length)
-
-    def body(x, xs):
-        unit_params, codebook, unit_state, keys = xs
-        unit_wave = wave
-        if keys is not None:
-            sinusoid_key, layer_key = jax.random.split(keys[1])
-            keys = (keys[0], layer_key)
-            unit_wave = layers.dropout(sinusoid_key, wave, config.dropout_sinusoid)
-        # Parts of a product that devices share cannot stand side by side where columns are cut.
-        unit = prepare_unit(unit_params, codebook, unit_wave, config, fuse=not cuts_columns())
-
-        def one_piece(unit_state, piece: Piece):
-            if not config.grad_through_cache:
-                unit_state = jax.lax.stop_gradient(unit_state)
-
-            def drop(added, branch):
-                return added if keys is None else pieces.drop(keys, branch, added, piece, config)
-
-            x, unit_state, statistics = apply_unit(
-                unit,
-                piece.x,
-                unit_state,
-                piece.timeline,
-                config,
-                piece.weights,
-                piece.places,
-                drop,
-            )
-            return unit_state, (x, statistics)
-
-        if remat:  # what is dear to make again is kept: the outputs of attention
-            keep = jax.checkpoint_policies.save_only_these_names(*attention.SAVED, "codes")
-            one_piece = jax.checkpoint(one_piece, policy=keep)
-
-        def one_group(unit_state, group: Piece):
-            if plan.pieces == 1:
-                unit_state, (x, statistics) = one_piece(unit_state, group)
-                return x, unit_state, statistics
-            keeps = unit_state.keys is not None
-            carried = attention.window_keys(unit_state, unit["words"], config.compute_dtype)
-            unit_state = replace(unit_state, keys=carried)  # as codes, no gradient would pass
-            cut = pieces.cut_time(plan, group, config)
-            unit_state, (x, statistics) = jax.lax.scan(one_piece, unit_state, cut)
-            unit_state = unit_state if keeps else replace(unit_state, keys=None)
-            x = pieces.join_time(x, length)
-            return x, unit_state, jax.tree.map(lambda a: a.sum(0), statistics)
-
-        whole = Piece(x, timeline, weights, places, rows, jnp.int32(0))
-        x, unit_state, statistics = pieces.map_groups(plan, one_group, unit_state, whole)
-        return keep_rows(x), (unit_state, statistics)
-
-    stacked = jax.tree.map(lambda *rows: jnp.stack(rows), *state.units)
-    xs = (params["units"], model.codebook, stacked, unit_keys)
-    x, (stacked, statistics) = jax.lax.scan(body, x, xs)
-    units = [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(config.num_units)]
-    if statistics is not None:
-        statistics = replace(statistics, commitment=statistics.commitment.sum())
-
-    last = jnp.take_along_axis(x, jnp.clip(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-    logits = to_logits(params, last, config)
-    state = State(
-        position=state.position + lengths,
-        document_start=document_start,
-        document_id=document_id,
-        logits=jnp.where(lengths[:, None] > 0, logits, state.logits),
-        units=tuple(units),
-    )
-    return x, state, statistics

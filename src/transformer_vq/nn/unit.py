@@ -1,23 +1,56 @@
-"""One residual unit: attention between projections, and an MLP where the head type has one."""
+"""One residual unit: attention between projections, and an MLP where the head type has one.
+
+`prepare_unit` makes what does not depend on the tokens; `apply_unit` applies it to some of them.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from transformer_vq.config import ModelConfig
 from transformer_vq.nn import attention, layers, vq
-from transformer_vq.nn.attention import (
-    QKV,
-    AttentionWeights,
-    FullAttentionState,
-    UnitState,
-)
+from transformer_vq.nn.attention import QKV, AttentionWeights, FullAttentionState, UnitState
+from transformer_vq.nn.layers import Mlp
 from transformer_vq.nn.products import OutputMajor, computed_once, matmul
 from transformer_vq.nn.timeline import Timeline
-from transformer_vq.nn.vq import Places
+from transformer_vq.nn.vq import SamplePositions
 from transformer_vq.types import Features, Params
+
+Layout = Literal["fused", "separate", "decode"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Fused:
+    """The projections of the input as one matrix."""
+
+    w_in: jax.Array | OutputMajor  # [D, columns]: of q, k, v and, in gated heads, the gate
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Separate:
+    """The projections of the input as matrices of their own."""
+
+    w_q: jax.Array  # [D, H K]
+    w_k: jax.Array  # [D, G K]
+    w_v: jax.Array  # [D, G V]
+    w_g: jax.Array | None  # [D, H V]; in gated heads only
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PreparedUnit:
+    """The constants of one unit, matrices in the compute dtype."""
+
+    norm: Params
+    project: Fused | Separate
+    attention: AttentionWeights
+    w_o: jax.Array | OutputMajor  # [H V, D]
+    mlp: Mlp | None  # None in gated heads
 
 
 @jax.tree_util.register_dataclass
@@ -27,121 +60,168 @@ class Statistics:
 
     commitment: jax.Array  # []: of |k - C_z|^2, over units and heads too
     codebook: Params  # {"sum": [N, G, S, K], "count": [N, G, S]}: of keys, by code
-    keys: jax.Array | None = None  # [N, G, S, K]: those at the places that were asked for
+    keys: jax.Array | None = None  # [N, G, S, K]: those at the sample positions, if there are any
 
 
+class UnitTraining(NamedTuple):
+    """What a unit needs in training."""
+
+    weights: jax.Array  # [B, T]: how much each token counts in the statistics
+    samples: SamplePositions | None  # tokens whose keys the statistics are to hold
+    drop: Callable[[jax.Array, int], jax.Array]  # dropout of what branch 0, 1 adds to x
+
+
+class UnitOutput(NamedTuple):
+    """What comes out of a unit."""
+
+    x: Features
+    state: UnitState
+    statistics: Statistics | None  # in training, unless attention is full
+
+
+def distance_wave(config: ModelConfig, capacity: int | None) -> jax.Array:
+    """Sinusoids of all distances that get a position bias, `[distances, D]`: those of the window,
+    or all within the `capacity` of a state of full attention."""
+    distances = jnp.arange(capacity or config.ring_len)
+    return layers.sinusoid(distances, config.d_model, config.max_wavelength, config.compute_dtype)
+
+
+@jax.named_scope("prepare")
 def prepare_unit(
-    params: Params, codebook: Params, wave: jax.Array, config: ModelConfig, *, fuse: bool = True
-) -> Params:
-    """The constants of one unit, in the compute dtype: projections side by side, one product for
-    all of q, k, v (and g), or apart unless `fuse`; the position table r; the codewords.
+    params: Params, codebook: Params, wave: jax.Array, config: ModelConfig, *, layout: Layout
+) -> PreparedUnit:
+    """The constants of one unit. `wave` `[distances, D]`: the sinusoid of each distance.
 
-    `wave` `[distances, D]`: the sinusoid of each distance.
+    Layouts: "fused" has one matrix for all projections of the input; "separate" has one for each,
+    for devices that share the columns; "decode" is fused, with matrices as products of few rows
+    want them, which products of many rows and their gradients do not.
     """
     dtype = jnp.dtype(config.compute_dtype)
-    names = ["w_q", "w_k", "w_v"] + ["w_g"] * (config.head_type == "shga")
-    projections = {name: params[name].astype(dtype) for name in names}
-    if fuse:
-        projections = {"w_in": jnp.concatenate(list(projections.values()), axis=1)}
+    gated = config.head_type == "shga"
+
+    def cast(array: jax.Array) -> jax.Array:
+        return array.astype(dtype)
+
+    def stored(matrix: jax.Array) -> jax.Array | OutputMajor:
+        return OutputMajor(matrix.T) if layout == "decode" else matrix
+
+    names = ["w_q", "w_k", "w_v"] + ["w_g"] * gated
+    projections = [cast(params[name]) for name in names]
+    if layout == "separate":
+        project = Separate(*projections, *([] if gated else [None]))
+    else:
+        project = Fused(stored(jnp.concatenate(projections, axis=1)))
     scale = config.d_k**-0.25
     heads_k = (config.num_heads, config.d_k)
-    r = (wave.astype(dtype) @ params["w_r"].astype(dtype)).reshape(-1, *heads_k)
-    prepared = {
-        "norm": params["norm"],
-        **projections,
-        "w_o": params["w_o"].astype(dtype),
-        "u": params["u"].astype(dtype).reshape(heads_k) * scale,
-        "w": params["w"].astype(dtype).reshape(heads_k) * scale,
-        "r": r * scale,
-        "words": vq.codewords(codebook),
-    }
-    if config.head_type != "shga":
-        mlp = params["mlp"]
-        weights = {name: mlp[name].astype(dtype) for name in ("w_in", "w_out")}
-        prepared["mlp"] = {"norm": mlp["norm"], **weights}
-    return prepared
-
-
-def for_few_rows(unit: Params) -> Params:
-    """A prepared unit with its matrices as products with few rows want them, which decoding depends
-    on; a product with many rows, and its gradient, wants them as they were."""
-
-    def turned(params: Params, *names: str) -> Params:
-        return params | {name: OutputMajor(params[name].T) for name in names}
-
-    if "mlp" in unit:
-        unit = unit | {"mlp": turned(unit["mlp"], "w_in", "w_out")}
-    return turned(unit, "w_in", "w_o")
-
-
-def no_drop(added: jax.Array, branch: int) -> jax.Array:
-    """No dropout: what evaluation and sampling use."""
-    return added
+    r = (cast(wave) @ cast(params["w_r"])).reshape(-1, *heads_k)
+    weights = AttentionWeights(
+        words=vq.codewords(codebook),
+        u=cast(params["u"]).reshape(heads_k) * scale,
+        w=cast(params["w"]).reshape(heads_k) * scale,
+        r=r * scale,
+    )
+    mlp = None
+    if not gated:
+        matrices = (stored(cast(params["mlp"][name])) for name in ("w_in", "w_out"))
+        mlp = Mlp(params["mlp"]["norm"], *matrices)
+    return PreparedUnit(params["norm"], project, weights, stored(cast(params["w_o"])), mlp)
 
 
 def apply_unit(
-    unit: Params,
+    unit: PreparedUnit,
     x: Features,
     state: UnitState,
     timeline: Timeline,
     config: ModelConfig,
-    weights: jax.Array | None = None,
-    places: Places | None = None,
-    drop: Callable[[jax.Array, int], jax.Array] = no_drop,
-) -> tuple[Features, UnitState, Statistics | None]:
-    """One residual unit. `drop` is the dropout of what branch 0 (attention), 1 (MLP) adds to x."""
-    batch, length, _ = x.shape
-    heads, groups, d_k, d_v = config.num_heads, config.num_kv_heads, config.d_k, config.d_v
-    dtype = x.dtype
-    gated = config.head_type == "shga"
-    q, k, v, gate = _project_in(unit, layers.norm(unit["norm"], x), config)
-    q = q.reshape(batch, length, heads, d_k)
-    q = (layers.rms_norm(q) * d_k**-0.25).astype(dtype)
-    k = k.reshape(batch, length, groups, d_k)
-    k = layers.rms_norm(k) * d_k**-0.25  # stays wide until its code is known
-    v = v.reshape(batch, length, groups, d_v)
-
-    constants = AttentionWeights(**{name: unit[name] for name in ("words", "u", "w", "r")})
-
-    statistics = None
-    if isinstance(state, FullAttentionState):
-        # Training counts every token: a call that fills the state began with an empty one.
-        from_empty = weights is not None and length >= state.capacity
-        attended = attention.attend_full(
-            QKV(q, k.astype(dtype), v), constants, state, timeline, config, from_empty=from_empty
-        )
-    else:
-        one = length == 1 and weights is None  # training takes tokens in blocks, always
-        attend = attention.attend_step if one else attention.attend_blocks
-        attended = attend(QKV(q, k, v), constants, state, timeline, config)
-        codes = attended.codes
-        if weights is not None and codes is not None:
-            statistics = Statistics(
-                commitment=vq.commitment(k, vq.look_up(unit["words"], codes), weights),
-                codebook=vq.code_statistics(k, codes, weights, config.codebook_size),
-                keys=None if places is None else vq.keys_at(k, places),
-            )
-    out = attended.out.reshape(batch, length, -1)
-    if gate is not None:
-        out = out * gate
-    x = x + drop(matmul(out, unit["w_o"]), 0)
-    if not gated:
-        x = x + drop(layers.mlp(unit["mlp"], x), 1)
-    return x, attended.state, statistics
+    training: UnitTraining | None = None,
+) -> UnitOutput:
+    """One residual unit on some tokens, which continue the state."""
+    qkv, gate = _project_in(unit, x, config)
+    out, state, statistics = _attend(unit, qkv, state, timeline, config, training)
+    with jax.named_scope("project_out"):
+        out = out.reshape(*x.shape[:2], -1)
+        if gate is not None:
+            out = out * gate
+        x = x + _dropped(matmul(out, unit.w_o), 0, training)
+    if unit.mlp is not None:
+        x = x + _dropped(layers.mlp(unit.mlp, x), 1, training)
+    return UnitOutput(x, state, statistics)
 
 
+def _dropped(added: jax.Array, branch: int, training: UnitTraining | None) -> jax.Array:
+    return added if training is None else training.drop(added, branch)
+
+
+@jax.named_scope("project_in")
 def _project_in(
-    unit: Params, x: Features, config: ModelConfig
+    unit: PreparedUnit, x: Features, config: ModelConfig
+) -> tuple[QKV, jax.Array | None]:
+    """Queries, keys and values of the tokens, and in gated heads the gate `[B, T, H V]`.
+
+    In the dtype of x; only keys stay wide, until their codes are known.
+    """
+    lead, d_k = x.shape[:2], config.d_k
+    q, k, v, gate = _columns(unit.project, layers.norm(unit.norm, x), config)
+    q = layers.rms_norm(q.reshape(*lead, config.num_heads, d_k)) * d_k**-0.25
+    k = layers.rms_norm(k.reshape(*lead, config.num_kv_heads, d_k)) * d_k**-0.25
+    v = v.reshape(*lead, config.num_kv_heads, config.d_v)
+    return QKV(q.astype(x.dtype), k, v), gate
+
+
+def _columns(
+    project: Fused | Separate, x: Features, config: ModelConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """Queries, keys, values `[B, T, columns]` and, in gated heads, the gate (else None)."""
+    """Columns `[B, T, ...]` of queries, keys, values and, in gated heads, the gate."""
+    silu = jax.nn.silu
+    if isinstance(project, Separate):
+        q, k, v = (x @ matrix for matrix in (project.w_q, project.w_k, project.w_v))
+        if project.w_g is None:
+            return q, k, v, None
+        return q, k, silu(v), silu(x @ project.w_g)
     heads, groups, d_k, d_v = config.num_heads, config.num_kv_heads, config.d_k, config.d_v
     gated = config.head_type == "shga"
-    if "w_q" in unit:
-        q, k, v = (x @ unit[name] for name in ("w_q", "w_k", "w_v"))
-        return (q, k, jax.nn.silu(v), jax.nn.silu(x @ unit["w_g"])) if gated else (q, k, v, None)
-    x = matmul(x, unit["w_in"])
     ends = (heads * d_k, (heads + groups) * d_k, (heads + groups) * d_k + groups * d_v)
-    q, k, v, *gate = jnp.split(x, ends[: 2 + gated], axis=-1)
-    if not gated:
-        return q, k, v, None
-    return q, k, computed_once(jax.nn.silu(v)), jax.nn.silu(gate[0])
+    q, k, v, *gate = jnp.split(matmul(x, project.w_in), ends[: 2 + gated], axis=-1)
+    return (q, k, computed_once(silu(v)), silu(gate[0])) if gated else (q, k, v, None)
+
+
+def _attend(
+    unit: PreparedUnit,
+    x: QKV,
+    state: UnitState,
+    timeline: Timeline,
+    config: ModelConfig,
+    training: UnitTraining | None,
+) -> tuple[jax.Array, UnitState, Statistics | None]:
+    """Attention outputs `[B, T, H, V]`, the new state and the statistics of the keys."""
+    length, weights = x.q.shape[1], unit.attention
+    with jax.named_scope("attention"):
+        if isinstance(state, FullAttentionState):
+            x = replace(x, k=x.k.astype(x.q.dtype))
+            # Training counts every token: a call that fills the state began with an empty one.
+            from_empty = training is not None and length >= state.capacity
+            out = attention.attend_full(x, weights, state, timeline, config, from_empty=from_empty)
+        else:
+            one = length == 1 and training is None  # training takes tokens in blocks, always
+            attend = attention.attend_step if one else attention.attend_blocks
+            out = attend(x, weights, state, timeline, config)
+    if training is None or out.codes is None:
+        return out.out, out.state, None
+    return out.out, out.state, _statistics(x.k, out.codes, weights.words, training, config)
+
+
+@jax.named_scope("codebook")
+def _statistics(
+    keys: jax.Array,
+    codes: jax.Array,
+    words: jax.Array,
+    training: UnitTraining,
+    config: ModelConfig,
+) -> Statistics:
+    """Statistics of the keys `[B, T, G, K]` with their codes `[B, T, G]`."""
+    weights, samples = training.weights, training.samples
+    return Statistics(
+        commitment=vq.commitment(keys, vq.look_up(words, codes), weights),
+        codebook=vq.code_statistics(keys, codes, weights, config.codebook_size),
+        keys=None if samples is None else vq.keys_at(keys, samples),
+    )

@@ -81,31 +81,31 @@ def code_statistics(keys: jax.Array, codes: jax.Array, weights: jax.Array, size:
     return {"sum": sums[..., :-1], "count": sums[..., -1]}
 
 
-class Places(NamedTuple):
-    """A token of a batch for every codeword: where to find a key for it."""
+class SamplePositions(NamedTuple):
+    """Positions of tokens sampled from a batch, one for every codeword: where to find a key."""
 
     rows: jax.Array  # int32 [S]
     times: jax.Array  # int32 [S]
-    here: jax.Array  # float32 [S]: 1, or 0 for a row that is in another part of the batch
+    here: jax.Array  # float32 [S]: 1, or 0 for a token that is in another part of the batch
 
 
-def draw_places(key: Key, mask: jax.Array, size: int) -> Places:
+def draw_samples(key: Key, mask: jax.Array, size: int) -> SamplePositions:
     """`size` tokens of those that the mask `[B, T]` counts, drawn without replacement.
 
-    Fewer tokens than that are taken in turns. The draw depends on the key and on nothing of how
-    the batch is spread over devices.
+    Where fewer count, each is taken as often as another, or once more. The draw depends on the key
+    and on nothing of how the batch is spread over devices.
     """
     order = jnp.where(mask, jax.random.uniform(key, mask.shape), -1.0).ravel()
     _, order = jax.lax.top_k(order, min(size, mask.size))
     tokens = jnp.clip(mask.sum(dtype=jnp.int32), 1, len(order))
     rows, times = jnp.divmod(order[jnp.arange(size) % tokens], mask.shape[1])
-    return Places(rows, times, jnp.ones(size, jnp.float32))
+    return SamplePositions(rows, times, jnp.ones(size, jnp.float32))
 
 
-def keys_at(keys: jax.Array, places: Places) -> jax.Array:
-    """The keys `[B, T, G, K]` at the places: `[G, S, K]`, zeros for what is not here."""
-    keys = wide(jax.lax.stop_gradient(keys))[places.rows, places.times]
-    return jnp.moveaxis(keys * places.here[:, None, None].astype(keys.dtype), 1, 0)
+def keys_at(keys: jax.Array, samples: SamplePositions) -> jax.Array:
+    """The keys `[B, T, G, K]` at the sample positions: `[G, S, K]`, zeros for what is not here."""
+    keys = wide(jax.lax.stop_gradient(keys))[samples.rows, samples.times]
+    return jnp.moveaxis(keys * samples.here[:, None, None].astype(keys.dtype), 1, 0)
 
 
 def revive(codebook: Params, keys: jax.Array, below: float) -> Params:

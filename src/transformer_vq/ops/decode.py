@@ -17,7 +17,8 @@ from transformer_vq import sharding
 from transformer_vq.config import ModelConfig
 from transformer_vq.nn import prob
 from transformer_vq.nn.decode import Decoder, decode_step, prepare
-from transformer_vq.nn.model import Model, State, forward, init_state
+from transformer_vq.nn.forward import forward
+from transformer_vq.nn.model import Model, State, init_state
 
 TOP_LOGPROBS = 20  # alternatives reported with log-probabilities
 
@@ -174,7 +175,7 @@ def prefill(
     """Consume a piece of every row's prompt, `[B, T]`, block-parallel; on a mesh as above."""
     if mesh is not None:
         return sharding.map_rows(prefill, mesh)(model, state, tokens, lengths)
-    _, state, _ = forward(model, state, tokens, lengths=lengths)
+    state = forward(model, state, tokens, lengths=lengths).state
     return state
 
 

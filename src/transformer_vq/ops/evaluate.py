@@ -20,7 +20,8 @@ from transformer_vq.data import (
     row_starts,
 )
 from transformer_vq.errors import UserError
-from transformer_vq.nn.model import DEFAULT_CAPACITY, Model, State, forward, init_state
+from transformer_vq.nn.forward import forward
+from transformer_vq.nn.model import DEFAULT_CAPACITY, Model, State, init_state
 from transformer_vq.ops.loss import token_nll
 from transformer_vq.sharding import replicated, rows_or_whole, traced_on
 from transformer_vq.types import PerRow, Tokens
@@ -254,14 +255,12 @@ def _score(
 ) -> tuple[jax.Array, State]:
     """Losses `[rows, chunk_len]` in nats, meaningless beyond the length of a row; the new state."""
     with traced_on(mesh):
-        features, state, _ = forward(
-            model, state, inputs, lengths=lengths, document_ids=document_ids
-        )
-        nll = token_nll(model, features, targets)
+        out = forward(model, state, inputs, lengths=lengths, document_ids=document_ids)
+        nll = token_nll(model, out.features, targets)
     if mesh is None:
-        return nll, state
-    places = (replicated(mesh), rows_or_whole(mesh, len(inputs)))
-    return jax.lax.with_sharding_constraint((nll, state), places)
+        return nll, out.state
+    shardings = (replicated(mesh), rows_or_whole(mesh, len(inputs)))
+    return jax.lax.with_sharding_constraint((nll, out.state), shardings)
 
 
 def _check_context(

@@ -5,23 +5,25 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from transformer_vq.nn.model import DropoutKeys, Model, State, forward, to_logits
-from transformer_vq.nn.unit import Statistics
-from transformer_vq.nn.vq import Places
+from transformer_vq.nn.dropout import DropoutKeys
+from transformer_vq.nn.embedding import logits_dtype, to_logits
+from transformer_vq.nn.forward import Training, forward
+from transformer_vq.nn.model import Model, State
+from transformer_vq.nn.vq import SamplePositions
 from transformer_vq.types import Features, Params, Tokens
 
 LOGITS_PER_CHUNK = 2**22  # logits held at once: a large vocabulary is never whole in memory
 
 
 class LossTerms(NamedTuple):
-    """Scalars. `nll` and `commitment` are means over all B T places, masked ones counting zero."""
+    """Scalars. `nll` and `commitment` are means over all B T tokens, masked ones counting zero."""
 
     nll: jax.Array
     commitment: jax.Array
     tokens: jax.Array  # targets that count
     codebook: Params  # {"sum", "count"}: of the keys, by code
     state: State
-    keys: jax.Array | None  # [N, G, S, K]: those at the places that were asked for
+    keys: jax.Array | None  # [N, G, S, K]: those at the sample positions, if any were given
 
 
 def token_nll(model: Model, features: Features, targets: Tokens) -> jax.Array:
@@ -60,33 +62,24 @@ def loss_fn(
     loss_mask: jax.Array,
     document_ids: Tokens | None = None,
     *,
-    places: Places | None = None,
+    samples: SamplePositions | None = None,
     dropout: DropoutKeys | None = None,
     remat: bool = False,
 ) -> tuple[jax.Array, LossTerms]:
     """The loss (a scalar, nats per token) of `params` in place of the model's, and its terms.
 
-    Every place of the batch weighs the same, 1 / (B T), whether others are masked or not.
+    Every token of the batch weighs the same, 1 / (B T), whether others are masked or not.
     `loss_mask` `[B, T]` also says which tokens count in the commitment and in the statistics of
     the codebook: padding takes no part.
     """
     model = Model(params, model.codebook, model.config)
-    mask = loss_mask.astype(jnp.promote_types(model.config.compute_dtype, jnp.float32))
-    features, state, statistics = forward(
-        model,
-        state,
-        inputs,
-        document_ids=document_ids,
-        weights=mask,
-        places=places,
-        dropout=dropout,
-        remat=remat,
-    )
-    nll = jnp.sum(mask * token_nll(model, features, targets)) / mask.size
-    if statistics is None:  # full attention has no codebook to commit to
-        zeros = jax.tree.map(jnp.zeros_like, model.codebook)
-        statistics = Statistics(jnp.zeros((), mask.dtype), zeros)
+    mask = loss_mask.astype(logits_dtype(model.config))
+    training = Training(mask, samples, dropout, remat)
+    out = forward(model, state, inputs, document_ids=document_ids, training=training)
+    statistics = out.statistics
+    assert statistics is not None  # as training was given
+    nll = jnp.sum(mask * token_nll(model, out.features, targets)) / mask.size
     commitment = statistics.commitment / mask.size
     loss = nll + model.config.commit_coefficient * commitment
-    terms = LossTerms(nll, commitment, mask.sum(), statistics.codebook, state, statistics.keys)
+    terms = LossTerms(nll, commitment, mask.sum(), statistics.codebook, out.state, statistics.keys)
     return loss, terms

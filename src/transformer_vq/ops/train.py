@@ -1,4 +1,4 @@
-"""The train step: gradient of each piece of a sequence, optimizer, codebooks by moving average."""
+"""The train step: gradient of each chunk of a sequence, optimizer, codebooks by moving average."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,18 +13,12 @@ from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.errors import UserError
 from transformer_vq.nn import products, vq
 from transformer_vq.nn.attention import AttentionState, keep_keys
+from transformer_vq.nn.dropout import DropoutKeys
+from transformer_vq.nn.forward import Training, forward
 from transformer_vq.nn.layers import wide
-from transformer_vq.nn.model import (
-    DropoutKeys,
-    Model,
-    State,
-    forward,
-    init_model,
-    init_state,
-    model_specs,
-)
-from transformer_vq.nn.pieces import plan as plan_pieces
-from transformer_vq.nn.vq import Places
+from transformer_vq.nn.model import Model, State, init_model, init_state, model_specs
+from transformer_vq.nn.rows import chunking, join_rows, scan_rows
+from transformer_vq.nn.vq import SamplePositions
 from transformer_vq.ops.loss import LossTerms, loss_fn
 from transformer_vq.ops.optimizer import learning_rate_at, make_optimizer
 from transformer_vq.sharding import (
@@ -40,7 +34,7 @@ from transformer_vq.types import Params
 # What the random numbers of a run are for: each use has keys of its own.
 INIT, DROPOUT_CALL, DROPOUT_SEQUENCE, FIRST_CODEBOOK, REVIVAL = range(5)
 
-Traced = Any  # inside of jit: a `Batch`, or a piece of one, of JAX's arrays
+Traced = Any  # inside of jit: a `Batch`, or a chunk of one, of JAX's arrays
 Metrics = dict[str, jax.Array]  # float32 scalars, or a number for each unit
 
 
@@ -87,7 +81,7 @@ def init_train_state(config: ModelConfig, train: TrainConfig) -> TrainState:
 def start_codebook(
     config: ModelConfig, train: TrainConfig, train_state: TrainState, batch: Traced
 ) -> TrainState:
-    """The state before the first update with keys of the first piece of a batch as codewords.
+    """The state before the first update with keys of the first chunk of a batch as codewords.
 
     Every codeword is the key of a token drawn at random, the same tokens in all units. The
     codewords of one unit change the keys of the next, so units are set one after the other, which
@@ -99,16 +93,14 @@ def start_codebook(
     )
     state = _empty_state(config, len(inputs), train.sequence_len)
     key = jax.random.fold_in(jax.random.key(train.seed), FIRST_CODEBOOK)
-    places = vq.draw_places(key, mask, config.codebook_size)
-    weights = mask.astype(jnp.float32)
+    samples = vq.draw_samples(key, mask, config.codebook_size)
+    training = Training(mask.astype(jnp.float32), samples)
 
     def set_unit(i: jax.Array, codebook: Params) -> Params:
         model = Model(train_state.params, codebook, config)
-        _, _, statistics = forward(
-            model, state, inputs, document_ids=documents, weights=weights, places=places
-        )
-        assert statistics is not None and statistics.keys is not None
-        keys = statistics.keys[i].astype(config.param_dtype)
+        out = forward(model, state, inputs, document_ids=documents, training=training)
+        assert out.statistics is not None and out.statistics.keys is not None
+        keys = out.statistics.keys[i].astype(config.param_dtype)
         return {"sum": codebook["sum"].at[i].set(keys), "count": codebook["count"].at[i].set(1)}
 
     codebook = jax.lax.fori_loop(0, config.num_units, set_unit, train_state.codebook)
@@ -153,13 +145,13 @@ def make_train_step(
     """The jitted `(train_state, batch) -> (train_state, metrics)`; it donates the train state.
 
     A batch holds B whole sequences, `[B, sequence_len]`. It is cut into `updates_per_sequence`
-    pieces along time and each piece is one update; the attention state is carried from piece to
-    piece, and no gradient crosses (truncated backpropagation through time). With
+    chunks along time and each chunk is one update; the attention state is carried from chunk to
+    chunk, and no gradient crosses (truncated backpropagation through time). With
     `train.streaming` it is also carried from batch to batch, except for rows that `batch.starts`
     names. With a `mesh`, the batch is spread over it by rows, and the train state as
     `train_state_shardings` says.
 
-    The metrics are means over the pieces, and over the whole batch:
+    The metrics are means over the chunks, and over the whole batch:
 
     - loss: negative log-likelihood in nats per target that counts
     - commitment: |k - C_z|^2 per token that counts, summed over units and heads
@@ -178,14 +170,14 @@ def make_train_step(
         if train.streaming:
             state = _continued(state, train_state.stream, batch.starts)
             train_state = replace(train_state, stream=None)
-        pieces = batch._replace(starts=None)
-        pieces = jax.tree.map(lambda x: _pieces(x, train.update_len), pieces)
+        chunks = batch._replace(starts=None)
+        chunks = jax.tree.map(lambda x: _chunks(x, train.update_len), chunks)
 
-        def body(carry: tuple[TrainState, State], piece: Traced) -> tuple[Any, Metrics]:
-            train_state, state, metrics = update(*carry, piece)
+        def body(carry: tuple[TrainState, State], chunk: Traced) -> tuple[Any, Metrics]:
+            train_state, state, metrics = update(*carry, chunk)
             return (train_state, state), metrics
 
-        (train_state, state), metrics = jax.lax.scan(body, (train_state, state), pieces)
+        (train_state, state), metrics = jax.lax.scan(body, (train_state, state), chunks)
         if train.streaming:
             train_state = replace(train_state, stream=jax.tree.leaves(state))
         return train_state, _mean(metrics)
@@ -207,48 +199,35 @@ def make_train_step(
 
 
 def make_update(config: ModelConfig, train: TrainConfig) -> Callable:
-    """One update: `(train_state, state, piece) -> (train_state, state, metrics)`; not compiled."""
+    """One update: `(train_state, state, chunk) -> (train_state, state, metrics)`; not compiled."""
     optimizer = make_optimizer(train, config)
     rates = (f"dropout_{name}" for name in ("embedding", "sinusoid", "residual", "layer"))
     has_dropout = any(getattr(config, rate) > 0.0 for rate in rates)
 
-    def update(train_state: TrainState, state: State, piece: Traced):
+    def update(train_state: TrainState, state: State, chunk: Traced):
         step, params, codebook = train_state.step, train_state.params, train_state.codebook
-
-        def gradient(state: State, piece: Traced, dropout: DropoutKeys | None, places: Any):
-            model = Model(params, codebook, config)
-            return jax.grad(loss_fn, has_aux=True)(
-                params,
-                model,
-                state,
-                piece.inputs,
-                piece.targets,
-                piece.loss_mask,
-                piece.document_ids,
-                places=places,
-                dropout=dropout,
-                remat=train.remat,
-            )
-
-        batch, length = piece.inputs.shape
+        batch, length = chunk.inputs.shape
         dropout = dropout_keys(train, step, batch) if has_dropout else None
-        places = None
+        samples = None
         if config.attention == "vq" and train.revive_below:
             key = jax.random.fold_in(jax.random.key(train.seed), REVIVAL)
             key = jax.random.fold_in(key, step)
-            places = vq.draw_places(key, piece.loss_mask, config.codebook_size)
-        parts = train.accumulate or _default_parts(config, batch, length)
-        in_turns = gradient if parts == 1 else _in_turns(gradient, parts)
-        grads, terms = in_turns(state, piece, dropout, places)
+            samples = vq.draw_samples(key, chunk.loss_mask, config.codebook_size)
+        gradient = _gradient(Model(params, codebook, config), remat=train.remat)
+        count = train.accumulate or _micro_batches(config, batch, length)
+        if count > 1:
+            gradient = _in_micro_batches(gradient, count)
+        grads, terms = gradient(state, chunk, dropout, samples)
         changes, opt_state = optimizer.update(grads, train_state.opt_state, params)
-        metrics = _loss_metrics(terms, piece.loss_mask.size) | {
+        metrics = _loss_metrics(terms, chunk.loss_mask.size) | {
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": learning_rate_at(train, step),
         }
         if config.attention == "vq":
-            codebook = vq.update_codebook(codebook, terms.codebook, config.codebook_decay)
-            if places is not None:
-                codebook = vq.revive(codebook, terms.keys, train.revive_below)
+            with jax.named_scope("codebook"):
+                codebook = vq.update_codebook(codebook, terms.codebook, config.codebook_decay)
+                if terms.keys is not None:
+                    codebook = vq.revive(codebook, terms.keys, train.revive_below)
             metrics |= codebook_metrics(terms.codebook["count"])
         params = jax.tree.map(lambda p, change: (p + change).astype(p.dtype), params, changes)
         average = train_state.average
@@ -259,56 +238,62 @@ def make_update(config: ModelConfig, train: TrainConfig) -> Callable:
     return update
 
 
-def _default_parts(config: ModelConfig, batch: int, length: int) -> int:
-    """On a CPU, the rows that go through a unit at once take a turn, which is faster too.
-
-    Elsewhere there is one part: each costs a sum of the gradients over devices.
-    """
-    if not products.tuning().micro_batches:
-        return 1
-    return plan_pieces(config, batch, length).groups
+Gradient = Callable[
+    [State, Traced, DropoutKeys | None, SamplePositions | None], tuple[Params, LossTerms]
+]
 
 
-def _in_turns(gradient: Callable, parts: int) -> Callable:
-    """`gradient`, of one part of the rows after the other: of each only the sums are kept.
+def _gradient(model: Model, *, remat: bool) -> Gradient:
+    """The gradient of the loss of a chunk with respect to the parameters, and the loss's terms."""
 
-    A part takes every `parts`-th row, so that all devices have as many rows of each. Places are of
-    the whole batch, and each part finds its own.
-    """
+    def gradient(state, chunk, dropout, samples):
+        return jax.grad(loss_fn, has_aux=True)(
+            model.params,
+            model,
+            state,
+            chunk.inputs,
+            chunk.targets,
+            chunk.loss_mask,
+            chunk.document_ids,
+            samples=samples,
+            dropout=dropout,
+            remat=remat,
+        )
 
-    def split(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+    return gradient
 
-    def join(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
 
-    def in_turns(state: State, piece: Traced, dropout: DropoutKeys | None, places: Places | None):
-        def sums_of(part: jax.Array, rows: jax.Array, state: State, piece: Traced):
+def _micro_batches(config: ModelConfig, batch: int, length: int) -> int:
+    """The default of `accumulate`: where it is faster, no more rows at once than go through a unit
+    at once."""
+    return chunking(config, batch, length).micro_batches if products.tuning().micro_batches else 1
+
+
+def _in_micro_batches(gradient: Gradient, count: int) -> Gradient:
+    """`gradient`, of one micro-batch after the other, of which only the sums are kept."""
+
+    def in_micro_batches(state, chunk, dropout, samples):
+        def sums_of(by_row: tuple, samples: SamplePositions | None):
+            rows, state, chunk = by_row
             keys = None if dropout is None else replace(dropout, rows=rows)
-            own = places
-            if places is not None:
-                here = (places.rows % parts == part).astype(places.here.dtype)
-                own = Places(places.rows // parts, places.times, here)
-            grads, terms = gradient(state, piece, keys, own)
+            grads, terms = gradient(state, chunk, keys, samples)
             return jax.tree.map(wide, (grads, terms._replace(state=None))), terms.state
 
-        def turn(sums: Any, xs: tuple):
-            added, state = sums_of(*xs)
+        def add(sums: Any, by_row: tuple, samples: SamplePositions | None):
+            added, state = sums_of(by_row, samples)
             return jax.tree.map(jnp.add, sums, added), state
 
-        rows = jnp.arange(piece.inputs.shape[0])
-        xs = (jnp.arange(parts), *jax.tree.map(split, (rows, state, piece)))
-        first = jax.tree.map(lambda x: x[0], xs)
-        shapes = jax.eval_shape(lambda *xs: sums_of(*xs)[0], *first)
+        by_row = (jnp.arange(chunk.inputs.shape[0]), state, chunk)
+        some = jax.tree.map(lambda x: x[: len(x) // count], by_row)
+        shapes = jax.eval_shape(lambda *xs: sums_of(*xs)[0], some, samples)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        (grads, terms), states = jax.lax.scan(turn, zeros, xs)
+        (grads, terms), states = scan_rows(add, count, zeros, by_row, samples)
         grads, nll, commitment = jax.tree.map(
-            lambda x: x / parts, (grads, terms.nll, terms.commitment)
+            lambda x: x / count, (grads, terms.nll, terms.commitment)
         )
-        state = jax.tree.map(join, states)
-        return grads, terms._replace(nll=nll, commitment=commitment, state=state)
+        return grads, terms._replace(nll=nll, commitment=commitment, state=join_rows(states))
 
-    return in_turns
+    return in_micro_batches
 
 
 def _averaged(average: Params, weights: Params, train: TrainConfig, step: jax.Array) -> Params:
@@ -342,21 +327,21 @@ def codebook_metrics(counts: jax.Array) -> Metrics:
     }
 
 
-def _loss_metrics(terms: LossTerms, places: int) -> Metrics:
-    """Sums over the piece, which `_mean` divides by the tokens of all pieces."""
+def _loss_metrics(terms: LossTerms, size: int) -> Metrics:
+    """Sums over a chunk of `size` tokens, which `_mean` divides by the tokens of all chunks."""
     return {
-        "loss": terms.nll * places,
-        "commitment": terms.commitment * places,
+        "loss": terms.nll * size,
+        "commitment": terms.commitment * size,
         "tokens": terms.tokens,
     }
 
 
 def _mean(metrics: Metrics) -> Metrics:
-    """The metrics of the pieces `[pieces]` as one: per token, or per piece."""
+    """The metrics of the chunks `[chunks]` as one: per token, or per chunk."""
     tokens = jnp.maximum(metrics.pop("tokens").sum(), 1)
     per_token = {name: metrics.pop(name).sum() / tokens for name in ("loss", "commitment")}
-    per_piece = {name: values.mean(0) for name, values in metrics.items()}
-    return {name: jnp.float32(value) for name, value in (per_token | per_piece).items()}
+    per_chunk = {name: values.mean(0) for name, values in metrics.items()}
+    return {name: jnp.float32(value) for name, value in (per_token | per_chunk).items()}
 
 
 def _empty_state(config: ModelConfig, rows: int, length: int) -> State:
@@ -383,6 +368,6 @@ def _continued(empty: State, stream: Any, starts: jax.Array | None) -> State:
     return jax.tree.map(row_by_row, empty, jax.tree.unflatten(jax.tree.structure(empty), stream))
 
 
-def _pieces(x: jax.Array, size: int) -> jax.Array:
+def _chunks(x: jax.Array, size: int) -> jax.Array:
     """`[B, T]` as `[T / size, B, size]`."""
     return jnp.moveaxis(x.reshape(x.shape[0], -1, size), 1, 0)

@@ -1,4 +1,6 @@
-"""Long inputs go through a unit piece by piece: same values, states, statistics and gradients."""
+"""Large inputs go through a unit in chunks: same values, states, statistics and gradients."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +20,18 @@ from tests.helpers import (
 from tests.nn.test_extend import CASES, fresh
 from tests.nn.test_reference import run_reference
 from transformer_vq import Model
-from transformer_vq.nn import model as model_module
-from transformer_vq.nn import pieces
 from transformer_vq.nn.attention import blocks, keep_keys
-from transformer_vq.nn.model import forward
+from transformer_vq.nn.dropout import DropoutKeys
+from transformer_vq.nn.embedding import to_logits
+from transformer_vq.nn.forward import Training, forward
+from transformer_vq.nn.rows import chunking
 
 VQ = [name for name, config in CASES.items() if config.attention == "vq"]
 
 
-def run(config, tokens_per_piece, monkeypatch, lengths=None, keys=False, remat=False, dropout=None):
+def run(config, tokens_per_chunk, monkeypatch, lengths=None, keys=False, remat=False, dropout=None):
     """Features, state and statistics of a text, and the gradient of a mix of them."""
-    tune(monkeypatch, tokens_per_chunk=tokens_per_piece)
+    tune(monkeypatch, tokens_per_chunk=tokens_per_chunk)
     model = random_model(config)
     tokens, document_ids, _ = map(jnp.asarray, random_inputs(config))
     rng = np.random.default_rng(5)
@@ -39,7 +42,7 @@ def run(config, tokens_per_piece, monkeypatch, lengths=None, keys=False, remat=F
     state = fresh(config, BATCH)
     if keys:
         units = tuple(keep_keys(unit, config) for unit in state.units)
-        state = model_module.replace(state, units=units)
+        state = dataclasses.replace(state, units=units)
 
     def loss(params):
         out = forward(
@@ -48,12 +51,11 @@ def run(config, tokens_per_piece, monkeypatch, lengths=None, keys=False, remat=F
             tokens,
             lengths=lengths,
             document_ids=document_ids,
-            weights=weights,
-            dropout=dropout,
-            remat=remat,
+            training=Training(weights, dropout=dropout, remat=remat),
         )
-        features = out[0] * real[..., None]
-        return (features * probe).sum() + out[2].commitment, (features, *out[1:])
+        features = out.features * real[..., None]
+        loss = (features * probe).sum() + out.statistics.commitment
+        return loss, (features, out.state, out.statistics)
 
     (_, out), grads = quick_jit(jax.value_and_grad(loss, has_aux=True))(model.params)
     return out, grads
@@ -62,16 +64,16 @@ def run(config, tokens_per_piece, monkeypatch, lengths=None, keys=False, remat=F
 @pytest.mark.parametrize(
     ("name", "remat"), [(name, False) for name in VQ] + [("gated_heads_documents", True)]
 )
-def test_pieces(name, remat, double, monkeypatch):
+def test_chunks_are_as_the_whole(name, remat, double, monkeypatch):
     config = CASES[name]
-    assert pieces.plan(config, BATCH, LENGTH) == (1, LENGTH, 1)
+    assert chunking(config, BATCH, LENGTH) == (1, LENGTH, 1)
     expected, expected_grads = run(config, 10**6, monkeypatch)
     out, grads = run(config, 1, monkeypatch, remat=remat)
-    groups, size, count = pieces.plan(config, BATCH, LENGTH)
-    assert (groups, size, count) == (BATCH, config.block_len, -(-LENGTH // size))
+    micro_batches, size, count = chunking(config, BATCH, LENGTH)
+    assert (micro_batches, size, count) == (BATCH, config.block_len, -(-LENGTH // size))
     close(out, expected)
     close(grads, expected_grads)
-    if name == "gated":  # control: without the keys of the state, a piece is where gradients end
+    if name == "gated":  # control: without the keys of the state, gradients end where a chunk does
         monkeypatch.setattr(blocks, "window_keys", cut_off)
         far(run(config, 1, monkeypatch)[1], expected_grads)
 
@@ -80,14 +82,14 @@ def cut_off(state, words, dtype, window_keys=blocks.window_keys):
     return jax.lax.stop_gradient(window_keys(state, words, dtype))
 
 
-def test_pieces_of_the_oracle(double, monkeypatch):
-    """Logits by the quadratic oracle, of a model that reads its text in six pieces."""
+def test_chunks_are_as_the_oracle(double, monkeypatch):
+    """Logits by the quadratic oracle, of a model that reads its text in six chunks."""
     config = CASES["gated_heads_documents"]
     model, inputs = random_model(config), list(map(jnp.asarray, random_inputs(config)))
     logits, _ = run_reference(config, model.params, model.codebook, *inputs)
     tune(monkeypatch, tokens_per_chunk=1)
-    features, _, _ = forward(model, fresh(config, BATCH), inputs[0], document_ids=inputs[1])
-    close(model_module.to_logits(model.params, features, config), logits)
+    out = forward(model, fresh(config, BATCH), inputs[0], document_ids=inputs[1])
+    close(to_logits(model.params, out.features, config), logits)
 
 
 def test_ragged_rows_and_kept_keys(double, monkeypatch):
@@ -108,14 +110,14 @@ def test_no_gradient_through_the_cache(double, monkeypatch):
     far(grads, run(CASES["gated"], 1, monkeypatch)[1])
 
 
-def test_dropout_does_not_depend_on_pieces(double, monkeypatch):
+def test_dropout_does_not_depend_on_chunks(double, monkeypatch):
     """Every block of every row draws for itself."""
     rates = dict(embedding=0.2, residual=0.3, layer=0.4, sinusoid=0.2)
     config = CASES["gated"].replace(**{f"dropout_{name}": rate for name, rate in rates.items()})
-    keys = model_module.DropoutKeys(jax.random.key(0), jax.random.key(1), jnp.arange(BATCH))
+    keys = DropoutKeys(jax.random.key(0), jax.random.key(1), jnp.arange(BATCH))
     expected = run(config, 10**6, monkeypatch, dropout=keys)
     close(run(config, 1, monkeypatch, dropout=keys), expected)
-    other = model_module.DropoutKeys(jax.random.key(2), jax.random.key(1), jnp.arange(BATCH))
+    other = DropoutKeys(jax.random.key(2), jax.random.key(1), jnp.arange(BATCH))
     far(run(config, 1, monkeypatch, dropout=other)[0][0], expected[0][0])
 
 
@@ -125,8 +127,9 @@ def test_every_row_drops_for_itself(name, double):
     model, tokens = random_model(config), jnp.ones((8, 5), jnp.int32)
 
     def features(rows):
-        keys = model_module.DropoutKeys(jax.random.key(0), jax.random.key(1), jnp.asarray(rows))
-        return np.asarray(forward(model, fresh(config, 8), tokens, dropout=keys)[0])
+        keys = DropoutKeys(jax.random.key(0), jax.random.key(1), jnp.asarray(rows))
+        training = Training(jnp.ones(tokens.shape), dropout=keys)
+        return np.asarray(forward(model, fresh(config, 8), tokens, training=training).features)
 
     own, same = features(range(8)), features([3] * 8)
     close(same, np.repeat(own[3:4], 8, 0))

@@ -1,0 +1,42 @@
+"""The way in and the way out of a model: tokens to features, features to logits."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from transformer_vq.config import ModelConfig
+from transformer_vq.nn import layers, products
+from transformer_vq.nn.timeline import Timeline
+from transformer_vq.sharding import whole_columns
+from transformer_vq.types import Features, Params, Tokens
+
+
+@jax.named_scope("embedding")
+def embed(params: Params, tokens: Tokens, timeline: Timeline, config: ModelConfig) -> Features:
+    """The input of the first unit. Positions count from the start of the document."""
+    dtype = jnp.dtype(config.compute_dtype)
+    x = whole_columns(params["embedding"])[tokens].astype(dtype)
+    if config.absolute_positions:
+        position = config.ring_len + jnp.arange(tokens.shape[1]) - timeline.first
+        wave = layers.sinusoid(position, config.d_model, config.max_wavelength, dtype)
+        x = x + (params["position_scale"].astype(wave.dtype) * wave).astype(dtype)
+    return x
+
+
+@jax.named_scope("logits")
+def to_logits(params: Params, x: jax.Array, config: ModelConfig) -> jax.Array:
+    """Logits of features `[..., D]`: `[..., vocab_size]`, in wide precision."""
+    dtype = logits_dtype(config)
+    if config.final_norm:
+        x = layers.norm(params["final_norm"], x)
+    tied = config.tie_embeddings
+    w_out = products.OutputMajor(params["embedding"]) if tied else params["w_out"]
+    w_out = jax.tree.map(lambda a: a.astype(dtype), w_out)
+    logits = products.matmul(x.astype(dtype), w_out) + params["output_bias"].astype(dtype)
+    return logits * config.logit_scale
+
+
+def logits_dtype(config: ModelConfig) -> Any:
+    """float32, or float64 where the computation is."""
+    return jnp.promote_types(config.compute_dtype, jnp.float32)
