@@ -22,6 +22,7 @@ Optimizer = Literal["adamw", "lion", "adafactor", "muon"]
 Schedule = Literal["cosine", "linear", "inverse-sqrt", "wsd"]
 CodebookInit = Literal["data", "random"]
 
+DEFAULT_CAPACITY = 4096  # tokens that a state of full attention holds, unless told otherwise
 AUTO = 0  # left out: follows from other fields
 MLP_WIDTH = {"mqa": 5, "mha": 4}  # times d_model; shga has no MLP
 

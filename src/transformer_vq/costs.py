@@ -6,11 +6,10 @@ heads, K d_k, V d_v, S codebook_size, L block_len, M window_len, W = M + 1, N un
 left out, as is customary. What the programs compute is counted, masked or not.
 """
 
-from transformer_vq.config import ModelConfig, TrainConfig
+from transformer_vq.config import DEFAULT_CAPACITY, ModelConfig, TrainConfig
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _INT_BYTES = 4
-_CAPACITY = 4096  # tokens that a state of full attention holds, unless told otherwise
 
 
 def parameter_count(config: ModelConfig) -> int:
@@ -47,7 +46,7 @@ def codebook_count(config: ModelConfig) -> int:
     return config.num_units * config.num_kv_heads * config.codebook_size * (config.d_k + 1)
 
 
-def state_bytes(config: ModelConfig, capacity: int = _CAPACITY) -> int:
+def state_bytes(config: ModelConfig, capacity: int = DEFAULT_CAPACITY) -> int:
     """Bytes that a model remembers of one sequence.
 
     Per unit and key/value head, W + S whole numbers and a table of as many rows or a few more, V
@@ -63,7 +62,7 @@ def state_bytes(config: ModelConfig, capacity: int = _CAPACITY) -> int:
     return config.num_units * config.num_kv_heads * head + logits + 3 * _INT_BYTES
 
 
-def decode_flops(config: ModelConfig, history: int = _CAPACITY) -> int:
+def decode_flops(config: ModelConfig, history: int = DEFAULT_CAPACITY) -> int:
     """Operations to decode one token, whatever came before it.
 
     The projections, and per unit 2 H K S for scores of the codes, 2 H K W for position biases,
@@ -92,7 +91,7 @@ def decode_bytes(config: ModelConfig, batch: int = 1) -> int:
     weights = parameter_count(config)
     if not config.tie_embeddings:
         weights -= (config.vocab_size - batch) * config.d_model
-    distances = _CAPACITY if config.attention == "full" else config.ring_len
+    distances = DEFAULT_CAPACITY if config.attention == "full" else config.ring_len
     weights += config.num_units * (distances - config.d_model) * hk
     if config.attention == "vq":
         codewords = config.num_kv_heads * config.codebook_size * config.d_k
@@ -110,7 +109,7 @@ def train_flops(config: ModelConfig, length: int | None = None) -> int:
     (`TrainConfig.remat`) comes on top, another forward pass.
     """
     if config.attention == "full":
-        return full_attention_train_flops(config, length or _CAPACITY)
+        return full_attention_train_flops(config, length or DEFAULT_CAPACITY)
     heads, k, v = config.num_heads, config.d_k, config.d_v
     block = min(config.block_len, length or config.block_len)
     columns = config.window_len + block

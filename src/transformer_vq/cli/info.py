@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 from transformer_vq import costs
 from transformer_vq.cli.common import CheckpointOption, number, size
 from transformer_vq.cli.parse import option
+from transformer_vq.config import DEFAULT_CAPACITY
 from transformer_vq.run.log import to_json
 
 
@@ -123,7 +124,11 @@ def _show(record: dict[str, Any]) -> None:
         "parameters", f"{model['parameters']:,}, and {model['codebook']:,} in the codebooks"
     )
     section("costs")
-    limit = "of at most 4,096 tokens" if config["attention"] == "full" else "whatever its length"
+    limit = (
+        f"of at most {DEFAULT_CAPACITY:,} tokens"
+        if config["attention"] == "full"
+        else "whatever its length"
+    )
     table.add_row("state", f"{size(model['state_bytes'])} per sequence, {limit}")
     table.add_row(
         "a decoded token",

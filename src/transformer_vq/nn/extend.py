@@ -134,9 +134,9 @@ def check_tokens(
         raise UserError(
             f"a length is {bad}: it must be from 0 to {length}, the number of tokens in a row"
         )
-    cache = state.units[0]
-    if isinstance(cache, FullAttentionState):
-        capacity, used = cache.capacity, known(state.position)
+    capacity = state.capacity
+    if capacity is not None:
+        used = known(state.position)
         end = 0 if counts is None else int(np.max(counts + (0 if used is None else used)))
         if end > capacity:
             raise UserError(

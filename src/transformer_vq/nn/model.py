@@ -7,15 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from transformer_vq.config import ModelConfig
+from transformer_vq.config import DEFAULT_CAPACITY, ModelConfig
 from transformer_vq.errors import UserError
 from transformer_vq.nn import attention, layers, vq
 from transformer_vq.nn.attention import AttentionState, FullAttentionState
 from transformer_vq.nn.embedding import logits_dtype
 from transformer_vq.nn.layers import ArraySpec
 from transformer_vq.types import Params
-
-DEFAULT_CAPACITY = 4096  # tokens that a state of full attention holds, unless told otherwise
 
 
 @functools.partial(
@@ -109,18 +107,32 @@ def init_model(config: ModelConfig, key: Any) -> Model:
 
 
 def init_state(
-    config: ModelConfig, batch_size: int, dtype: Any = None, *, capacity: int | None = None
+    config: ModelConfig,
+    batch_size: int,
+    dtype: Any = None,
+    *,
+    capacity: int | None = None,
+    room: int | None = None,
 ) -> State:
     """The state of `batch_size` sequences of which nothing was consumed.
 
-    `dtype` overrides `config.state_dtype`. `capacity` is for `attention = "full"` only: how many
-    tokens its key/value cache can hold (4096 by default). A vq state holds any number.
+    `dtype` overrides `config.state_dtype`. `room` is how many tokens the state must be able to
+    take: with `attention = "full"` this is the capacity of its key/value cache (4096 by default); a
+    vq state takes any number. `capacity` is the same, but refused for vq.
+
+    Raises:
+      UserError: for sizes below 1, a `capacity` of a vq state, or both `capacity` and `room`.
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: it must be at least 1")
+    if capacity is not None and room is not None:
+        raise UserError(f"capacity is {capacity} and room is {room}: give one of them")
+    if room is not None and room < 1:
+        raise UserError(f"room is {room}: it must be at least 1")
     dtype = dtype or config.state_dtype
     if config.attention == "full":
-        capacity = DEFAULT_CAPACITY if capacity is None else capacity
+        if capacity is None:
+            capacity = DEFAULT_CAPACITY if room is None else room
         if capacity < 1:
             raise UserError(f"capacity is {capacity}: it must be at least 1")
         make = functools.partial(attention.init_full_state, config, batch_size, capacity, dtype)

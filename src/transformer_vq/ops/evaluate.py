@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from transformer_vq.config import ModelConfig
+from transformer_vq.config import DEFAULT_CAPACITY, ModelConfig
 from transformer_vq.data import (
     EvalChunk,
     Source,
@@ -21,7 +21,7 @@ from transformer_vq.data import (
 )
 from transformer_vq.errors import UserError
 from transformer_vq.nn.forward import forward
-from transformer_vq.nn.model import DEFAULT_CAPACITY, Model, State, init_state
+from transformer_vq.nn.model import Model, State, init_state
 from transformer_vq.ops.loss import token_nll
 from transformer_vq.sharding import replicated, rows_or_whole, traced_on
 from transformer_vq.types import PerRow, Tokens

@@ -346,15 +346,12 @@ def _mean(metrics: Metrics) -> Metrics:
 
 def _empty_state(config: ModelConfig, rows: int, length: int) -> State:
     """The state before a batch of sequences of this length."""
-    if config.attention == "full":
-        return init_state(config, rows, capacity=length)
-    state = init_state(config, rows)
-    return replace(
-        state,
-        units=tuple(
-            keep_keys(unit, config) for unit in state.units if isinstance(unit, AttentionState)
-        ),
+    state = init_state(config, rows, room=length)
+    units = (
+        keep_keys(unit, config) if isinstance(unit, AttentionState) else unit
+        for unit in state.units
     )
+    return replace(state, units=tuple(units))
 
 
 def _continued(empty: State, stream: Any, starts: jax.Array | None) -> State:

@@ -94,6 +94,14 @@ class RunInfo:
         _require(str, self.tokenizer)
         _require(int, self.step)
 
+    @property
+    def context_limit(self) -> int | None:
+        """How many tokens the model can make sense of at once; None: any number.
+
+        Full attention knows the distances that it was trained on.
+        """
+        return self.train.sequence_len if self.config.attention == "full" else None
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
