@@ -545,11 +545,22 @@ def test_state_of_another_model_is_refused(change, size):
         (dict(batch_size=-2), "batch_size is -2: it must be at least 1"),
         (dict(batch_size=1, capacity=5), "capacity is for attention"),
         (dict(config=FULL, batch_size=1, capacity=0), "capacity is 0: it must be at least 1"),
+        (dict(batch_size=1, room=0), "room is 0: it must be at least 1"),
+        (dict(config=FULL, batch_size=1, room=2, capacity=3), "capacity is 3 and room is 2"),
     ],
 )
 def test_init_state_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         init_state(**{"config": GATED, **arguments})
+
+
+def test_room_is_a_capacity_where_there_is_one():
+    full = [init_state(FULL, 1, **given) for given in (dict(room=7), dict(capacity=7), {})]
+    assert [state.capacity for state in full] == [7, 7, 4096]
+    vq = [init_state(GATED, 1, **given) for given in (dict(room=7), {})]
+    assert [state.capacity for state in vq] == [None, None]
+    shapes = [[x.shape for x in jax.tree.leaves(state)] for state in vq]
+    assert shapes[0] == shapes[1]
 
 
 def test_full_capacity(double):

@@ -115,9 +115,8 @@ def score(
     from transformer_vq.ops.evaluate import evaluate
 
     trim_after_compiling()
-    if model.config.attention == "full":  # which knows the distances that it was trained on
-        most = info.train.sequence_len
-        chunk_len = context_len = min(context_len or most, most)
+    if info.context_limit is not None:
+        chunk_len = context_len = min(context_len or info.context_limit, info.context_limit)
     with progress_bar("scoring", quiet=quiet) as show:
         return evaluate(
             model,

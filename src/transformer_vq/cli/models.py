@@ -94,10 +94,10 @@ def read(
     from transformer_vq.engine import prefill
     from transformer_vq.nn.model import init_state
 
-    capacity = None
-    if model.config.attention == "full":
-        capacity = max(256, 1 << (len(prompt) + room - 1).bit_length())
-    now = init_state(model.config, 1, capacity=capacity) if state is None else state
+    if state is None:
+        room = max(256, 1 << (len(prompt) + room - 1).bit_length())  # few shapes to compile for
+        state = init_state(model.config, 1, room=room)
+    now = state
     with progress_bar("reading", quiet=quiet or len(prompt) <= CHUNK) as show:
         for start in range(0, len(prompt), CHUNK):
             chunk = prompt[start : start + CHUNK]

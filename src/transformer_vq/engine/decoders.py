@@ -12,7 +12,6 @@ import jax
 from jax.sharding import Mesh
 
 from transformer_vq import sharding
-from transformer_vq.nn.attention import FullAttentionState
 from transformer_vq.nn.decode import Decoder
 from transformer_vq.nn.model import Model, State
 from transformer_vq.ops.decode import prepare_decoder
@@ -29,12 +28,6 @@ class _Kept:
 _kept: WeakKeyDictionary[Model, _Kept] = WeakKeyDictionary()
 
 
-def capacity_of(state: State) -> int | None:
-    """Tokens that a state of full attention holds; None for a state without a limit."""
-    unit = state.units[0]
-    return unit.capacity if isinstance(unit, FullAttentionState) else None
-
-
 def model_on(model: Model, mesh: Mesh | None) -> Model:
     """The model, whole on every device of the mesh; as it is without one."""
     if mesh is None:
@@ -47,8 +40,7 @@ def model_on(model: Model, mesh: Mesh | None) -> Model:
 
 def decoder_for(model: Model, state: State) -> Decoder:
     """The model prepared for decoding states like this one, where the model is (`model_on`)."""
-    capacity = capacity_of(state)
     decoders = _kept.setdefault(model, _Kept()).decoders
-    if capacity not in decoders:
-        decoders[capacity] = prepare_decoder(model, state)
-    return decoders[capacity]
+    if state.capacity not in decoders:
+        decoders[state.capacity] = prepare_decoder(model, state)
+    return decoders[state.capacity]

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from transformer_vq import costs, sharding
 from transformer_vq.config import ModelConfig
-from transformer_vq.engine.decoders import capacity_of, model_on
+from transformer_vq.engine.decoders import model_on
 from transformer_vq.engine.slots import num_rows, take_rows
 from transformer_vq.engine.tokens import prompt_lists
 from transformer_vq.errors import UserError, shown
@@ -75,11 +75,8 @@ def check_model(model: Model, state: State | None) -> None:
 
 def _fits(state: State, config: ModelConfig) -> bool:
     """Whether the state has the arrays of this configuration's states, in any dtype."""
-    capacity = capacity_of(state)
-    if (capacity is not None) != (config.attention == "full"):
-        return False
     like = jax.eval_shape(
-        lambda: jax.tree.leaves(init_state(config, num_rows(state), capacity=capacity))
+        lambda: jax.tree.leaves(init_state(config, num_rows(state), room=state.capacity))
     )
     return [x.shape for x in jax.tree.leaves(state)] == [x.shape for x in like]
 
@@ -147,13 +144,12 @@ def _fork(state: State, need: Sequence[int], batch: int, mesh: Mesh | None) -> S
     given, rows = num_rows(state), len(need)
     if given not in (1, rows):
         raise UserError(f"the state has {given} rows for {rows} prompts: 1 or {rows} are needed")
-    capacity = capacity_of(state)
-    if capacity is not None:
+    if state.capacity is not None:
         end = int(np.max(np.asarray(state.position, np.int64) + np.array(need)))
-        if end > capacity:
+        if end > state.capacity:
             raise UserError(
                 f"prompt and output would reach {end} tokens, and this state of full attention "
-                f"holds {capacity}: make one with a larger capacity"
+                f"holds {state.capacity}: make one with a larger capacity"
             )
     index = np.zeros(batch, np.int32)
     if given > 1:

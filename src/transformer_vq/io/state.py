@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from transformer_vq.errors import UserError
-from transformer_vq.nn.attention import FullAttentionState
 from transformer_vq.nn.model import Model, State, init_state
 
 VERSION = 2  # 1 had no spare rows in its tables
@@ -98,10 +97,9 @@ def load_state(path: str | os.PathLike, model: Model) -> State:
     if header.get("model") != model_hash(model):
         raise StateError(f"{path} is the state of another model: use the model it was made with")
     positions = arrays.get(".position", np.zeros(1))
-    capacity = None
-    if model.config.attention == "full":
-        capacity = arrays[".units[0].keys"].shape[2]
-    like = init_state(model.config, len(positions), header["state_dtype"], capacity=capacity)
+    keys = arrays.get(".units[0].keys")  # of full attention: as long as the state's capacity
+    room = None if keys is None else keys.shape[2]
+    like = init_state(model.config, len(positions), header["state_dtype"], room=room)
     leaves, tree = jax.tree.flatten_with_path(like)
     names = [jax.tree_util.keystr(key) for key, _ in leaves]
     if sorted(names) != sorted(arrays):
@@ -142,11 +140,7 @@ def _read(path: Path) -> tuple[bytes, dict[str, str]]:
 def _require_fit(state: State, model: Model) -> None:
     """Raise `StateError` unless the state has the structure and shapes of the model's states."""
     other = StateError("the state is of another model: save it with the one that made it")
-    unit = state.units[0]
-    capacity = unit.capacity if isinstance(unit, FullAttentionState) else None
-    if (model.config.attention == "full") != (capacity is not None):
-        raise other
-    like = init_state(model.config, state.position.shape[0], _dtype(state), capacity=capacity)
+    like = init_state(model.config, state.position.shape[0], _dtype(state), room=state.capacity)
 
     def described(tree: State) -> list:
         leaves = jax.tree.leaves_with_path(tree)

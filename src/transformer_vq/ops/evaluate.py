@@ -281,13 +281,12 @@ def _check_context(
     return context_len
 
 
-def _state_maker(model: Model, rows: int, capacity: int, mesh: Mesh | None) -> Callable[[], State]:
-    """A function that makes fresh states, where the model is."""
+def _state_maker(model: Model, rows: int, room: int, mesh: Mesh | None) -> Callable[[], State]:
+    """A function that makes fresh states with room for so many tokens, where the model is."""
     make = init_state
     if mesh is not None:
         place = rows_or_whole(mesh, rows)
         make = jax.jit(
-            init_state, static_argnums=(0, 1), static_argnames="capacity", out_shardings=place
+            init_state, static_argnums=(0, 1), static_argnames="room", out_shardings=place
         )
-    full = model.config.attention == "full"
-    return functools.partial(make, model.config, rows, capacity=capacity if full else None)
+    return functools.partial(make, model.config, rows, room=room)

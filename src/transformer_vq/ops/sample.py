@@ -61,8 +61,7 @@ def _sample_sequences(config, eos_id, mesh, model, key_data):
         (model, key_data), batch = whole, row.shape[0]
         key = jax.random.wrap_key_data(key_data)
         keys = jax.vmap(lambda i: jax.random.key_data(jax.random.fold_in(key, i)))(row)
-        full = model.config.attention == "full"
-        state = init_state(model.config, batch, capacity=config.sequence_len if full else None)
+        state = init_state(model.config, batch, room=config.sequence_len)
         decoder = prepare(model, state)
 
         def step(carry, position):

@@ -404,8 +404,8 @@ class _Training:
     def evaluate(self, model: Model, source: Source) -> Evaluation:
         """Score what `train.evaluate_tokens` asks for. Raises `Interrupted`."""
         lengths = {}
-        if self.config.attention == "full":  # it knows the distances of training only
-            lengths = dict.fromkeys(("chunk_len", "context_len"), self.train.sequence_len)
+        if self.info.context_limit is not None:
+            lengths = dict.fromkeys(("chunk_len", "context_len"), self.info.context_limit)
         most = self.train.evaluate_tokens or None
         return evaluate(model, source, max_tokens=most, on_progress=self.stop.check, **lengths)
 
