@@ -215,10 +215,10 @@ def test_streaming_wants_vq():
 def test_all_that_lives_resumes_bit_for_bit(tmp_path, monkeypatch):
     """Streams, averages, revival and a first codebook from data: 8 updates, or 6 and 2."""
 
-    def batches(tokens, train, step, mesh):
-        yield from map(streams, range(step // 2, 100))
+    def batches(info, source, mesh):
+        yield from map(streams, range(info.step // 2, 100))
 
-    class Once:  # compiled once for all sittings: the schedule does not ask how long the run is
+    class Once:  # compiled once for all sessions: the schedule does not ask how long the run is
         def __init__(self, config, train, mesh):
             self.step = make_once(config, replace(train, steps=8), mesh)
 
@@ -243,8 +243,8 @@ def test_all_that_lives_resumes_bit_for_bit(tmp_path, monkeypatch):
     )
     options = dict(mesh=data_mesh(jax.devices()[:1]))
 
-    def run(name, *sittings):
-        for i, steps in enumerate(sittings):
+    def run(name, *sessions):
+        for i, steps in enumerate(sessions):
             plan = replace(train, steps=steps)
             loop.train(CONFIG, plan, TOKENS, None, tmp_path / name, resume=i > 0, **options)
         records = read_metrics(tmp_path / name / "metrics.jsonl")
