@@ -51,6 +51,10 @@ class ModelConfig:
     window_len: int = size(256, "largest distance with a position bias and its own key (M)", low=0)
     attention: Attention = choice("vq", "vq: linear time; full: the quadratic baseline")
     use_cache: bool = switch(True, "attend keys beyond the window, by their codes")
+    far_decay: float = real(0.0, "lower the score of a key at distance d by d / this, so that far "
+                            "keys fade; 0: never", "[0, inf)")  # fmt: skip
+    far_cap: int = whole(0, "let keys beyond the window weigh as if they were no more than this; "
+                         "0: no limit")  # fmt: skip
     grad_through_cache: bool = switch(True, "let gradients reach values beyond the window")
     reset_at_document: bool = switch(False, "a document attends to nothing before its start")
     absolute_positions: bool = switch(False, "add a sinusoid times a learned scalar to the input")
@@ -79,6 +83,13 @@ class ModelConfig:
             raise ConfigError(
                 f"d_model is {self.d_model}: it must be even (sine and cosine halves)", "d_model"
             )
+        for name in ("far_decay", "far_cap"):
+            if getattr(self, name) and self.attention == "full":
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}: full attention has no cache of codes, so it "
+                    f'must be 0, or attention "vq"',
+                    name,
+                )
         if self.num_heads == AUTO:
             if self.head_type != "shga":
                 _require_multiple(self, "d_model", "d_k", ", or give num_heads")

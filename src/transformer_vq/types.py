@@ -44,7 +44,7 @@ ByKeyHead = Float[jax.Array, "*any G R K"]
 # The state of a unit, `*rows` being B; of one row, or stacked over units, other axes are there.
 RingCodes = Int[jax.Array, "*rows G W"]
 RingKeys = Float[jax.Array, "*rows G W K"]
-Counts = Int[jax.Array, "*rows G S"]
+Counts = Num[jax.Array, "*rows G S"]
 TableOfValues = Float[jax.Array, "*rows G J V"]
 CachedKeys = Float[jax.Array, "*rows G capacity K"]
 CachedValues = Float[jax.Array, "*rows G capacity V"]
@@ -70,6 +70,8 @@ BlockOutputs = Float[jax.Array, "B G n R c V"]
 LogSums = Float[jax.Array, "B G n R c"]
 NearBiases = Float[jax.Array, "d G R K"]  # position vectors, farthest distance first
 NearVisible = Bool[jax.Array, "B n c j"]  # whether the query sees the key
+NearOffsets = Float[jax.Array, "B n c j"]  # added to the query's score of the key
+FarOffsets = Float[jax.Array, "B n c"]  # added to its scores of all codes
 FarVisible = Bool[jax.Array, "B n c"]  # whether the query sees the cache
 InReach = Bool[jax.Array, "c j"]
 

@@ -28,6 +28,9 @@ CASES = {
     "mha_no_cache_documents": make_config(
         "mha", window_len=4, block_len=5, use_cache=False, reset_at_document=True
     ),
+    "decay_cap_documents": make_config(
+        num_heads=2, window_len=3, block_len=4, far_decay=6.0, far_cap=4, reset_at_document=True
+    ),
     "full_documents": make_config(
         "mqa", attention="full", reset_at_document=True, absolute_positions=True
     ),

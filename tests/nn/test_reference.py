@@ -20,6 +20,13 @@ BATCH, LENGTH = 3, 19
 
 CONFIGS = {
     "gated": make_config(window_len=3, block_len=4),
+    "decay": make_config(window_len=3, block_len=4, far_decay=5.0),
+    "decay_blocks_beyond_the_window": make_config("mqa", window_len=2, block_len=5, far_decay=3.0),
+    "decay_no_cache": make_config("mqa", window_len=4, block_len=3, far_decay=7.0, use_cache=False),
+    "cap": make_config("mha", window_len=2, block_len=5, far_cap=3),
+    "decay_cap_documents": make_config(
+        num_heads=2, window_len=1, block_len=4, far_decay=4.0, far_cap=2, reset_at_document=True
+    ),
     "two_gated_heads": make_config(
         window_len=5, block_len=3, num_heads=2, tie_embeddings=True, final_norm=False
     ),

@@ -27,7 +27,11 @@ class StateError(UserError):
 
 def model_hash(model: Model) -> str:
     """SHA-256 of a model: its configuration and every byte of its arrays."""
-    digest = hashlib.sha256(model.config.to_json().encode())
+    config = model.config.to_dict()
+    for name in ("far_decay", "far_cap"):  # states of before there were such fields stay readable
+        if not config[name]:
+            del config[name]
+    digest = hashlib.sha256(json.dumps(config, indent=2).encode())
     for path, array in jax.tree.leaves_with_path((model.params, model.codebook)):
         digest.update(jax.tree_util.keystr(path).encode())
         digest.update(np.ascontiguousarray(jax.device_get(array)).tobytes())

@@ -50,6 +50,14 @@ def quadratic_attention(q, k, v, codewords, u, w, r, config, document_ids):
         position_bias_reach = jnp.ones_like(near)
     bias = jnp.einsum("bthk,tjhk->bhtj", q + w, r[jnp.maximum(distance, 0)])
     scores = content + jnp.where(position_bias_reach, bias, 0.0)
+    if config.far_decay:
+        scores = scores - jnp.maximum(distance, 0) / config.far_decay
+    if config.far_cap:  # as if no more keys than so many were beyond the window
+        start = first_of_document(document_ids) if config.reset_at_document else 0
+        beyond = jnp.maximum(t - start - config.window_len, 1)
+        offset = -jnp.log(jnp.maximum(beyond / config.far_cap, 1.0))
+        offset = jnp.broadcast_to(offset, q.shape[:2])[:, None, :, None]
+        scores = scores + jnp.where(near, 0.0, offset)
 
     visible = jnp.broadcast_to(distance >= 0, (q.shape[0], 1, *distance.shape))
     if config.attention == "vq" and not config.use_cache:
@@ -61,6 +69,13 @@ def quadratic_attention(q, k, v, codewords, u, w, r, config, document_ids):
     return jnp.einsum("bhtj,bjhv->bthv", weights, v), codes, commitment
 
 
+def first_of_document(document_ids):
+    """Index `[B, T]` of the first token of each token's document."""
+    t = jnp.broadcast_to(jnp.arange(document_ids.shape[1]), document_ids.shape)
+    starts = document_ids != jnp.pad(document_ids, ((0, 0), (1, 0)))[:, :-1]
+    return jax.lax.cummax(jnp.where(starts, t, 0), axis=1)
+
+
 def reference_logits(params, codebook, config, tokens, document_ids=None):
     """Logits `[B, T, vocab_size]` of a whole sequence, and the sum of commitment errors."""
     batch, length = tokens.shape
@@ -70,8 +85,7 @@ def reference_logits(params, codebook, config, tokens, document_ids=None):
     if document_ids is None:
         document_ids = jnp.zeros_like(tokens)
     if config.reset_at_document:  # positions count from the start of each document
-        starts = document_ids != jnp.pad(document_ids, ((0, 0), (1, 0)))[:, :-1]
-        positions -= jax.lax.cummax(jnp.where(starts, positions, 0), axis=1)
+        positions -= first_of_document(document_ids)
 
     x = params["embedding"][tokens]
     if config.absolute_positions:

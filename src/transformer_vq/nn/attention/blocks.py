@@ -18,6 +18,7 @@ from transformer_vq.config import ModelConfig
 from transformer_vq.nn import vq
 from transformer_vq.nn.attention import blockwise
 from transformer_vq.nn.attention.blockwise import Far, Near
+from transformer_vq.nn.attention.bounds import Decay, block_offsets, keys_beyond
 from transformer_vq.nn.attention.cache import Cache, join_blocks, log_mass
 from transformer_vq.nn.attention.inputs import QKV, Attended, AttentionWeights
 from transformer_vq.nn.attention.state import AttentionState, window_keys
@@ -149,11 +150,16 @@ def attend_chunk(
     new = Window(*(heads_first(a) for a in (chunk.codes, chunk.keys, chunk.values)))
     start = 1 + chunk.index * cut.tokens  # timeline index of the oldest key of the window
     first = chunk.first.reshape(-1, cut.blocks_per_chunk, cut.block)
+    index = start + config.window_len + jnp.arange(cut.tokens).reshape(-1, cut.block)
+    near_offsets, far_offsets = block_offsets(
+        distances(cut.block, config), keys_beyond(index, first, config), config
+    )
     near = Near(
         keys=spans(window.keys, new.keys, cut),
         values=spans(window.values, new.values, cut),
         biases=weights.biases,
         visible=visible_keys(in_reach, first, start),
+        offsets=near_offsets,
     )
     out_of_window, window_after = slide(window, new)
     far = None
@@ -165,12 +171,14 @@ def attend_chunk(
             start=start,
             documents=documents,
             block=cut.block,
+            decay=Decay.of(config),
         )
         far = Far(
             words=weights.words,
             means=seen.means.astype(chunk.values.dtype),
             log_mass=log_mass(seen.mass, seen.means.dtype),
             visible=first == seen.first[..., None],
+            offsets=far_offsets,
         )
     q = block_queries(chunk.q, cut, groups=new.codes.shape[1])
     u, w = (a[:, None, :, None] for a in (weights.u, weights.w))
@@ -265,7 +273,9 @@ def before_call(
     cache = Cache(state.counts, means, timeline.first_before)
     if config.use_cache:
         oldest = ring.codes[:, :, :1], ring.values[:, :, :1]
-        _, cache = join_blocks(cache, *oldest, start=0, documents=documents, block=1)
+        _, cache = join_blocks(
+            cache, *oldest, start=0, documents=documents, block=1, decay=Decay.of(config)
+        )
     return jax.tree.map(lambda a: a[:, :, 1:], ring), cache
 
 
@@ -303,10 +313,15 @@ def spans(
     return before, by_block(new, cut)
 
 
+def distances(block: int, config: ModelConfig) -> Int[jax.Array, "c j"]:
+    """Of the keys of its span, M + L of them, from the queries of a block."""
+    row, column = jnp.arange(block)[:, None], jnp.arange(config.window_len + block)
+    return row + config.window_len - column
+
+
 def keys_in_reach(block: int, config: ModelConfig) -> InReach:
     """Which keys of its span, M + L of them, the queries of a block see, documents apart."""
-    row, column = jnp.arange(block)[:, None], jnp.arange(config.window_len + block)
-    distance = row + config.window_len - column  # [block, M + block]
+    distance = distances(block, config)
     if config.use_cache:
         return distance >= 0
     return (distance >= 0) & (distance <= config.window_len)

@@ -23,11 +23,13 @@ from transformer_vq.types import (
     BlockQueries,
     BlockScores,
     Codewords,
+    FarOffsets,
     FarVisible,
     LogMass,
     LogSums,
     Means,
     NearBiases,
+    NearOffsets,
     NearVisible,
     TimedBlocks,
 )
@@ -53,6 +55,7 @@ class Near(NamedTuple):
     values: tuple[TimedBlocks, TimedBlocks]  # [B, G, n, M, V] and [B, G, n, c, V]
     biases: NearBiases  # [d, G, R, K]: position vectors, farthest first
     visible: NearVisible  # bool [B, n, c, j]; of the key by the query
+    offsets: NearOffsets | None  # [B, n, c, j]: added to the scores; None: nothing
 
 
 class Far(NamedTuple):
@@ -62,6 +65,7 @@ class Far(NamedTuple):
     means: Means  # [B, G, n, S, V]
     log_mass: LogMass  # [B, G, n, S]; MASKED for a code without keys
     visible: FarVisible  # bool [B, n, c]: of the cache by the query
+    offsets: FarOffsets | None  # [B, n, c]: added to the scores; None: nothing
 
 
 def skew(scores: Float[jax.Array, "*any c d"], width: int) -> Float[jax.Array, "*any c j"]:
@@ -110,6 +114,8 @@ def _near_scores(queries: Queries, near: Near) -> list[BlockScores]:
     for keys in near.keys:
         end = start + keys.shape[3]
         part = wide(_over_heads(queries.content, _swap(keys))) + bias[..., start:end]
+        if near.offsets is not None:
+            part += near.offsets[:, None, :, None, :, start:end].astype(part.dtype)
         visible = near.visible[:, None, :, None, :, start:end]
         scores.append(jnp.where(visible, part, MASKED))
         start = end
@@ -120,6 +126,8 @@ def _far_scores(content: BlockQueries, far: Far) -> BlockScores:
     """Scores of codes, `[B, G, n, R, c, S]`, in wide."""
     scores = wide(_over_blocks(content, _swap(far.words)[:, None]))
     scores += far.log_mass[:, :, :, None, None]
+    if far.offsets is not None:
+        scores += far.offsets[:, None, :, None, :, None].astype(scores.dtype)
     return jnp.where(far.visible[:, None, :, None, :, None], scores, MASKED)
 
 

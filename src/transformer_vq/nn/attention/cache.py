@@ -1,10 +1,12 @@
 """The cache of codes: what is older than the window, one entry per code.
 
-Of the keys of each code it holds their mass, which is their number, and the mean of their values.
+Of the keys of each code it holds their mass and the mean of their values. The mass is their number;
+with a decay (`bounds.Decay`) each key counts `exp(-rate * distance)`, and so it does in the mean.
 The step takes in one key at a time (`join`), blocks many (`join_blocks`), and a query meets a code
 with the logarithm of its mass added to the score (`log_mass`). Nothing else knows what a mass is.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ from jaxtyping import Bool, Float, Int, Num
 
 from transformer_vq.nn import products
 from transformer_vq.nn.attention.blockwise import MASKED
+from transformer_vq.nn.attention.bounds import Decay
 from transformer_vq.nn.timeline import KeyDocuments
 from transformer_vq.types import (
     First,
@@ -21,6 +24,7 @@ from transformer_vq.types import (
     LogMass,
     Mass,
     Means,
+    PerRow,
     PerRowFlag,
     TimedCodes,
     TimedValues,
@@ -35,7 +39,7 @@ class Cache:
     It is of one document, the newest of which a key has left the window.
     """
 
-    mass: Mass  # int32 [B, G, *n, S]: how many keys of each code there are
+    mass: Mass  # [B, G, *n, S]: int32 keys of each code; with a decay their weights, in wide
     means: Means  # [B, G, *n, S, V]: of their values, in wide
     first: First  # int32 [B, *n]: timeline index of the first key of the document
 
@@ -46,8 +50,16 @@ def log_mass(mass: Mass, dtype: Any) -> LogMass:
 
 
 def _divisor(mass: Num[jax.Array, "*any"]) -> Num[jax.Array, "*any"]:
-    """The mass, a whole number, and 1 where there is none."""
-    return jnp.maximum(mass, 1)
+    """The mass, and something above 0 where there is none."""
+    whole = jnp.issubdtype(mass.dtype, jnp.integer)
+    return jnp.maximum(mass, 1 if whole else jnp.finfo(mass.dtype).tiny)
+
+
+def faded(mass: Mass, tokens: PerRow, decay: Decay | None) -> Mass:
+    """The mass `[B, G, S]` when so many tokens have come, `[B]`, and no key has left."""
+    if decay is None:
+        return mass
+    return mass * decay.left(tokens).astype(mass.dtype)[:, None, None]
 
 
 def join(
@@ -57,18 +69,23 @@ def join(
     *,
     arrives: PerRowFlag,
     joins: PerRowFlag,
+    decay: Decay | None,
 ) -> tuple[Num[jax.Array, "B G"], Float[jax.Array, "B G 2 V"]]:
     """One key per row and head leaves its slot to a new one, and joins the mean of its code.
 
-    `mass` is that of its code; `rows` are its value and the mean. Returned are the mass, and the
-    new value and the moved mean: `m + (v - m) / n`. Where no key `arrives`, the value stays; where
-    none `joins` (it is of an older document, or there is no cache), mass and mean do.
+    `mass` is that of its code, now; `rows` are its value and the mean. Returned are the mass n, and
+    the new value and the moved mean: `m + (v - m) w / n`, w = 1 or, with a decay, what is left of a
+    key at distance W. Where no key `arrives`, the value stays; where none `joins` (it is of an
+    older document, or there is no cache), mass and mean do.
 
     The two rows are made by a product, which XLA does not fuse with the read of them (fused, each
     number is read by itself).
     """
-    mass = mass + joins[:, None].astype(mass.dtype)
-    step = joins[:, None] / _divisor(mass).astype(rows.dtype)
+    added = joins[:, None].astype(mass.dtype)
+    if decay is not None:
+        added = added * math.exp(-decay.rate * decay.ring_len)
+    mass = mass + added
+    step = added.astype(rows.dtype) / _divisor(mass).astype(rows.dtype)
     keep = jnp.broadcast_to(~arrives[:, None], step.shape).astype(rows.dtype)
     zero = jnp.zeros_like(step)
     mix = jnp.stack([jnp.stack([keep, zero], -1), jnp.stack([step, 1 - step], -1)], axis=-2)
@@ -86,6 +103,7 @@ def join_blocks(
     start: Index,
     documents: KeyDocuments,
     block: int,
+    decay: Decay | None,
 ) -> tuple[Cache, Cache]:
     """The caches that n blocks see, and the one after them.
 
@@ -98,21 +116,42 @@ def join_blocks(
     values = values.reshape(*codes.shape, -1)
     joins, firsts = joining(cache.first, codes.shape[2], start, documents, block)
     codes = jnp.where(joins[:, None], codes, size)  # of no code
-    sums = products.sum_by_code(values.astype(cache.means.dtype), codes, size)
-    ones = jnp.ones((*codes.shape, 1), cache.means.dtype)
-    added = products.sum_by_code(ones, codes, size)  # [B, G, n, S, 1]
+    values = values.astype(cache.means.dtype)
+    weights = jnp.ones((*codes.shape, 1), values.dtype)
+    fading = None
+    if decay is not None:
+        left, fading = fade_over_blocks(codes.shape[2], start, documents, block, decay)
+        weights = weights * left[:, None, ..., None].astype(values.dtype)
+        values = weights * values
+    sums = products.sum_by_code(values, codes, size)
+    added = products.sum_by_code(weights, codes, size)  # [B, G, n, S, 1]
 
     # Cache i holds the cache at first and what blocks 0 to i - 1 added, of its own document.
     firsts = jnp.concatenate([cache.first[:, None], firsts], axis=1)  # [B, n + 1]
-    keep = jnp.tril(firsts[:, :, None] == firsts[:, None, :]).astype(cache.means.dtype)
+    same = jnp.tril(firsts[:, :, None] == firsts[:, None, :]).astype(cache.means.dtype)
+    keep = same if fading is None else same * fading.astype(same.dtype)
     sums, added = _over_blocks(keep[:, :, 1:], sums), _over_blocks(keep[:, :, 1:], added)
-    base = _over_blocks(keep[:, :, :1], cache.means[:, :, None])
+    base = _over_blocks(same[:, :, :1], cache.means[:, :, None])
     kept = keep[:, None, :, :1].astype(cache.mass.dtype)  # [B, 1, n + 1, 1]
     mass = kept * cache.mass[:, :, None] + added[..., 0].astype(cache.mass.dtype)
     total = _divisor(mass)[..., None].astype(cache.means.dtype)
     means = base + (sums - added * base) / total
     seen = Cache(mass[:, :, :-1], means[:, :, :-1], firsts[:, :-1])
     return seen, Cache(mass[:, :, -1], means[:, :, -1], firsts[:, -1])
+
+
+def fade_over_blocks(
+    blocks: int, start: Index, documents: KeyDocuments, block: int, decay: Decay
+) -> tuple[Float[jax.Array, "B n j"], Float[jax.Array, "B i k"]]:
+    """What is left of each key of `join_blocks` at the end of its block; and of the mass at the end
+    of block k - 1, at the end of block i - 1 (k <= i; k = 0: before all blocks).
+
+    Ends are counted in real tokens: padding takes no time.
+    """
+    ends = jnp.maximum(start - 1 + jnp.arange(blocks + 1) * block, 0)
+    ends = decay.ring_len - 1 + jnp.minimum(ends, documents.length[:, None])  # [B, n + 1]
+    index = start + jnp.arange(blocks * block).reshape(-1, block)
+    return decay.left(ends[:, 1:, None] - index), decay.left(ends[:, :, None] - ends[:, None, :])
 
 
 def joining(

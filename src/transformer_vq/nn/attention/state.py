@@ -29,7 +29,8 @@ class AttentionState:
     """
 
     codes: RingCodes  # int32 [B, G, W]: code of the key in each ring slot
-    counts: Counts  # int32 [B, G, S]: mass of each code: how many of its keys have left the ring
+    counts: Counts  # [B, G, S]: mass of each code: int32 keys that have left the ring, or their
+    # weights where they fade (`ModelConfig.far_decay`), in float32 or float64
     values: TableOfValues  # state_dtype [B, G, J, V]
     keys: RingKeys | None = None  # [B, G, W, K]: quantized keys of the ring, in training only
 
@@ -53,9 +54,10 @@ UnitState = AttentionState | FullAttentionState
 def init_attention_state(config: ModelConfig, batch_size: int, dtype: Any) -> AttentionState:
     """Nothing seen: all zeros."""
     lead = (batch_size, config.num_kv_heads)
+    mass = jnp.promote_types(config.compute_dtype, jnp.float32) if config.far_decay else jnp.int32
     return AttentionState(
         codes=jnp.zeros((*lead, config.ring_len), jnp.int32),
-        counts=jnp.zeros((*lead, config.codebook_size), jnp.int32),
+        counts=jnp.zeros((*lead, config.codebook_size), mass),
         values=jnp.zeros((*lead, config.table_rows, config.d_v), dtype),
     )
 

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from transformer_vq.config import ModelConfig
 from transformer_vq.nn import products, vq
 from transformer_vq.nn.attention.blockwise import MASKED
-from transformer_vq.nn.attention.cache import join, log_mass
+from transformer_vq.nn.attention.bounds import Decay, cap_offsets, keys_beyond
+from transformer_vq.nn.attention.cache import faded, join, log_mass
 from transformer_vq.nn.attention.inputs import QKV, Attended, AttentionWeights
 from transformer_vq.nn.attention.state import AttentionState
 from transformer_vq.nn.layers import wide
@@ -58,19 +59,22 @@ def take_in(
     slot = (timeline.start % ring)[:, None]  # [B, 1]
     old_code = state.codes[rows, heads_of, slot]
     both = jnp.stack([jnp.broadcast_to(slot, old_code.shape), ring + old_code], axis=-1)  # [B G 2]
+    decay = Decay.of(config)
+    mass = faded(state.counts, timeline.length, decay)
     # One read of two rows, one write of two rows: anything else makes XLA copy the table.
     count, pair = join(
-        state.counts[rows, heads_of, old_code],
+        mass[rows, heads_of, old_code],
         wide(state.values[rows[..., None], heads_of[..., None], both]),
         wide(values[:, 0]),
         arrives=active,
         joins=active & (timeline.first[:, 0] <= 0) & config.use_cache,
+        decay=decay,
     )
     pair = pair.astype(state.values.dtype)
     new_code = jnp.where(active[:, None], codes[:, 0], old_code)
     return AttentionState(
         codes=state.codes.at[rows, heads_of, slot].set(new_code),
-        counts=state.counts.at[rows, heads_of, old_code].set(count),
+        counts=mass.at[rows, heads_of, old_code].set(count),
         values=state.values.at[rows[..., None], heads_of[..., None], both].set(pair),
     )
 
@@ -94,10 +98,16 @@ def _scores(
     distance = (slot - jnp.arange(ring)) % ring  # [B, W] of the key in each slot
     near = jnp.take_along_axis(content, state.codes[:, :, None], axis=3)
     near += jnp.take_along_axis(bias, distance[:, None, None], axis=3)
+    near = wide(near)
+    if decay := Decay.of(config):
+        near -= decay.rate * distance[:, None, None].astype(near.dtype)
     visible = distance <= ring - timeline.first
-    near = jnp.where(visible[:, None, None], wide(near), MASKED)
+    near = jnp.where(visible[:, None, None], near, MASKED)
     if config.use_cache:
         far = wide(content) + log_mass(state.counts, near.dtype)[:, :, None]
+        if config.far_cap:
+            beyond = keys_beyond(jnp.full((batch, 1), ring), timeline.first, config)
+            far += cap_offsets(beyond, config).astype(far.dtype)[:, :, None, None]
     else:
         far = jnp.full((*shape, config.codebook_size), MASKED, near.dtype)
     spare = state.values.shape[2] - ring - config.codebook_size
