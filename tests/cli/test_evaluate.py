@@ -36,6 +36,18 @@ def test_eval_forgets_when_it_is_told_to(capsys, run):
     assert "--context-len is 2500: it must be a multiple of --chunk-len, 2048" in said
 
 
+def test_eval_bounds_what_far_keys_weigh(capsys, run):
+    def bpb(*arguments):
+        assert main(["eval", "--run", run, "--json", *arguments]) == 0
+        return json.loads(capsys.readouterr().out)["bpb"]
+
+    plain = bpb()
+    assert bpb("--far-decay", "200") != plain and bpb("--far-cap", "20") != plain
+    assert bpb("--far-cap", "1000000") == plain  # control: there are never so many
+    said = fails(capsys, 2, "eval", "--run", run, "--far-decay", "-1")
+    assert "--far-decay is -1" in said
+
+
 def test_eval_says_that_long_histories_confuse(capsys, monkeypatch, run):
     for late, warned in ((1.1, False), (1.3, True)):
         bins = [(0, 64, 2.0), (64, 128, 1.0), (128, 256, late)]

@@ -96,6 +96,19 @@ def test_logprobs(capsys, run):
     assert len(lines) == 5 and f"{record['logprobs'][0]:.4f}" in lines[0]
 
 
+def test_a_state_keeps_the_bounds_it_was_made_under(capsys, tmp_path, run):
+    state, prompt = str(tmp_path / "state"), tmp_path / "prompt"
+    prompt.write_text("Call me Ishmael. " * 20)
+    decay = ["--far-decay", "100"]
+    made = ["prefill", "--run", run, "--prompt-file", str(prompt), "--save-state", state]
+    assert main([*made, *decay]) == 0
+    capsys.readouterr()
+    go_on = ["sample", "--run", run, "--state", state, "--max-tokens", "2"]
+    assert main([*go_on, *decay]) == 0
+    for other in ([], ["--far-decay", "101"], [*decay, "--far-cap", "9"]):
+        assert "state of another model" in fails(capsys, 1, *go_on, *other)
+
+
 def test_prefill_reads_a_prompt_once(capsys, tmp_path, run, data):
     state = str(tmp_path / "s.tvq")
     assert main(["prefill", "--run", run, "--prompt-file", str(data), "--save-state", state]) == 0

@@ -73,7 +73,7 @@ class Draw:
                 f"the run in {self.run} was not trained on pictures: tvq sample writes text with it"
             )
         Path(self.out).mkdir(parents=True, exist_ok=True)  # before the work
-        model, _ = open_model(self.run, info)
+        model, _ = open_model(self.run, info, {})
         # A model may have more tokens than there are bytes: those mean nothing.
         banned = range(tokenizer.vocab_size, model.config.vocab_size)
         every = [params(i, math.prod(shape), banned) for i in range(self.num_images)]

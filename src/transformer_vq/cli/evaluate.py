@@ -2,11 +2,12 @@
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from transformer_vq.cli.common import CheckpointOption, progress_bar, run_data
+from transformer_vq.cli.models import FarOptions, bounded
 from transformer_vq.cli.parse import DataPaths, UsageError, flat, option, require_whole
 from transformer_vq.data import run_tokenizer
 from transformer_vq.run.log import to_json
@@ -36,6 +37,7 @@ class Evaluate:
   tvq eval --run runs/book --checkpoint best
   tvq eval --run runs/book --data other.txt --split all --json
   tvq eval --run runs/book --context-len 16384
+  tvq eval --run runs/book --far-decay 2048
 """
 
     run: Annotated[Path, option("folder of a trained run", "DIR")]
@@ -51,6 +53,7 @@ class Evaluate:
     context_len: Annotated[
         int, option("forget everything after so many tokens, again and again", default="never")
     ] = 0
+    far: FarOptions = field(default_factory=dict)
     json: Annotated[bool, option("print JSON")] = False
 
     def main(self) -> int:
@@ -67,6 +70,7 @@ class Evaluate:
         from transformer_vq.run.folder import find_step, load_run
 
         model, info = load_run(self.run, find_step(self.run, self.checkpoint))
+        model = bounded(model, self.far)
         source = run_data(info.data, flat(self.data), run_tokenizer(self.run, info.tokenizer))
         part = source.split(self.split)
         if part.image_shape and self.context_len:
@@ -154,7 +158,8 @@ def _warn_of_long_histories(record: dict[str, Any], sequence_len: int) -> None:
     if beyond and beyond[-1]["bpb"] > TOO_MUCH * best:
         print(
             f"The model was trained on sequences of {sequence_len:,} tokens, and longer histories "
-            f"confuse it: score with --context-len, or train with --train.streaming True."
+            f"confuse it: let far keys fade (--far-decay {2 * sequence_len}), forget them "
+            f"(--context-len), or train with --train.streaming True."
         )
 
 

@@ -2,16 +2,18 @@
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
 from transformer_vq.cli.common import progress_bar, standard_input
-from transformer_vq.cli.parse import UsageError, option
+from transformer_vq.cli.parse import UsageError, as_usage, flat_names, option, overrides
+from transformer_vq.config import ModelConfig
 from transformer_vq.data import Tokenizer, free_memory, load_bytes, run_tokenizer
-from transformer_vq.errors import UserError
+from transformer_vq.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from transformer_vq import Model, SamplingParams, State
@@ -20,6 +22,15 @@ if TYPE_CHECKING:
 CHUNK = 16 * 1024  # tokens of a prompt between looks at the progress
 
 RunFolder = Annotated[Path, option("folder of a trained run", "DIR")]
+FarOptions = Annotated[
+    overrides(
+        ModelConfig,
+        "FarOptions",
+        lambda f: "(default: as the model was trained)",
+        only=("far_decay", "far_cap"),
+    ),
+    flat_names,
+]
 StateOption = Annotated[str | None, option("go on from a saved state", "FILE", default="none")]
 
 
@@ -32,15 +43,15 @@ def open_run(folder: Path, checkpoint: str = "latest") -> "tuple[RunInfo, Tokeni
 
 
 def open_model(
-    folder: Path, info: "RunInfo", state_file: str | None = None
+    folder: Path, info: "RunInfo", far: Mapping[str, Any], state_file: str | None = None
 ) -> "tuple[Model, State | None]":
-    """The model of the run's checkpoint, and a state of it from a file, if one is named."""
+    """The model of the run's checkpoint, with `FarOptions`, and a state of it from a file."""
     from transformer_vq.io.state import StateError, load_state
     from transformer_vq.measure.memory import trim_after_compiling
     from transformer_vq.run.folder import load_run
 
     trim_after_compiling()
-    model, _ = load_run(folder, info.step)
+    model = bounded(load_run(folder, info.step)[0], far)
     if state_file is None:
         return model, None
     state = load_state(state_file, model)
@@ -50,6 +61,14 @@ def open_model(
 
 
 # Options that several commands have.
+
+
+def bounded(model: "Model", far: Mapping[str, Any]) -> "Model":
+    """The model with `FarOptions`, which change none of its arrays. Raises `UsageError`."""
+    try:
+        return replace(model, config=model.config.replace(**far))
+    except ConfigError as error:
+        raise as_usage(error, "--", ModelConfig) from None
 
 
 def check_save_state(path: str | None) -> None:

@@ -1,11 +1,12 @@
 """`tvq prefill`: a prompt is read once, and the state that it leaves is kept."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 from transformer_vq.cli.common import CheckpointOption, size
 from transformer_vq.cli.models import (
+    FarOptions,
     RunFolder,
     StateOption,
     check_save_state,
@@ -36,6 +37,7 @@ class Prefill:
     save_state: Annotated[str, option("where to keep the state", "FILE")]
     checkpoint: CheckpointOption = "latest"
     state: StateOption = None
+    far: FarOptions = field(default_factory=dict)
 
     def main(self) -> int:
         check_save_state(self.save_state)
@@ -49,7 +51,7 @@ class Prefill:
         prompt = prompt_tokens("", self.prompt_file, tokenizer)
         if not prompt:
             raise UsageError("--prompt-file is empty: give a prompt of one byte or more")
-        model, given = open_model(self.run, info, self.state)
+        model, given = open_model(self.run, info, self.far, self.state)
         began = time.monotonic()
         state = read(model, prompt, given, room=256)
         seconds = time.monotonic() - began

@@ -8,6 +8,7 @@ from tyro.conf import OmitArgPrefixes
 
 from transformer_vq.cli.common import CheckpointOption, tell
 from transformer_vq.cli.models import (
+    FarOptions,
     RunFolder,
     check_save_state,
     open_model,
@@ -77,6 +78,7 @@ class Sample:
     save_state: Annotated[
         str | None, option("save the state after what was written", "FILE", default="none")
     ] = None
+    far: FarOptions = field(default_factory=dict)
     json: Annotated[bool, option("print JSON: text, token ids, log-probabilities if asked")] = False
     num_images: Annotated[int | None, option("as of tvq draw", default="none")] = None
     out: Annotated[str | None, option("as of tvq draw", "DIR", default="none")] = None
@@ -94,7 +96,7 @@ class Sample:
         if info.data.image_shape:
             raise UsageError(f"the run in {self.run} draws pictures: tvq draw --run {self.run}")
         prompt = prompt_tokens(self.prompt, self.prompt_file, tokenizer)
-        model, given = open_model(self.run, info, self.state)
+        model, given = open_model(self.run, info, self.far, self.state)
         # What is written goes on from the prompt; nobody knows the text of a state.
         decoder = StreamDecoder(tokenizer, prompt or (None if given is not None else ()))
         several = info.data.documents > 1  # then the model knows where a document ends

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, ClassVar, Literal
@@ -14,6 +14,7 @@ from typing import Annotated, Any, BinaryIO, ClassVar, Literal
 from transformer_vq.cli.common import CheckpointOption, progress_bar, standard_input, tell
 from transformer_vq.cli.models import (
     CHUNK,
+    FarOptions,
     RunFolder,
     StateOption,
     diverged,
@@ -57,6 +58,7 @@ class Score:
     ] = "text"
     checkpoint: CheckpointOption = "latest"
     state: StateOption = None
+    far: FarOptions = field(default_factory=dict)
     json: Annotated[
         bool, option("print JSON: an object for each line or token, if asked, and one for all")
     ] = False
@@ -71,7 +73,7 @@ class Score:
             raise UsageError(f"the run in {self.run} is one of pictures: tvq eval scores those")
         with self._open() as file:
             text = _Counted(text_pieces(file))
-            model, state = open_model(self.run, info, self.state)
+            model, state = open_model(self.run, info, self.far, self.state)
 
             from transformer_vq.engine.score import score_chunks
 

@@ -99,7 +99,10 @@ def load_state(path: str | os.PathLike, model: Model) -> State:
     if header.pop("hash", "") != _hash(header, arrays):
         raise damaged
     if header.get("model") != model_hash(model):
-        raise StateError(f"{path} is the state of another model: use the model it was made with")
+        raise StateError(
+            f"{path} is the state of another model: use the one it was made with, with the same "
+            f"far_decay and far_cap"
+        )
     positions = arrays.get(".position", np.zeros(1))
     keys = arrays.get(".units[0].keys")  # of full attention: as long as the state's capacity
     room = None if keys is None else keys.shape[2]

@@ -69,7 +69,7 @@ def join(
     *,
     arrives: PerRowFlag,
     joins: PerRowFlag,
-    decay: Decay | None,
+    decay: Decay | None = None,
 ) -> tuple[Num[jax.Array, "B G"], Float[jax.Array, "B G 2 V"]]:
     """One key per row and head leaves its slot to a new one, and joins the mean of its code.
 
@@ -103,7 +103,7 @@ def join_blocks(
     start: Index,
     documents: KeyDocuments,
     block: int,
-    decay: Decay | None,
+    decay: Decay | None = None,
 ) -> tuple[Cache, Cache]:
     """The caches that n blocks see, and the one after them.
 
