@@ -8,7 +8,7 @@ import signal
 import pytest
 
 import transformer_vq.cli.models as command
-from tests.helpers import sample, start
+from tests.helpers import fails, sample, start
 from transformer_vq.cli import main
 from transformer_vq.cli.models import prompt_tokens
 from transformer_vq.cli.text import printable
