@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -129,7 +129,9 @@ class Checkpoints:
         # Orbax refuses arrays without elements; their description says all there is.
         stored = {name: array for name, array in arrays.items() if array.size}
         # A new one for every save: after an error, orbax would report it again at the next.
-        checkpointer = ocp.AsyncCheckpointer(_Handler(sidecar), async_options=_ASYNC)
+        checkpointer = ocp.AsyncCheckpointer(
+            _Handler(sidecar, self._has_gone), async_options=_ASYNC
+        )
         self._saving = step, checkpointer
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -345,14 +347,16 @@ class Checkpoints:
 class _Handler(ocp.PyTreeCheckpointHandler):
     """Orbax's handler, which also seals a checkpoint with our two files."""
 
-    def __init__(self, metadata: str):
+    def __init__(self, metadata: str, has_gone: Callable[[], bool]):
         super().__init__(use_compression=False)  # weights are noise: zstd would save 8 %
-        self._metadata = metadata
+        self._metadata, self._has_gone = metadata, has_gone
 
     def finalize(self, directory: Any) -> None:
         """Runs in one process, when all have written, before the folder gets its name."""
-        super().finalize(directory)
         folder = Path(directory)
+        if self._has_gone():  # what writes arrays makes the folders above them again
+            raise FileNotFoundError(str(folder.parent))
+        super().finalize(directory)
         (folder / METADATA_FILE).write_text(self._metadata, "utf-8")
         checksums.seal(folder)
 
