@@ -190,13 +190,14 @@ def sample(capsys, run: str, *arguments: str) -> dict:
 
 
 def fails(capsys, status: int, *arguments: str) -> str:
-    """The one sentence with which a command refuses."""
+    """The sentence with which a command refuses, after notes of a line each if there are any."""
     capsys.readouterr()
     assert main(arguments) == status
     printed = capsys.readouterr().err
-    assert printed.startswith("tvq: ") and printed.count("\n") == 1
+    *notes, sentence = printed.splitlines(keepends=True)
+    assert all(line.startswith("tvq: ") for line in (*notes, sentence))
     assert "Traceback" not in printed
-    return printed
+    return sentence
 
 
 def start(user_env: dict, *arguments: str) -> subprocess.Popen:

@@ -15,6 +15,7 @@ from transformer_vq import ModelConfig, SamplingParams, generate, stream
 from transformer_vq.config import MeshConfig, TrainConfig
 from transformer_vq.data import Batches
 from transformer_vq.engine.batch import Session
+from transformer_vq.engine.slots import take_rows
 from transformer_vq.nn.model import model_specs
 from transformer_vq.ops.evaluate import evaluate
 from transformer_vq.ops.train import init_train_state, make_train_step, train_state_shardings
@@ -244,7 +245,7 @@ def test_states_go_between_meshes(tmp_path):
         before = list(map(int, session))
         state = session.state
         if fork:
-            state = jax.tree.map(lambda x: x[2:3], state)
+            state = take_rows(state, [2])
         after = generate(SAMPLER, PROMPTS, requests(), state, mesh=second)
         return before, after, np.asarray(session.state.position)
 
@@ -260,7 +261,7 @@ def test_every_device_holds_its_rows():
     session = Session(SAMPLER, PROMPTS, mesh=mesh)
     for x in jax.tree.leaves(session._state):
         assert x.shape[0] == 16 and x.addressable_shards[0].data.shape[0] == 2
-    for x in jax.tree.leaves((session.model, session._decoder)):
+    for x in jax.tree.leaves((session._model, session._decoder)):
         assert x.sharding.is_fully_replicated
 
 

@@ -120,7 +120,7 @@ def test_resuming_needs_the_same_vocabulary(capsys, folder, run, tmp_path):
                 "--vocab-size",
                 "2147483648",
             ],
-            "2147483648: it must be at most 1,000,000",
+            "2147483648: it must be a whole number from 1 to 10000000",
         ),
         (["train", "--data", "BOOK", "--out", "r", "--tokenizer", "no.json"], "no file no.json"),
     ],

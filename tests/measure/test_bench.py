@@ -49,8 +49,8 @@ def test_figures(arguments, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["decode", "--batch", "0"], "--batch is 0: it must be at least 1"),
-        (["train", "--repeats", "0"], "--repeats is 0: it must be at least 1"),
+        (["decode", "--batch", "0"], "--batch is 0: it must be a whole number from 1"),
+        (["train", "--repeats", "0"], "--repeats is 0: it must be a whole number from 1"),
         (["prefill", "--preset", "none"], "unknown preset 'none'"),
         (["flight"], "flight"),
         (["train", "--batch", "3", *TINY], "batch_size is 3: it must be a multiple of the 8"),

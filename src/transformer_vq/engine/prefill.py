@@ -170,9 +170,10 @@ def read_chunks(
 
 def first_rows(state: State, rows: int, mesh: Mesh | None) -> State:
     """A copy of the rows that are no padding; from a mesh, they are gathered."""
+    leaves, tree = jax.tree.flatten(state)
     if mesh is not None:
-        state = sharding.fetch(state)
-    return jax.tree.map(lambda x: jnp.array(x[:rows], copy=True), state)
+        leaves = sharding.fetch(leaves)  # arrays of the host, of which no State is made
+    return tree.unflatten([jnp.array(x[:rows], copy=True) for x in leaves])
 
 
 def prompt_chunks(
