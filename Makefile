@@ -37,7 +37,7 @@ test-slow: $(VENV)/.installed-test ## run the slow tests
 # every compiled program, in an environment of its own.
 NEWEST      := $(VENV)-newest
 NEWEST_JAX  := 0.12.0.1
-NEWEST_ARGS ?= tests/nn/test_reference.py tests/nn/test_layers.py tests/ops/test_train.py \
+NEWEST_ARGS ?= tests/nn/test_reference.py tests/nn/test_products.py tests/ops/test_train.py \
                tests/ops/test_sample.py tests/engine/test_score.py tests/test_public_api.py
 
 test-newest: ## run a quick part of the tests with the newest JAX, on Python 3.13 or 3.12
