@@ -1,1 +1,1 @@
-"""The mathematics: pure functions of arrays; no jit, no input or output."""
+"""The mathematics: pure functions of arrays; no files."""
