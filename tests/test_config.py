@@ -46,6 +46,10 @@ def model_configs(draw):
         "logit_scale": draw(positive),
         "commit_coefficient": draw(st.floats(0, 1e30)),
     }
+    # The bounds of the far part are for VQ alone, and only one of them.
+    bound = draw(st.sampled_from(["far_decay", "far_cap"])) if fields["attention"] == "vq" else ""
+    fields["far_decay"] = draw(positive) if bound == "far_decay" else 0.0
+    fields["far_cap"] = draw(size) if bound == "far_cap" else 0
     for name, value in _fields(ModelConfig).items():
         if isinstance(value, bool):
             fields[name] = draw(st.booleans())
