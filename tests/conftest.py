@@ -48,6 +48,9 @@ import jax
 import pytest
 from hypothesis import HealthCheck, settings
 
+# Arrays of two dtypes do not meet without a cast: nothing is promoted in silence.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
 settings.register_profile(
     "tvq",
     deadline=None,  # the first example compiles

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import SINGLE, close, far, make_config, quick_jit, random_inputs, random_model
 from transformer_vq import Model, extend, init_model, init_state
+from transformer_vq.nn.layers import wide_dtype
 
 BATCH, LENGTH = 3, 21
 SIZES = (1, 2, 9)  # of the pieces that a text is cut into: few, each is compiled
@@ -403,7 +404,7 @@ def test_state_is_constant(name, x64):
     def check(config, state_dtype):
         """Traced, not run."""
         state = init_state(config, BATCH, state_dtype, capacity=capacity)
-        assert state.logits.dtype == jnp.promote_types(config.compute_dtype, "float32")
+        assert state.logits.dtype == wide_dtype(config.compute_dtype)
         assert state.units[0].values.dtype == (state_dtype or "bfloat16")
         model = init_model(config, 0)
         for size in (1, 20):
@@ -414,10 +415,12 @@ def test_state_is_constant(name, x64):
                 assert logits.shape == (BATCH, size, config.vocab_size)
                 assert logits.dtype == state.logits.dtype
 
-    config = config.replace(param_dtype="float32", state_dtype="bfloat16")
     with jax.enable_x64(x64):
-        for dtype, state_dtype in (("float64", None),) if x64 else SINGLES:
-            changed = config.replace(compute_dtype=dtype)
+        for dtype, state_dtype in (("float64", "float64"),) if x64 else SINGLES:
+            params = dtype if x64 else "float32"
+            changed = config.replace(
+                compute_dtype=dtype, param_dtype=params, state_dtype="bfloat16"
+            )
             jax.eval_shape(lambda c=changed, d=state_dtype: check(c, d))
 
 

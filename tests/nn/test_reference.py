@@ -220,8 +220,8 @@ def test_straight_through_reach(double):
     model = random_model(config, seed=3)
     units = dict(model.params["units"])
     half = np.arange(config.d_model) < config.d_model // 2
-    units["w_k"] = units["w_k"] * half[:, None]
-    units["w_q"], units["w_v"] = (units[name] * ~half[:, None] for name in ("w_q", "w_v"))
+    units["w_k"] = jnp.where(half[:, None], units["w_k"], 0)
+    units["w_q"], units["w_v"] = (jnp.where(half[:, None], 0, units[n]) for n in ("w_q", "w_v"))
     units["norm"] = jax.tree.map(jnp.zeros_like, units["norm"])
     units["norm"]["gain"] += 1.0
     embedding = np.array(model.params["embedding"])

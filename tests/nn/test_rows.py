@@ -35,9 +35,9 @@ def run(config, tokens_per_chunk, monkeypatch, lengths=None, keys=False, remat=F
     model = random_model(config)
     tokens, document_ids, _ = map(jnp.asarray, random_inputs(config))
     rng = np.random.default_rng(5)
-    lengths = jnp.full(BATCH, LENGTH) if lengths is None else jnp.asarray(lengths)
-    real = jnp.arange(LENGTH) < lengths[:, None]
-    weights = jnp.where(real, rng.integers(0, 2, tokens.shape), 0.0)
+    lengths = jnp.full(BATCH, LENGTH, jnp.int32) if lengths is None else jnp.asarray(lengths)
+    real = np.arange(LENGTH, dtype=np.int32) < lengths[:, None]
+    weights = jnp.where(real, 1.0 * rng.integers(0, 2, tokens.shape), 0.0)
     probe = rng.normal(size=(*tokens.shape, config.d_model))
     state = fresh(config, BATCH)
     if keys:
@@ -53,7 +53,7 @@ def run(config, tokens_per_chunk, monkeypatch, lengths=None, keys=False, remat=F
             document_ids=document_ids,
             training=Training(weights, dropout=dropout, remat=remat),
         )
-        features = out.features * real[..., None]
+        features = jnp.where(real[..., None], out.features, 0)
         loss = (features * probe).sum() + out.statistics.commitment
         return loss, (features, out.state, out.statistics)
 
@@ -94,7 +94,7 @@ def test_chunks_are_as_the_oracle(double, monkeypatch):
 
 def test_ragged_rows_and_kept_keys(double, monkeypatch):
     config = CASES["gated_heads_documents"]
-    lengths = np.array([LENGTH, 0, 9])
+    lengths = np.array([LENGTH, 0, 9], np.int32)
     expected, expected_grads = run(config, 10**6, monkeypatch, lengths, keys=True)
     out, grads = run(config, 1, monkeypatch, lengths, keys=True)
     close(out, expected)

@@ -263,7 +263,7 @@ def test_by_default_a_micro_batch_is_what_fits_a_chunk(monkeypatch):
 
 def test_every_micro_batch_has_rows_and_samples_of_its_own():
     def gradient(state, chunk, dropout, samples):
-        drawn = dropout.rows.sum() / 3.0
+        drawn = dropout.rows.sum().astype(jnp.float32) / 3.0
         keys = jnp.where(samples.here > 0, chunk.inputs[samples.rows, samples.times], 0)
         return drawn, LossTerms(drawn**2, drawn, drawn, {}, state, keys)
 

@@ -76,7 +76,7 @@ def decode_step(
     logits = to_logits(decoder.params, x[:, 0], config)
     return replace(
         state,
-        position=state.position + active,
+        position=state.position + active.astype(jnp.int32),
         document_start=document_start,
         document_id=document_id,
         logits=jnp.where(active[:, None], logits, state.logits),

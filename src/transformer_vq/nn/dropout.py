@@ -37,7 +37,7 @@ def unit_keys(keys: DropoutKeys, num_units: int) -> UnitKeys:
     """The keys of all units, stacked along an axis N."""
     return jax.vmap(
         lambda i: UnitKeys(jax.random.fold_in(keys.call, i), jax.random.fold_in(keys.sequence, i))
-    )(jnp.arange(num_units))
+    )(layers.iota(num_units))
 
 
 def drop_embedding(keys: DropoutKeys, x: Features, config: ModelConfig) -> Features:
@@ -87,6 +87,6 @@ def drop_branch(
         pad = blocks * config.block_len - length
         x = jnp.pad(added, [(0, 0), (0, pad), (0, 0)]).reshape(batch, blocks, -1, width)
         of_row = jax.vmap(drop_block, in_axes=(None, 0, 0))
-        x = jax.vmap(of_row, in_axes=(0, None, 0))(rows, first_block + jnp.arange(blocks), x)
+        x = jax.vmap(of_row, in_axes=(0, None, 0))(rows, first_block + layers.iota(blocks), x)
         added = x.reshape(batch, -1, width)[:, :length]
     return jax.vmap(drop_row)(rows, added) if config.dropout_layer else added

@@ -1,12 +1,11 @@
 """The way in and the way out of a model: tokens to features, features to logits."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from transformer_vq.config import ModelConfig
 from transformer_vq.nn import layers, products
+from transformer_vq.nn.layers import iota
 from transformer_vq.nn.timeline import Timeline
 from transformer_vq.sharding import whole_columns
 from transformer_vq.types import Features, Params, Tokens
@@ -18,7 +17,7 @@ def embed(params: Params, tokens: Tokens, timeline: Timeline, config: ModelConfi
     dtype = jnp.dtype(config.compute_dtype)
     x = whole_columns(params["embedding"])[tokens].astype(dtype)
     if config.absolute_positions:
-        position = config.ring_len + jnp.arange(tokens.shape[1]) - timeline.first
+        position = config.ring_len + iota(tokens.shape[1]) - timeline.first
         wave = layers.sinusoid(position, config.d_model, config.max_wavelength, dtype)
         x = x + (params["position_scale"].astype(wave.dtype) * wave).astype(dtype)
     return x
@@ -27,7 +26,7 @@ def embed(params: Params, tokens: Tokens, timeline: Timeline, config: ModelConfi
 @jax.named_scope("logits")
 def to_logits(params: Params, x: jax.Array, config: ModelConfig) -> jax.Array:
     """Logits of features `[..., D]`: `[..., vocab_size]`, in wide precision."""
-    dtype = logits_dtype(config)
+    dtype = layers.wide_dtype(config.compute_dtype)
     if config.final_norm:
         x = layers.norm(params["final_norm"], x)
     tied = config.tie_embeddings
@@ -35,8 +34,3 @@ def to_logits(params: Params, x: jax.Array, config: ModelConfig) -> jax.Array:
     w_out = jax.tree.map(lambda a: a.astype(dtype), w_out)
     logits = products.matmul(x.astype(dtype), w_out) + params["output_bias"].astype(dtype)
     return logits * config.logit_scale
-
-
-def logits_dtype(config: ModelConfig) -> Any:
-    """float32, or float64 where the computation is."""
-    return jnp.promote_types(config.compute_dtype, jnp.float32)

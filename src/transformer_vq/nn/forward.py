@@ -12,6 +12,7 @@ from transformer_vq.nn import attention, dropout, rows
 from transformer_vq.nn.attention import AttentionState
 from transformer_vq.nn.dropout import DropoutKeys, UnitKeys
 from transformer_vq.nn.embedding import embed, to_logits
+from transformer_vq.nn.layers import iota
 from transformer_vq.nn.model import Model, State
 from transformer_vq.nn.rows import Chunk, Chunking
 from transformer_vq.nn.timeline import make_timeline
@@ -76,7 +77,7 @@ def forward(
         timeline=timeline,
         weights=None if training is None else training.weights,
         samples=None if training is None else training.samples,
-        rows=jnp.arange(batch) if keys is None else keys.rows,
+        rows=iota(batch) if keys is None else keys.rows,
         block=jnp.int32(0),
     )
     out = _run_units(model, state, call, training)

@@ -72,9 +72,20 @@ def init_arrays(specs: Params, key: Key, dtype: Any) -> Params:
     return jax.tree.unflatten(tree, [draw(s, k) for s, k in zip(leaves, keys, strict=True)])
 
 
+def iota(*bounds: int) -> jax.Array:
+    """Whole numbers, as of `range`: int32, as all positions, rows and codes, also where the
+    computation is in float64."""
+    return jnp.arange(*bounds, dtype=jnp.int32)
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """float32, or float64 for what is float64: the precision of norms, softmaxes and sums."""
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
+
+
 def wide(x: jax.Array) -> jax.Array:
-    """x in at least float32: the precision of norms, softmaxes and sums."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    """x in `wide_dtype`."""
+    return x.astype(wide_dtype(x.dtype))
 
 
 def rms_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
@@ -86,7 +97,8 @@ def rms_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
 @jax.named_scope("norm")
 def norm(params: Params, x: jax.Array) -> jax.Array:
     """RMS norm with gain and bias, in the dtype of x."""
-    gain, bias = (spread(params[name], x) for name in ("gain", "bias"))
+    dtype = wide_dtype(x.dtype)
+    gain, bias = (spread(params[name], x).astype(dtype) for name in ("gain", "bias"))
     return (rms_norm(x) * gain + bias).astype(x.dtype)
 
 
@@ -104,7 +116,7 @@ def sinusoid(positions: jax.Array, width: int, max_wavelength: float, dtype: Any
 
     The angles are computed in wide precision: at position 1,000,000 bfloat16 would be noise.
     """
-    dtype = jnp.promote_types(dtype, jnp.float32)
+    dtype = wide_dtype(dtype)
     frequencies = max_wavelength ** (-np.arange(0, width, 2) / width)
     angles = positions[..., None].astype(dtype) * jnp.asarray(frequencies, dtype)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)

@@ -11,7 +11,6 @@ from transformer_vq.config import DEFAULT_CAPACITY, ModelConfig
 from transformer_vq.errors import UserError
 from transformer_vq.nn import attention, layers, vq
 from transformer_vq.nn.attention import AttentionState, FullAttentionState
-from transformer_vq.nn.embedding import logits_dtype
 from transformer_vq.nn.layers import ArraySpec
 from transformer_vq.types import Params
 
@@ -144,6 +143,6 @@ def init_state(
         position=jnp.zeros(batch_size, jnp.int32),
         document_start=jnp.zeros(batch_size, jnp.int32),
         document_id=jnp.zeros(batch_size, jnp.int32),
-        logits=jnp.zeros((batch_size, config.vocab_size), logits_dtype(config)),
+        logits=jnp.zeros((batch_size, config.vocab_size), layers.wide_dtype(config.compute_dtype)),
         units=tuple(make() for _ in range(config.num_units)),
     )

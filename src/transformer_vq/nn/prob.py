@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from transformer_vq.nn.layers import wide, wide_dtype
+
 COLDEST = 1e-5  # lower temperatures count as this one: logits over it are still finite
 REMOVED = -1e10  # finite: differences and products of logits stay numbers
 
 
 def temperature(logits: jax.Array, value: ArrayLike) -> jax.Array:
     """Logits over the temperature (Ackley et al., 1985); 0 is greedy: only the best stays."""
-    value = _column(value, logits)
+    value, logits = _column(value, logits), wide(logits)
     best = jnp.argmax(logits, axis=-1, keepdims=True)
     greedy = jnp.where(jnp.arange(logits.shape[-1]) == best, logits, REMOVED)
     scaled = _drawable(logits / jnp.maximum(value, COLDEST), logits)
@@ -25,9 +27,8 @@ def temperature(logits: jax.Array, value: ArrayLike) -> jax.Array:
 
 def top_k(logits: jax.Array, k: ArrayLike) -> jax.Array:
     """Keep the k best tokens, and what ties with the last (Fan et al., 2018); 0: all."""
-    k = _column(k, logits)
-    ones = jnp.ones_like(logits)
-    kept = logits >= _threshold(logits, ones, jnp.minimum(k, logits.shape[-1]).astype(ones.dtype))
+    k, wider = _column(k, logits), wide(logits)
+    kept = wider >= _threshold(wider, jnp.ones_like(wider), jnp.minimum(k, logits.shape[-1]))
     return jnp.where(kept | (k <= 0), logits, REMOVED)
 
 
@@ -55,9 +56,9 @@ def typical(logits: jax.Array, p: ArrayLike) -> jax.Array:
 
 def min_p(logits: jax.Array, p: ArrayLike) -> jax.Array:
     """Keep tokens at least p times as probable as the best (Nguyen et al., 2024); 0: all."""
-    p = _column(p, logits)
-    best = jnp.max(logits, axis=-1, keepdims=True)
-    kept = logits >= best + jnp.log(jnp.where(p > 0, p, 1.0))
+    p, wider = _column(p, logits), wide(logits)
+    best = jnp.max(wider, axis=-1, keepdims=True)
+    kept = wider >= best + jnp.log(jnp.where(p > 0, p, 1.0))
     return jnp.where(kept | (p <= 0), logits, REMOVED)
 
 
@@ -66,7 +67,7 @@ def repetition_penalty(logits: jax.Array, seen: jax.Array, penalty: ArrayLike) -
 
     `seen` is bool `[..., vocab]`: tokens of the prompt or generated so far.
     """
-    penalty = _column(penalty, logits)
+    penalty, logits = _column(penalty, logits), wide(logits)
     penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
     return jnp.where(seen, _drawable(penalized, logits), logits)
 
@@ -79,7 +80,9 @@ def presence_and_frequency(
     The penalties of OpenAI's completion API. `counts` is int32 `[..., vocab]`, generated only.
     """
     presence, frequency = _column(presence, logits), _column(frequency, logits)
-    return _drawable(logits - presence * (counts > 0) - frequency * counts, logits)
+    logits = wide(logits)
+    generated, counts = (x.astype(logits.dtype) for x in (counts > 0, counts))
+    return _drawable(logits - presence * generated - frequency * counts, logits)
 
 
 def draw(keys: jax.Array, logits: jax.Array) -> jax.Array:
@@ -96,7 +99,7 @@ def smallest_set(score: jax.Array, mass: jax.Array, target: ArrayLike) -> jax.Ar
 
     The best token is always in it. Of equal scores, higher ids come first.
     """
-    target = _column(target, mass)
+    score, mass, target = wide(score), wide(mass), _column(target, mass)
     threshold = _threshold(score, mass, target)
     above, equal = score > threshold, score == threshold
     missing = target - jnp.sum(jnp.where(above, mass, 0.0), axis=-1, keepdims=True)
@@ -109,11 +112,11 @@ def smallest_set(score: jax.Array, mass: jax.Array, target: ArrayLike) -> jax.Ar
 def _threshold(score: jax.Array, mass: jax.Array, target: jax.Array) -> jax.Array:
     """The largest score t for which the tokens of score >= t have at least the target mass.
 
-    Found bit by bit: floats order like their bits (once those of negative ones are flipped), so as
-    many sums over the vocabulary as a score has bits give the exact answer. The best score, if the
-    target is 0; the worst, if all mass together falls short of it (by rounding).
+    All three are of one dtype. Found bit by bit: floats order like their bits (once those of
+    negative ones are flipped), so as many sums over the vocabulary as a score has bits give the
+    exact answer. The best score, if the target is 0; the worst, if all mass together falls short of
+    it (by rounding).
     """
-    score = score.astype(jnp.promote_types(score.dtype, jnp.float32))
     width = score.dtype.itemsize * 8
     whole = jnp.uint64 if width == 64 else jnp.uint32
     bits = jax.lax.bitcast_convert_type(score, whole)
@@ -137,6 +140,7 @@ def _drawable(changed: jax.Array, logits: jax.Array) -> jax.Array:
 
 
 def _column(value: ArrayLike, logits: jax.Array) -> jax.Array:
-    """A parameter of the leading shape of the logits, or a scalar, with an axis for the tokens."""
-    value = jnp.asarray(value)
+    """A parameter of the leading shape of the logits, or a scalar, with an axis for the tokens, in
+    the wide precision of the logits."""
+    value = jnp.asarray(value, wide_dtype(jnp.result_type(logits)))
     return value if value.ndim == 0 else value[..., None]

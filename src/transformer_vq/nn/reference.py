@@ -18,7 +18,7 @@ def rms(x):
 def sinusoid(positions, width, max_wavelength):
     """Sines and cosines of positions `[...]`: `[..., width]`."""
     frequencies = max_wavelength ** (-jnp.arange(0, width, 2) / width)
-    angles = positions[..., None] * frequencies
+    angles = positions[..., None].astype(frequencies.dtype) * frequencies
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
@@ -51,7 +51,7 @@ def quadratic_attention(q, k, v, codewords, u, w, r, config, document_ids):
     bias = jnp.einsum("bthk,tjhk->bhtj", q + w, r[jnp.maximum(distance, 0)])
     scores = content + jnp.where(position_bias_reach, bias, 0.0)
     if config.far_decay:
-        scores = scores - jnp.maximum(distance, 0) / config.far_decay
+        scores = scores - jnp.maximum(distance, 0).astype(scores.dtype) / config.far_decay
     if config.far_cap:  # as if no more keys than so many were beyond the window
         start = first_of_document(document_ids) if config.reset_at_document else 0
         beyond = jnp.maximum(t - start - config.window_len, 1)

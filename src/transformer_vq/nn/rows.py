@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from transformer_vq.config import ModelConfig
 from transformer_vq.nn import products
+from transformer_vq.nn.layers import iota
 from transformer_vq.nn.timeline import Timeline
 from transformer_vq.nn.vq import SamplePositions
 from transformer_vq.sharding import row_shares
@@ -97,7 +98,7 @@ def scan_rows(
         index, rows = xs
         return fn(carry, rows, own_samples(samples, index, count))
 
-    return jax.lax.scan(body, carry, (jnp.arange(count), split_rows(by_row, count)))
+    return jax.lax.scan(body, carry, (iota(count), split_rows(by_row, count)))
 
 
 # Time.
@@ -105,7 +106,7 @@ def scan_rows(
 
 def split_time(cut: Chunking, micro_batch: Chunk, config: ModelConfig) -> Chunk:
     """The chunks of a micro-batch along time, stacked along a new axis; padded at the end."""
-    starts = cut.size * jnp.arange(cut.chunks)
+    starts = cut.size * iota(cut.chunks)
 
     def split(x: jax.Array) -> jax.Array:
         pad = cut.chunks * cut.size - x.shape[1]
@@ -114,7 +115,7 @@ def split_time(cut: Chunking, micro_batch: Chunk, config: ModelConfig) -> Chunk:
 
     samples = micro_batch.samples
     if samples is not None:
-        mine = samples.times // cut.size == jnp.arange(cut.chunks)[:, None]
+        mine = samples.times // cut.size == iota(cut.chunks)[:, None]
         rows, times = (
             jnp.broadcast_to(x, mine.shape) for x in (samples.rows, samples.times % cut.size)
         )

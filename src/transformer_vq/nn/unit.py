@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from transformer_vq.config import ModelConfig
 from transformer_vq.nn import attention, layers, vq
 from transformer_vq.nn.attention import QKV, AttentionWeights, FullAttentionState, UnitState
-from transformer_vq.nn.layers import Mlp
+from transformer_vq.nn.layers import Mlp, iota
 from transformer_vq.nn.products import OutputMajor, computed_once, matmul
 from transformer_vq.nn.timeline import Timeline
 from transformer_vq.nn.vq import SamplePositions
@@ -82,7 +82,7 @@ class UnitOutput(NamedTuple):
 def distance_wave(config: ModelConfig, capacity: int | None) -> jax.Array:
     """Sinusoids of all distances that get a position bias, `[distances, D]`: those of the window,
     or all within the `capacity` of a state of full attention."""
-    distances = jnp.arange(capacity or config.ring_len)
+    distances = iota(capacity or config.ring_len)
     return layers.sinusoid(distances, config.d_model, config.max_wavelength, config.compute_dtype)
 
 

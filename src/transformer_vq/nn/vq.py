@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from transformer_vq.nn import products
-from transformer_vq.nn.layers import ArraySpec, wide
+from transformer_vq.nn.layers import ArraySpec, iota, wide
 from transformer_vq.types import Key, Params
 
 MIN_COUNT = 0.01  # a code used less than this keeps its size instead of dividing by nothing
@@ -48,13 +48,13 @@ def assign(keys: jax.Array, words: jax.Array) -> jax.Array:
     distances = jnp.sum(jnp.square(words), axis=-1)[:, None] - 2.0 * content  # [G, B T, S]
     # The first of the nearest. Two reductions: XLA runs them much faster than an argmin.
     nearest = distances == jnp.min(distances, axis=-1, keepdims=True)
-    codes = jnp.min(jnp.where(nearest, jnp.arange(size, dtype=jnp.int32), size - 1), axis=-1)
+    codes = jnp.min(jnp.where(nearest, iota(size), size - 1), axis=-1)
     return jnp.moveaxis(codes.reshape(groups, batch, length), 0, 2)
 
 
 def look_up(words: jax.Array, codes: jax.Array) -> jax.Array:
     """Codewords `[G, S, K]` at codes `[B, T, G]`: `[B, T, G, K]`."""
-    return words[jnp.arange(words.shape[0]), codes]
+    return words[iota(words.shape[0]), codes]
 
 
 def straight_through(keys: jax.Array, quantized: jax.Array) -> jax.Array:
@@ -98,7 +98,7 @@ def draw_samples(key: Key, mask: jax.Array, size: int) -> SamplePositions:
     order = jnp.where(mask, jax.random.uniform(key, mask.shape), -1.0).ravel()
     _, order = jax.lax.top_k(order, min(size, mask.size))
     tokens = jnp.clip(mask.sum(dtype=jnp.int32), 1, len(order))
-    rows, times = jnp.divmod(order[jnp.arange(size) % tokens], mask.shape[1])
+    rows, times = jnp.divmod(order[iota(size) % tokens], mask.shape[1])
     return SamplePositions(rows, times, jnp.ones(size, jnp.float32))
 
 

@@ -139,7 +139,8 @@ def generate_tokens(
         token = draw_at(controls.key, state.position, logits)
         stops = jnp.any(token[:, None] == controls.stop_tokens, axis=1)
         taken = rows.active & ~stops
-        out = out._replace(tokens=out.tokens.at[:, i].set(token), lengths=out.lengths + taken)
+        one = taken.astype(jnp.int32)  # or none
+        out = out._replace(tokens=out.tokens.at[:, i].set(token), lengths=out.lengths + one)
         if with_logprobs:
             logprobs = jax.nn.log_softmax(state.logits).astype(jnp.float32)
             chosen = jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
@@ -149,12 +150,12 @@ def generate_tokens(
                 top_tokens=out.top_tokens.at[:, i].set(top_tokens),
                 top_logprobs=out.top_logprobs.at[:, i].set(top_logprobs),
             )
-        remaining = rows.remaining - taken
+        remaining = rows.remaining - one
         rows = Rows(
             state=decode_step(decoder, state, token, taken),
             prompt=rows.prompt,
-            counts=rows.counts.at[jnp.arange(batch), token].add(taken.astype(jnp.int32)),
-            generated=rows.generated + taken,
+            counts=rows.counts.at[jnp.arange(batch), token].add(one),
+            generated=rows.generated + one,
             remaining=remaining,
             active=taken & (remaining > 0),
         )

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from transformer_vq.nn.dropout import DropoutKeys
-from transformer_vq.nn.embedding import logits_dtype, to_logits
+from transformer_vq.nn.embedding import to_logits
 from transformer_vq.nn.forward import Training, forward
+from transformer_vq.nn.layers import wide_dtype
 from transformer_vq.nn.model import Model, State
 from transformer_vq.nn.vq import SamplePositions
 from transformer_vq.types import Features, Params, Tokens
@@ -73,7 +74,7 @@ def loss_fn(
     the codebook: padding takes no part.
     """
     model = Model(params, model.codebook, model.config)
-    mask = loss_mask.astype(logits_dtype(model.config))
+    mask = loss_mask.astype(wide_dtype(model.config.compute_dtype))
     training = Training(mask, samples, dropout, remat)
     out = forward(model, state, inputs, document_ids=document_ids, training=training)
     statistics = out.statistics

@@ -26,6 +26,12 @@ def learning_rate_at(train: TrainConfig, step: Any) -> jax.Array:
     - wsd: the peak, until a line over the last `decay_steps` leads down to the final fraction
     """
     step = jnp.asarray(step)  # a whole number of Python would divide as Python does
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and rates
+        return jnp.float32(train.learning_rate * _factor(train)(step))
+
+
+def _factor(train: TrainConfig) -> optax.Schedule:
+    """The learning rate over its peak, by step."""
     warm, final = train.warmup_steps, train.final_learning_rate
     rest = max(train.steps - warm, 1)
     fall: optax.Schedule
@@ -40,9 +46,8 @@ def learning_rate_at(train: TrainConfig, step: Any) -> jax.Array:
             decay = min(train.decay_steps or max(train.steps // 5, 1), rest)
             fall = optax.linear_schedule(1.0, final, decay, transition_begin=rest - decay)
     if not warm:
-        return jnp.float32(train.learning_rate * fall(step))
-    factor = optax.join_schedules([optax.linear_schedule(0.0, 1.0, warm), fall], [warm])
-    return jnp.float32(train.learning_rate * factor(step))
+        return fall
+    return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warm), fall], [warm])
 
 
 def _inverse_sqrt(warm: int, final: float) -> optax.Schedule:
@@ -143,7 +148,9 @@ def _each_unit_by_itself(inner: optax.GradientTransformation) -> optax.GradientT
 
 def _in_wide_precision(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return inner.update(jax.tree.map(wide, updates), state, jax.tree.map(wide, params))
+        updates, params = jax.tree.map(wide, (updates, params))
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes counts and moments
+            return inner.update(updates, state, params)
 
     return optax.GradientTransformation(
         lambda params: inner.init(jax.tree.map(wide, params)), update

@@ -13,7 +13,7 @@ from transformer_vq.errors import UserError, shown
 from transformer_vq.fields import check, real, whole
 from transformer_vq.nn import prob
 from transformer_vq.nn.decode import decode_step, prepare
-from transformer_vq.nn.layers import as_key
+from transformer_vq.nn.layers import as_key, iota
 from transformer_vq.nn.model import Model, init_state
 from transformer_vq.ops.decode import draw_at
 
@@ -69,11 +69,11 @@ def _sample_sequences(config, eos_id, mesh, model, key_data):
             state = decode_step(decoder, state, token, None, document)
             logits = prob.nucleus(state.logits, config.p_nucleus)
             token = draw_at(keys, jnp.broadcast_to(position, batch), logits)
-            return (state, token, document + (token == eos_id)), token
+            return (state, token, document + (token == eos_id).astype(jnp.int32)), token
 
         start = (state, jnp.full(batch, eos_id, jnp.int32), jnp.zeros(batch, jnp.int32))
-        _, tokens = jax.lax.scan(step, start, jnp.arange(config.sequence_len))
+        _, tokens = jax.lax.scan(step, start, iota(config.sequence_len))
         return tokens.T
 
-    rows = jnp.arange(config.global_batch_size)
+    rows = iota(config.global_batch_size)
     return sharding.map_rows(per_device, mesh)((model, key_data), rows)

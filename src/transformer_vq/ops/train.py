@@ -15,7 +15,7 @@ from transformer_vq.nn import products, vq
 from transformer_vq.nn.attention import AttentionState, keep_keys
 from transformer_vq.nn.dropout import DropoutKeys
 from transformer_vq.nn.forward import Training, forward
-from transformer_vq.nn.layers import wide
+from transformer_vq.nn.layers import iota, wide
 from transformer_vq.nn.model import Model, State, init_model, init_state, model_specs
 from transformer_vq.nn.rows import chunking, join_rows, scan_rows
 from transformer_vq.nn.vq import SamplePositions
@@ -283,7 +283,7 @@ def _in_micro_batches(gradient: Gradient, count: int) -> Gradient:
             added, state = sums_of(by_row, samples)
             return jax.tree.map(jnp.add, sums, added), state
 
-        by_row = (jnp.arange(chunk.inputs.shape[0]), state, chunk)
+        by_row = (iota(chunk.inputs.shape[0]), state, chunk)
         some = jax.tree.map(lambda x: x[: len(x) // count], by_row)
         shapes = jax.eval_shape(lambda *xs: sums_of(*xs)[0], some, samples)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -309,7 +309,7 @@ def dropout_keys(train: TrainConfig, step: jax.Array, batch: int) -> DropoutKeys
     return DropoutKeys(
         call=jax.random.fold_in(jax.random.fold_in(root, DROPOUT_CALL), step),
         sequence=jax.random.fold_in(jax.random.fold_in(root, DROPOUT_SEQUENCE), sequence),
-        rows=jnp.arange(batch),
+        rows=iota(batch),
     )
 
 

@@ -30,8 +30,8 @@ def window_of(times, batch=B, groups=G, d_k=4, d_v=6):
 
 def times_of(window):
     """The times of its keys; codes, keys and values must agree."""
-    assert (window.keys == window.codes[..., None]).all()
-    assert (window.values == window.codes[..., None]).all()
+    codes, keys, values = map(np.asarray, (window.codes, window.keys, window.values))
+    assert (keys == codes[..., None]).all() and (values == codes[..., None]).all()
     return np.asarray(window.codes[0, 0])
 
 
@@ -103,7 +103,7 @@ def test_ring_in_time(double):
     unit = replace(
         state.units[0],
         codes=jnp.asarray(newest[:, None], jnp.int32),
-        values=jnp.zeros_like(state.units[0].values).at[:, 0, :5].set(newest[:, :, None]),
+        values=jnp.zeros_like(state.units[0].values).at[:, 0, :5].set(newest[:, :, None] * 1.0),
         keys=jnp.asarray(np.broadcast_to(newest[:, None, :, None], (B, 1, 5, 4)), jnp.float32),
     )
     timeline = timeline_of(config, start, [1, 1, 1], 1)
@@ -126,7 +126,7 @@ def test_state_after(double):
     over is emptied."""
     config = make_config("mha", num_heads=G, window_len=4, reset_at_document=True)
     ring_len, size = 5, 9
-    start, lengths = np.array([0, 7, 13]), np.array([9, 0, 3])
+    start, lengths = [0, 7, 13], [9, 0, 3]
     ids = np.zeros((B, size), np.int32)
     ids[0, 6:] = 1  # a document begins
     timeline = timeline_of(config, start, lengths, size, jnp.asarray(ids))

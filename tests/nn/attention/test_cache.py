@@ -16,7 +16,9 @@ B, G, S, V = 3, 2, 5, 3
 BLOCK, BLOCKS, START = 4, 3, 1
 KEYS = BLOCK * BLOCKS
 # Documents by the index of their first key: one; four, of 1 key too; two, the last still to leave.
-FIRST = np.array([[-7] * 14, [-2, -2, 2, 3, 3, 3, 3, 7, 7, 7, 7, 7, 7, 7], [0] * 9 + [9] * 5])
+FIRST = np.array(
+    [[-7] * 14, [-2, -2, 2, 3, 3, 3, 3, 7, 7, 7, 7, 7, 7, 7], [0] * 9 + [9] * 5], np.int32
+)
 
 
 def example():

@@ -22,7 +22,7 @@ from transformer_vq.nn.attention.bounds import Decay, block_offsets, keys_beyond
 from transformer_vq.nn.attention.cache import Cache, join_blocks, log_mass
 from transformer_vq.nn.attention.inputs import QKV, Attended, AttentionWeights
 from transformer_vq.nn.attention.state import AttentionState, window_keys
-from transformer_vq.nn.layers import wide
+from transformer_vq.nn.layers import iota, wide
 from transformer_vq.nn.timeline import KeyDocuments, Timeline
 from transformer_vq.types import (
     BlockQueries,
@@ -119,7 +119,7 @@ def attend_blocks(
     )
     carry = before_call(state, ring, timeline, documents, config)
     chunks = Chunk(
-        jnp.arange(cut.chunks),
+        iota(cut.chunks),
         *(by_chunk(a, cut) for a in (x.q, keys, x.v, codes, timeline.first)),
     )
     if cut.chunks == 1:
@@ -150,7 +150,7 @@ def attend_chunk(
     new = Window(*(heads_first(a) for a in (chunk.codes, chunk.keys, chunk.values)))
     start = 1 + chunk.index * cut.tokens  # timeline index of the oldest key of the window
     first = chunk.first.reshape(-1, cut.blocks_per_chunk, cut.block)
-    index = start + config.window_len + jnp.arange(cut.tokens).reshape(-1, cut.block)
+    index = start + config.window_len + iota(cut.tokens).reshape(-1, cut.block)
     near_offsets, far_offsets = block_offsets(
         distances(cut.block, config), keys_beyond(index, first, config), config
     )
@@ -250,7 +250,7 @@ def ring_in_time(
 ) -> Window:
     """The W keys of the ring, oldest first: what stands before the call's own keys."""
     ring = state.codes.shape[2]
-    slots = ((timeline.start[:, None] + jnp.arange(ring)) % ring)[:, None, :]
+    slots = ((timeline.start[:, None] + iota(ring)) % ring)[:, None, :]
     codes = jnp.take_along_axis(state.codes, slots, axis=2)
     values = jnp.take_along_axis(state.values, slots[..., None], axis=2).astype(dtype)
     keys = window_keys(state, words, words.dtype)
@@ -315,7 +315,7 @@ def spans(
 
 def distances(block: int, config: ModelConfig) -> Int[jax.Array, "c j"]:
     """Of the keys of its span, M + L of them, from the queries of a block."""
-    row, column = jnp.arange(block)[:, None], jnp.arange(config.window_len + block)
+    row, column = iota(block)[:, None], iota(config.window_len + block)
     return row + config.window_len - column
 
 
@@ -332,7 +332,7 @@ def visible_keys(
 ) -> NearVisible:
     """Those in reach that are of the query's document. `start`: index of the first span's first."""
     blocks, block = first.shape[1:]
-    index = start + jnp.arange(blocks)[:, None, None] * block + jnp.arange(in_reach.shape[1])
+    index = start + iota(blocks)[:, None, None] * block + iota(in_reach.shape[1])
     return in_reach & (index >= first[..., None])
 
 
@@ -351,8 +351,8 @@ def state_after(
     W. It is emptied where it is not of the current document.
     """
     size, length = ring.codes.shape[2], timeline.length[:, None]
-    newest = length + jnp.arange(size)  # [B, W] timeline indices, oldest first
-    at_slot = (jnp.arange(size) - (timeline.start + timeline.length)[:, None]) % size
+    newest = length + iota(size)  # [B, W] timeline indices, oldest first
+    at_slot = (iota(size) - (timeline.start + timeline.length)[:, None]) % size
     index = jnp.take_along_axis(newest, at_slot, axis=1)[:, None, :]
 
     def in_slots(old: Timed, new: Shaped[jax.Array, "B G T *any"]) -> Timed:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from transformer_vq.config import ModelConfig
+from transformer_vq.nn.layers import iota, wide_dtype
 from transformer_vq.types import FarOffsets, NearOffsets
 
 
@@ -35,10 +36,6 @@ class Decay(NamedTuple):
         return jnp.exp(-self.rate * jnp.maximum(tokens, 0).astype(float))
 
 
-def _wide(config: ModelConfig) -> jnp.dtype:
-    return jnp.promote_types(config.compute_dtype, jnp.float32)
-
-
 def keys_beyond(
     index: Int[jax.Array, "*#any"], first: Int[jax.Array, "*any"], config: ModelConfig
 ) -> Int[jax.Array, "*any"]:
@@ -51,9 +48,10 @@ def keys_beyond(
 
 def cap_offsets(beyond: Int[jax.Array, "*any"], config: ModelConfig) -> Float[jax.Array, "*any"]:
     """What keys beyond the window gain in score when there are so many: 0, or less."""
+    dtype = wide_dtype(config.compute_dtype)
     if not config.far_cap:
-        return jnp.zeros(beyond.shape, _wide(config))
-    return -jnp.log(jnp.maximum(beyond.astype(_wide(config)) / config.far_cap, 1))
+        return jnp.zeros(beyond.shape, dtype)
+    return -jnp.log(jnp.maximum(beyond.astype(dtype) / config.far_cap, 1))
 
 
 def block_offsets(
@@ -70,5 +68,5 @@ def block_offsets(
     near = jnp.where(distance > config.window_len, far[..., None], 0)
     if decay := Decay.of(config):
         near = near - decay.rate * distance.astype(far.dtype)
-        far = far - decay.rate * (1 + jnp.arange(distance.shape[0])).astype(far.dtype)
+        far = far - decay.rate * (1 + iota(distance.shape[0])).astype(far.dtype)
     return near, far

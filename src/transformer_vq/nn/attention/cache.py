@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int, Num
 from transformer_vq.nn import products
 from transformer_vq.nn.attention.blockwise import MASKED
 from transformer_vq.nn.attention.bounds import Decay
+from transformer_vq.nn.layers import iota
 from transformer_vq.nn.timeline import KeyDocuments
 from transformer_vq.types import (
     First,
@@ -148,9 +149,9 @@ def fade_over_blocks(
 
     Ends are counted in real tokens: padding takes no time.
     """
-    ends = jnp.maximum(start - 1 + jnp.arange(blocks + 1) * block, 0)
+    ends = jnp.maximum(start - 1 + iota(blocks + 1) * block, 0)
     ends = decay.ring_len - 1 + jnp.minimum(ends, documents.length[:, None])  # [B, n + 1]
-    index = start + jnp.arange(blocks * block).reshape(-1, block)
+    index = start + iota(blocks * block).reshape(-1, block)
     return decay.left(ends[:, 1:, None] - index), decay.left(ends[:, :, None] - ends[:, None, :])
 
 
@@ -165,7 +166,7 @@ def joining(
 
     That is the document of the newest key that has left; keys of older ones do not join.
     """
-    index = start + jnp.arange(blocks * block).reshape(-1, block)
+    index = start + iota(blocks * block).reshape(-1, block)
     length = documents.length[:, None]
     newest = jnp.minimum(index[:, -1], length - 1)  # [B, n]
     firsts = jnp.where(start < length, documents.first_at(newest), cache_first[:, None])

@@ -13,7 +13,7 @@ from transformer_vq.nn.attention import tiled
 from transformer_vq.nn.attention.blockwise import MASKED
 from transformer_vq.nn.attention.inputs import QKV, Attended, AttentionWeights
 from transformer_vq.nn.attention.state import FullAttentionState
-from transformer_vq.nn.layers import wide
+from transformer_vq.nn.layers import iota, wide
 from transformer_vq.nn.timeline import Timeline
 from transformer_vq.types import (
     CachedKeys,
@@ -44,8 +44,8 @@ def attend_full(
     `from_empty`: nothing was before this call, so the cache is not looked at; NaN if it was.
     """
     length, capacity = x.q.shape[1], state.capacity
-    positions = timeline.start[:, None] + jnp.arange(length)
-    real = jnp.arange(length) < timeline.length[:, None]
+    positions = timeline.start[:, None] + iota(length)
+    real = iota(length) < timeline.length[:, None]
     # `first` counts from the oldest of W slots before this call: make it a position.
     first = timeline.first + (timeline.start - config.ring_len)[:, None]
     lost = (positions >= capacity) & real
@@ -100,11 +100,11 @@ def _attend_cache(
     q = jnp.moveaxis(q.reshape(batch, length, groups, heads // groups, d_k), 1, 3)
     u, w = (x.reshape(groups, heads // groups, 1, d_k) for x in (unit.u, unit.w))
     r = unit.r.reshape(capacity, groups, heads // groups, d_k)
-    distance = positions[:, :, None] - jnp.arange(capacity)  # [B, T, capacity]
+    distance = positions[:, :, None] - iota(capacity)  # [B, T, capacity]
     bias = jnp.einsum("bgrtk,dgrk->bgrtd", q + w, r)
     bias = jnp.take_along_axis(bias, jnp.clip(distance, 0)[:, None, None], axis=4, mode="clip")
     scores = wide(jnp.einsum("bgrtk,bgjk->bgrtj", q + u, state.keys.astype(dtype)) + bias)
-    visible = (distance >= 0) & (jnp.arange(capacity) >= first[..., None])
+    visible = (distance >= 0) & (iota(capacity) >= first[..., None])
     scores = jnp.where(visible[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
     out = jnp.einsum("bgrtj,bgjv->btgrv", weights, state.values.astype(dtype))
@@ -146,7 +146,7 @@ def _attend_many(
         new = jnp.moveaxis(by_block(new), 3, 2)
         if cache is None:
             return new
-        at = start[:, None] + jnp.arange(-old_blocks * block, 0)
+        at = start[:, None] + iota(-old_blocks * block, 0)
         old = jax.vmap(lambda x, at: x.at[:, at].get(mode="clip"))(cache, jnp.clip(at, 0))
         old = old.reshape(batch, groups, old_blocks, block, -1).astype(new.dtype)
         return jnp.concatenate([jnp.moveaxis(old, 2, 0), new])

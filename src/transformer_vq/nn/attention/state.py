@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from transformer_vq.config import ModelConfig
+from transformer_vq.nn.layers import iota, wide_dtype
 from transformer_vq.types import (
     CachedKeys,
     CachedValues,
@@ -54,7 +55,7 @@ UnitState = AttentionState | FullAttentionState
 def init_attention_state(config: ModelConfig, batch_size: int, dtype: Any) -> AttentionState:
     """Nothing seen: all zeros."""
     lead = (batch_size, config.num_kv_heads)
-    mass = jnp.promote_types(config.compute_dtype, jnp.float32) if config.far_decay else jnp.int32
+    mass = wide_dtype(config.compute_dtype) if config.far_decay else jnp.int32
     return AttentionState(
         codes=jnp.zeros((*lead, config.ring_len), jnp.int32),
         counts=jnp.zeros((*lead, config.codebook_size), mass),
@@ -90,5 +91,5 @@ def window_keys(state: AttentionState, words: Codewords, dtype: Any) -> RingKeys
     """
     if state.keys is not None:
         return state.keys
-    groups = jnp.arange(words.shape[0])[:, None]
+    groups = iota(words.shape[0])[:, None]
     return words.astype(dtype)[groups, state.codes]

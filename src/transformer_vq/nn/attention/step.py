@@ -13,7 +13,7 @@ from transformer_vq.nn.attention.bounds import Decay, cap_offsets, keys_beyond
 from transformer_vq.nn.attention.cache import faded, join, log_mass
 from transformer_vq.nn.attention.inputs import QKV, Attended, AttentionWeights
 from transformer_vq.nn.attention.state import AttentionState
-from transformer_vq.nn.layers import wide
+from transformer_vq.nn.layers import iota, wide
 from transformer_vq.nn.timeline import Timeline
 from transformer_vq.types import Codes, Index, PerRowFlag, TableOfValues, Values
 
@@ -54,7 +54,7 @@ def take_in(
     """
     batch, _, groups = codes.shape
     ring = config.ring_len
-    rows, heads_of = jnp.arange(batch)[:, None], jnp.arange(groups)[None, :]
+    rows, heads_of = iota(batch)[:, None], iota(groups)[None, :]
     active = timeline.length > 0
     slot = (timeline.start % ring)[:, None]  # [B, 1]
     old_code = state.codes[rows, heads_of, slot]
@@ -95,7 +95,7 @@ def _scores(
     r = unit.r.reshape(ring, *shape[1:], d_k)
     bias = jnp.einsum("bgrk,dgrk->bgrd", q + unit.w.reshape(*shape[1:], d_k), r)
     slot = (timeline.start % ring)[:, None]
-    distance = (slot - jnp.arange(ring)) % ring  # [B, W] of the key in each slot
+    distance = (slot - iota(ring)) % ring  # [B, W] of the key in each slot
     near = jnp.take_along_axis(content, state.codes[:, :, None], axis=3)
     near += jnp.take_along_axis(bias, distance[:, None, None], axis=3)
     near = wide(near)
@@ -141,5 +141,5 @@ def _clear_means_jvp(primals, tangents):
 
 
 def _without_means(values: TableOfValues, clear: PerRowFlag, first_mean: Index) -> TableOfValues:
-    is_mean = jnp.arange(values.shape[2]) >= first_mean
+    is_mean = iota(values.shape[2]) >= first_mean
     return jnp.where(clear[:, None, None, None] & is_mean[:, None], 0, values)

@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int, Shaped
 
 from transformer_vq.nn.attention.blockwise import MASKED, SAVED
-from transformer_vq.nn.layers import wide
+from transformer_vq.nn.layers import iota, wide
 from transformer_vq.types import (
     Index,
     TileBiases,
@@ -113,7 +113,7 @@ class _Tile:
         self.width = c if own else 2 * c
         self.start = (len(x.keys) - 1 - (before + i - j)) * c
         self.biases = jax.lax.dynamic_slice_in_dim(x.biases, self.start, self.width, axis=2)
-        index = jnp.arange(c)
+        index = iota(c)
         self.visible = (j * c + index >= first[i][..., None])[:, None, None]  # [B, 1, 1, c, c]
         if own:
             self.visible = self.visible & (index <= index[:, None])
@@ -175,7 +175,7 @@ def _forward(x: Tiles, first: TileFirst) -> tuple[TileOutputs, TileLogSums]:
             top, total, out = jax.lax.fori_loop(oldest[i], before + i, add, start)
         return (out / total).astype(x.content.dtype), (top + jnp.log(total))[..., 0]
 
-    return jax.lax.map(block, jnp.arange(len(x.content), dtype=jnp.int32))
+    return jax.lax.map(block, iota(len(x.content)))
 
 
 def _oldest(x: Tiles, first: TileFirst) -> Int[jax.Array, "n"]:
@@ -204,7 +204,7 @@ def _attend_backward(residuals, d_out: TileOutputs):
     """With weights P: d scores = P (d out . v - d out . out), the rest by the rules of products."""
     x, first, out, lse = residuals
     queries, before = len(x.content), len(x.keys) - len(x.content)
-    ends = jnp.searchsorted(_oldest(x, first), jnp.arange(len(x.keys)), side="right")
+    ends = jnp.searchsorted(_oldest(x, first), iota(len(x.keys)), side="right")
     saved = _Saved(
         lse=lse,
         delta=jnp.sum(wide(d_out) * wide(out), axis=-1),
