@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transformer_vq import ModelConfig, init_model
-from transformer_vq.config import MeshConfig, TrainConfig
+from transformer_vq.config import FOR_CODES, MeshConfig, TrainConfig
 from transformer_vq.errors import ConfigError
 from transformer_vq.presets import PRESETS, TRAIN_PRESETS
 
@@ -46,10 +46,7 @@ def model_configs(draw):
         "logit_scale": draw(positive),
         "commit_coefficient": draw(st.floats(0, 1e30)),
     }
-    # The bounds of the far part are for VQ alone, and only one of them.
-    bound = draw(st.sampled_from(["far_decay", "far_cap"])) if fields["attention"] == "vq" else ""
-    fields["far_decay"] = draw(positive) if bound == "far_decay" else 0.0
-    fields["far_cap"] = draw(size) if bound == "far_cap" else 0
+    fields["forget_horizon"] = draw(st.floats(1.001, 1e30))
     for name, value in _fields(ModelConfig).items():
         if isinstance(value, bool):
             fields[name] = draw(st.booleans())
@@ -57,6 +54,16 @@ def model_configs(draw):
             fields[name] = draw(rate)
         elif name.endswith("_dtype"):
             fields[name] = draw(dtype)
+    fields |= FOR_CODES  # off, for what full attention has no use for
+    if fields["attention"] == "vq":
+        fields |= dict(
+            far_decay=draw(st.floats(0, 1e30, allow_subnormal=False)),
+            far_cap=draw(st.integers(0, 10**6)),
+            forget=draw(st.sampled_from(["none", "constant", "gated"])),
+            reach=draw(st.integers(0, 10**6)),
+            sphere_codewords=draw(st.booleans()),
+            soft_writes=draw(st.booleans()),
+        )
     assert fields.keys() == _fields(ModelConfig).keys()
     return ModelConfig(**fields)
 

@@ -17,6 +17,7 @@ from transformer_vq.presets import PRESETS, TRAIN_PRESETS
 
 HeadType = Literal["shga", "mqa", "mha"]
 Attention = Literal["vq", "full"]
+Forget = Literal["none", "constant", "gated"]
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 Optimizer = Literal["adamw", "lion", "adafactor", "muon"]
 Schedule = Literal["cosine", "linear", "inverse-sqrt", "wsd"]
@@ -24,6 +25,10 @@ CodebookInit = Literal["data", "random"]
 
 DEFAULT_CAPACITY = 4096  # tokens that a state of full attention holds, unless told otherwise
 AUTO = 0  # left out: follows from other fields
+# Fields that full attention has no use for, and the value that turns them off.
+FOR_CODES = dict(
+    far_decay=0, far_cap=0, forget="none", sphere_codewords=False, reach=0, soft_writes=False
+)
 MLP_WIDTH = {"mqa": 5, "mha": 4}  # times d_model; shga has no MLP
 
 
@@ -55,6 +60,20 @@ class ModelConfig:
                             "keys fade; 0: never", "[0, inf)")  # fmt: skip
     far_cap: int = whole(0, "let keys beyond the window weigh as if they were no more than this; "
                          "0: no limit")  # fmt: skip
+    forget: Forget = choice(
+        "none", "constant: keys fade, with a learned rate per key/value head; gated: the token "
+        "decides how much the keys before it fade"
+    )  # fmt: skip
+    forget_horizon: float = real(8192.0, "no key outlives about so many tokens (tau_max), where "
+                                 "there is forgetting", "(1, inf)")  # fmt: skip
+    key_shift: bool = switch(False, "mix each key with the one before it, by a learned share")
+    score_gain: bool = switch(False, "a learned factor on the scores, per query head")
+    sink: bool = switch(False, "let queries attend to nothing, with a learned score per head")
+    sphere_codewords: bool = switch(False, "codewords of the norm of keys: means, normalised")
+    reach: int = whole(0, "in training, see keys one by one so many tokens back, so that they get "
+                       "gradients; 0: the window's", high=2**20)  # fmt: skip
+    soft_writes: bool = switch(False, "let gradients reach keys beyond the window, through the "
+                               "codes that they might have had")  # fmt: skip
     grad_through_cache: bool = switch(True, "let gradients reach values beyond the window")
     reset_at_document: bool = switch(False, "a document attends to nothing before its start")
     absolute_positions: bool = switch(False, "add a sinusoid times a learned scalar to the input")
@@ -83,13 +102,14 @@ class ModelConfig:
             raise ConfigError(
                 f"d_model is {self.d_model}: it must be even (sine and cosine halves)", "d_model"
             )
-        for name in ("far_decay", "far_cap"):
-            if getattr(self, name) and self.attention == "full":
-                raise ConfigError(
-                    f"{name} is {getattr(self, name)}: full attention has no cache of codes, so it "
-                    f'must be 0, or attention "vq"',
-                    name,
-                )
+        if self.attention == "full":
+            for name, off in FOR_CODES.items():
+                if (value := getattr(self, name)) != off:
+                    raise ConfigError(
+                        f"{name} is {value}: full attention has no cache of codes, so it must be "
+                        f'{off}, or attention "vq"',
+                        name,
+                    )
         if self.num_heads == AUTO:
             if self.head_type != "shga":
                 _require_multiple(self, "d_model", "d_k", ", or give num_heads")
@@ -127,6 +147,11 @@ class ModelConfig:
         """Rows of an attention unit's table: the ring's, one for each code, and up to 7 spare ones:
         a multiple of 8, so that a product with the table can be made in parts."""
         return -(-(self.ring_len + self.codebook_size) // 8) * 8
+
+    @property
+    def fades(self) -> bool:
+        """Whether keys weigh less as tokens come after them."""
+        return self.forget != "none" or self.far_decay > 0
 
     # Presets and files.
 

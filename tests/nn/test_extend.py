@@ -32,8 +32,25 @@ CASES = {
     "decay_cap_documents": make_config(
         num_heads=2, window_len=3, block_len=4, far_decay=6.0, far_cap=4, reset_at_document=True
     ),
+    "memory_documents": make_config(
+        "mqa",
+        window_len=3,
+        block_len=4,
+        forget="gated",
+        forget_horizon=30.0,
+        key_shift=True,
+        score_gain=True,
+        sink=True,
+        sphere_codewords=True,
+        reset_at_document=True,
+    ),
     "full_documents": make_config(
-        "mqa", attention="full", reset_at_document=True, absolute_positions=True
+        "mqa",
+        attention="full",
+        reset_at_document=True,
+        absolute_positions=True,
+        key_shift=True,
+        sink=True,
     ),
 }
 WITH_DOCUMENTS = [name for name, config in CASES.items() if config.reset_at_document]

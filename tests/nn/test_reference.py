@@ -12,12 +12,21 @@ from hypothesis import strategies as st
 from tests.helpers import SINGLE, close, far, make_config, quick_jit, random_inputs, random_model
 from transformer_vq import Model, extend, init_state
 from transformer_vq.nn import vq
+from transformer_vq.nn.embedding import to_logits
 from transformer_vq.nn.forward import Training, forward
 from transformer_vq.nn.reference import reference_logits
 
 BATCH, LENGTH = 3, 19
 
 
+MEMORY = dict(  # all that has to do with memory, but its bounds and the gradients of far keys
+    forget="gated",
+    forget_horizon=30.0,
+    key_shift=True,
+    score_gain=True,
+    sink=True,
+    sphere_codewords=True,
+)
 CONFIGS = {
     "gated": make_config(window_len=3, block_len=4),
     "decay": make_config(window_len=3, block_len=4, far_decay=5.0),
@@ -26,6 +35,26 @@ CONFIGS = {
     "cap": make_config("mha", window_len=2, block_len=5, far_cap=3),
     "decay_cap_documents": make_config(
         num_heads=2, window_len=1, block_len=4, far_decay=4.0, far_cap=2, reset_at_document=True
+    ),
+    "forget": make_config(window_len=3, block_len=4, forget="gated", forget_horizon=30.0),
+    "soft_writes": make_config(window_len=3, block_len=4, soft_writes=True),
+    "reach": make_config(window_len=3, block_len=4, reach=6),
+    "memory_documents": make_config(
+        "mha", window_len=2, block_len=5, far_cap=3, reset_at_document=True, **MEMORY
+    ),
+    "memory_reach_soft_writes": make_config(
+        "mqa",
+        window_len=2,
+        block_len=3,
+        far_decay=9.0,
+        reach=5,
+        soft_writes=True,
+        reset_at_document=True,
+        **MEMORY,
+    ),
+    "memory_no_cache": make_config("mqa", window_len=4, block_len=3, use_cache=False, **MEMORY),
+    "full_memory": make_config(
+        "mqa", attention="full", reset_at_document=True, key_shift=True, score_gain=True, sink=True
     ),
     "two_gated_heads": make_config(
         window_len=5, block_len=3, num_heads=2, tie_embeddings=True, final_norm=False
@@ -74,7 +103,11 @@ def run_extend(config, params, codebook, tokens, document_ids, cotangent):
     def logits(params):
         model = Model(params=params, codebook=codebook, config=config)
         state = init_state(config, batch, capacity=capacity)
-        return extend(model, state, tokens, document_ids=document_ids)[0]
+        if not config.reach:
+            return extend(model, state, tokens, document_ids=document_ids)[0]
+        training = Training(jnp.ones(tokens.shape))  # a reach is for gradients, in training alone
+        out = forward(model, state, tokens, document_ids=document_ids, training=training)
+        return to_logits(model.params, out.features, config)
 
     value, pull_back = jax.vjp(logits, params)
     return value, pull_back(cotangent)[0]
@@ -106,7 +139,7 @@ def test_values_and_gradients(name, double):
             assert np.abs(grad).max() > 1e-4, path
     # Controls: other codewords, or other position biases for full attention; other documents.
     params, codebook = model.params, model.codebook
-    if config.attention == "full" or config.codebook_size == 1:
+    if config.attention == "full" or config.codebook_size == 1 or config.sphere_codewords:
         params = {**params, "units": {**params["units"], "w_r": params["units"]["w_r"] * 1.01}}
     else:
         codebook = {**codebook, "count": codebook["count"] * 1.01}
@@ -190,8 +223,21 @@ def any_case(draw):
         "absolute_positions",
         "tie_embeddings",
         "final_norm",
+        "key_shift",
+        "score_gain",
+        "sink",
     ):
         fields[name] = draw(st.booleans())
+    if fields["attention"] == "vq":
+        fields |= dict(
+            forget=draw(st.sampled_from(["none", "constant", "gated"])),
+            forget_horizon=draw(st.sampled_from([3.0, 50.0])),
+            far_decay=draw(st.sampled_from([0.0, 0.0, 0.3, 10.0])),
+            far_cap=draw(st.sampled_from([0, 0, 2, 20])),
+            reach=draw(st.sampled_from([0, 0, 5, 40])),
+            sphere_codewords=draw(st.booleans()),
+            soft_writes=draw(st.booleans()),
+        )
     config = make_config(head_type, **fields)
     return config, draw(st.integers(0, 99)), draw(st.integers(1, 3)), draw(st.integers(2, 40))
 

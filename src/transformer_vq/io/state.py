@@ -13,9 +13,12 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from transformer_vq.config import FOR_CODES
 from transformer_vq.errors import UserError
 from transformer_vq.nn.model import Model, State, init_state
 
+# Fields of a configuration that states were saved without, and the value that changes nothing.
+MEMORY_FIELDS = FOR_CODES | dict.fromkeys(("key_shift", "score_gain", "sink"), False)
 VERSION = 2  # 1 had no spare rows in its tables
 FORMAT = "transformer-vq state"
 _MOST_HEADER = 1 << 24  # bytes of a header: a line for each array
@@ -28,9 +31,11 @@ class StateError(UserError):
 def model_hash(model: Model) -> str:
     """SHA-256 of a model: its configuration and every byte of its arrays."""
     config = model.config.to_dict()
-    for name in ("far_decay", "far_cap"):  # states of before there were such fields stay readable
-        if not config[name]:
+    for name, off in MEMORY_FIELDS.items():  # what older states know nothing of, if it is off
+        if config[name] == off:
             del config[name]
+    if model.config.forget == "none":
+        del config["forget_horizon"]
     digest = hashlib.sha256(json.dumps(config, indent=2).encode())
     for path, array in jax.tree.leaves_with_path((model.params, model.codebook)):
         digest.update(jax.tree_util.keystr(path).encode())

@@ -84,12 +84,14 @@ def _fits(config: ModelConfig, state: State) -> bool:
             return full and (unit.keys.shape, unit.values.shape) == shapes
         shapes = ((*lead, ring), (*lead, size), (*lead, config.table_rows, config.d_v))
         found = (unit.codes.shape, unit.counts.shape, unit.values.shape)
-        return config.attention == "vq" and found == shapes
+        fades = unit.ages is not None
+        return config.attention == "vq" and found == shapes and fades == config.fades
 
     return (
         state.logits.shape[1] == config.vocab_size
         and len(state.units) == config.num_units
         and all(map(unit_fits, state.units))
+        and all((unit.previous is not None) == config.key_shift for unit in state.units)
     )
 
 

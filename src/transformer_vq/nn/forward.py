@@ -189,7 +189,8 @@ def _run_chunk(
 ) -> UnitOutput:
     """One unit on what goes through it at once."""
     if not config.grad_through_cache:
-        unit_state = jax.lax.stop_gradient(unit_state)
+        past = jax.lax.stop_gradient(unit_state)
+        unit_state = replace(past, previous=unit_state.previous)  # no part of the cache
 
     def drop(added: Features, branch: int) -> Features:
         if keys is None:

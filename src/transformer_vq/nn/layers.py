@@ -17,13 +17,16 @@ from transformer_vq.types import Key, Params
 class ArraySpec:
     """One parameter, declared once: shape, logical axis names (for sharding) and initialiser.
 
-    `init` is "zeros", "ones" or "normal"; a normal array has standard deviation `scale`.
+    `init` is "zeros", "ones", "normal", or the numbers themselves; a normal array has standard
+    deviation `scale`. A `gate` is trained as a vector is, whatever its shape: by Adam where there
+    is a choice, without weight decay.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
-    init: Literal["zeros", "ones", "normal"] = "normal"
+    init: Literal["zeros", "ones", "normal"] | np.ndarray = "normal"
     scale: float = 1.0
+    gate: bool = False
 
 
 def is_spec(x: Any) -> bool:
@@ -65,8 +68,10 @@ def init_arrays(specs: Params, key: Key, dtype: Any) -> Params:
     keys = jax.random.split(key, len(leaves))
 
     def draw(spec: ArraySpec, key: Key) -> jax.Array:
-        if spec.init == "normal":
+        if isinstance(spec.init, str) and spec.init == "normal":
             return (spec.scale * jax.random.normal(key, spec.shape)).astype(dtype)
+        if isinstance(spec.init, np.ndarray):
+            return jnp.asarray(spec.init, dtype)
         return jnp.full(spec.shape, {"zeros": 0, "ones": 1}[spec.init], dtype)
 
     return jax.tree.unflatten(tree, [draw(s, k) for s, k in zip(leaves, keys, strict=True)])

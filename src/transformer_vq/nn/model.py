@@ -11,6 +11,7 @@ from transformer_vq.config import DEFAULT_CAPACITY, ModelConfig
 from transformer_vq.errors import UserError
 from transformer_vq.nn import attention, layers, vq
 from transformer_vq.nn.attention import AttentionState, FullAttentionState
+from transformer_vq.nn.forget import forget_start
 from transformer_vq.nn.layers import ArraySpec
 from transformer_vq.types import Params
 
@@ -72,6 +73,17 @@ def model_specs(config: ModelConfig) -> tuple[Params, Params]:
         "w": ArraySpec((n, heads * k), ("unit", "heads"), "zeros"),
         "w_o": weight(heads * v, d, (out, "embed")),
     }
+    if config.forget != "none":
+        units["b_forget"] = ArraySpec((n, groups), ("unit", "kv_heads"), forget_start(config))
+    if config.forget == "gated":
+        axes = ("unit", "embed", "kv_heads")
+        units["w_forget"] = ArraySpec((n, d, groups), axes, "zeros", gate=True)
+    if config.key_shift:
+        units["key_shift"] = ArraySpec((n, groups * k), ("unit", "kv_heads"), "zeros")
+    if config.score_gain:
+        units["score_gain"] = ArraySpec((n, heads), ("unit", "heads"), "ones")
+    if config.sink:
+        units["sink"] = ArraySpec((n, heads), ("unit", "heads"), "zeros")
     if gated:
         units["w_g"] = weight(d, heads * v, ("embed", "hidden"))
     else:

@@ -22,15 +22,65 @@ def sinusoid(positions, width, max_wavelength):
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-def quadratic_attention(q, k, v, codewords, u, w, r, config, document_ids):
+def log_fades(x, p, config):
+    """l `[B, T, G]` of normed features: what token t takes off the score of every older key."""
+    fades = jnp.zeros((*x.shape[:2], config.num_kv_heads), x.dtype)
+    if config.forget != "none":
+        gate = x @ p["w_forget"] if config.forget == "gated" else 0.0
+        fades -= jax.nn.softplus(-(gate + p["b_forget"])) + 1 / config.forget_horizon
+    if config.far_decay:
+        fades -= 1 / config.far_decay
+    return jnp.maximum(fades, -20.0)
+
+
+def shifted(k, p, config, document_ids):
+    """Keys `[B, T, G, K]`, each mixed with the one before it in its document."""
+    mix = jax.nn.sigmoid(p["key_shift"]).reshape(config.num_kv_heads, config.d_k)
+    before = jnp.pad(k, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1]
+    if config.reset_at_document:
+        same = document_ids == jnp.pad(document_ids, ((0, 0), (1, 0)))[:, :-1]
+        before = jnp.where(same[..., None, None], before, 0.0)
+    return (1 - mix) * k + mix * before
+
+
+def soft_scores(q, k, codewords, codes, far):
+    """Content scores `[B, H, T, J]` of keys in the cache, whose gradient is that of soft writes.
+
+    Key j is written to code s with weight A_js: 1 or 0 in value, in gradient softmax_s(k_j . C_s).
+    A code that holds none of the keys `far` `[B or 1, H or 1, T, J]` from a query takes no part.
+    """
+    chosen = jax.nn.one_hot(codes, codewords.shape[1], dtype=q.dtype)  # [B, J, H, S]
+    soft = jax.nn.softmax(jnp.einsum("bjhk,hsk->bjhs", k, codewords), axis=-1)
+    weights = chosen + soft - sg(soft)
+    far = jnp.broadcast_to(far, (q.shape[0], q.shape[2], *far.shape[2:]))
+    held = jnp.einsum("bhtj,bjhs->bhts", far.astype(q.dtype), chosen)
+    content = jnp.einsum("bthk,hsk->bhts", q, codewords)
+    top = sg(content.max(-1, keepdims=True))
+    mass = jnp.where(held > 0, jnp.exp(content - top), 0.0)
+    exponentials = jnp.einsum("bhts,bjhs->bhtj", mass, weights)
+    return jnp.where(far, top + jnp.log(jnp.where(far, exponentials, 1.0)), 0.0)
+
+
+def quadratic_attention(
+    q, k, v, codewords, u, w, r, config, document_ids, *, gain=None, fades=None, sink=None
+):
     """Outputs `[B, T, H, V]`, codes `[B, T, H]` and |k - C_z|^2 `[B, T, H]`.
 
     q, k `[B, T, H, K]`, v `[B, T, H, V]`, codewords `[H, S, K]`, u, w `[H, K]`, r `[T, H, K]`
     (one row per distance), document_ids `[B, T]`. Key/value heads are repeated by the caller.
+    Where a model has them: gain `[H]`, fades `[B, T, H]` (`log_fades`) and sink `[H]`.
     """
+    if gain is not None:
+        q, u, w = (gain[:, None] * x for x in (q, u, w))
     t = jnp.arange(q.shape[1])
     distance = t[:, None] - t[None, :]
     near = distance <= config.window_len
+    visible = jnp.broadcast_to(distance >= 0, (q.shape[0], 1, *distance.shape))
+    if config.attention == "vq" and not config.use_cache:
+        visible = visible & near
+    if config.reset_at_document:
+        visible = visible & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
+
     errors = jnp.sum((k[..., None, :] - codewords) ** 2, axis=-1)  # [B, T, H, S]
     codes = jnp.argmin(errors, axis=-1)
     if config.attention == "vq":
@@ -38,20 +88,21 @@ def quadratic_attention(q, k, v, codewords, u, w, r, config, document_ids):
         quantized = quantized[..., 0, :]
         # Straight-through gradients reach the keys from the window of the query's block on.
         block_start = t // config.block_len * config.block_len
-        reach = t[None, :] >= block_start[:, None] - config.window_len
-        content = jnp.where(
-            reach,
-            jnp.einsum("bthk,bjhk->bhtj", q + u, k + sg(quantized - k)),
-            jnp.einsum("bthk,bjhk->bhtj", q + u, quantized),
-        )
-        position_bias_reach = near
+        span = t[None, :] >= block_start[:, None] - max(config.window_len, config.reach)
+        straight = k + sg(quantized - k)
+        beyond = jnp.einsum("bthk,bjhk->bhtj", q + u, quantized)
+        if config.soft_writes:
+            beyond = soft_scores(q + u, straight, codewords, codes, visible & ~span)
+        content = jnp.where(span, jnp.einsum("bthk,bjhk->bhtj", q + u, straight), beyond)
+        biased = near
     else:
         content = jnp.einsum("bthk,bjhk->bhtj", q + u, k)
-        position_bias_reach = jnp.ones_like(near)
+        biased = jnp.ones_like(near)
     bias = jnp.einsum("bthk,tjhk->bhtj", q + w, r[jnp.maximum(distance, 0)])
-    scores = content + jnp.where(position_bias_reach, bias, 0.0)
-    if config.far_decay:
-        scores = scores - jnp.maximum(distance, 0).astype(scores.dtype) / config.far_decay
+    scores = content + jnp.where(biased, bias, 0.0)
+    if fades is not None:  # the sum of l over the tokens after the key, up to the query
+        total = jnp.moveaxis(jnp.cumsum(fades, axis=1), 1, 2)
+        scores = scores + total[..., :, None] - total[..., None, :]
     if config.far_cap:  # as if no more keys than so many were beyond the window
         start = first_of_document(document_ids) if config.reset_at_document else 0
         beyond = jnp.maximum(t - start - config.window_len, 1)
@@ -59,12 +110,11 @@ def quadratic_attention(q, k, v, codewords, u, w, r, config, document_ids):
         offset = jnp.broadcast_to(offset, q.shape[:2])[:, None, :, None]
         scores = scores + jnp.where(near, 0.0, offset)
 
-    visible = jnp.broadcast_to(distance >= 0, (q.shape[0], 1, *distance.shape))
-    if config.attention == "vq" and not config.use_cache:
-        visible = visible & near
-    if config.reset_at_document:
-        visible = visible & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
-    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+    scores = jnp.where(visible, scores, -jnp.inf)
+    if sink is not None:  # a key of value 0 that every query sees
+        nothing = jnp.broadcast_to(sink[:, None, None], (*scores.shape[:3], 1))
+        scores = jnp.concatenate([scores, nothing], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : len(t)]
     commitment = jnp.min(errors, axis=-1)
     return jnp.einsum("bhtj,bjhv->bthv", weights, v), codes, commitment
 
@@ -100,7 +150,8 @@ def reference_logits(params, codebook, config, tokens, document_ids=None):
 
         y = rms(x) * p["norm"]["gain"] + p["norm"]["bias"]
         q = scale * rms(split(y @ p["w_q"], heads))
-        k = scale * rms(split(y @ p["w_k"], kv_heads))
+        k = split(y @ p["w_k"], kv_heads)
+        k = scale * rms(shifted(k, p, config, document_ids) if config.key_shift else k)
         v = split(y @ p["w_v"], kv_heads)
         if config.head_type == "shga":
             v = jax.nn.silu(v)
@@ -108,11 +159,21 @@ def reference_logits(params, codebook, config, tokens, document_ids=None):
         u, w = (scale * p[name].reshape(heads, -1) for name in ("u", "w"))
         r = scale * (wave @ p["w_r"]).reshape(length, heads, -1)
         words = sg(c["sum"] / jnp.maximum(c["count"], 0.01)[..., None])
+        if config.sphere_codewords:
+            words = scale * rms(words)
 
         repeats = heads // kv_heads
+        fades = None
+        if config.forget != "none" or config.far_decay:
+            fades = jnp.repeat(log_fades(y, p, config), repeats, axis=2)
         k, v = jnp.repeat(k, repeats, axis=2), jnp.repeat(v, repeats, axis=2)
         words = jnp.repeat(words, repeats, axis=0)
-        o, _, errors = quadratic_attention(q, k, v, words, u, w, r, config, document_ids)
+        o, _, errors = quadratic_attention(
+            *(q, k, v, words, u, w, r, config, document_ids),
+            gain=p["score_gain"] if config.score_gain else None,
+            fades=fades,
+            sink=p["sink"] if config.sink else None,
+        )
         commitment += jnp.sum(errors) / repeats
         o = o.reshape(batch, length, -1)
         if config.head_type == "shga":

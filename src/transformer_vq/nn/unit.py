@@ -13,11 +13,13 @@ import jax.numpy as jnp
 from transformer_vq.config import ModelConfig
 from transformer_vq.nn import attention, layers, vq
 from transformer_vq.nn.attention import QKV, AttentionWeights, FullAttentionState, UnitState
+from transformer_vq.nn.forget import ForgetGate, fades
 from transformer_vq.nn.layers import Mlp, iota
 from transformer_vq.nn.products import OutputMajor, computed_once, matmul
+from transformer_vq.nn.shift import key_mix, shift_keys
 from transformer_vq.nn.timeline import Timeline
 from transformer_vq.nn.vq import SamplePositions
-from transformer_vq.types import Features, Params
+from transformer_vq.types import Features, HeadScore, KeyMix, LastKey, Params
 
 Layout = Literal["fused", "separate", "decode"]
 
@@ -51,6 +53,9 @@ class PreparedUnit:
     attention: AttentionWeights
     w_o: jax.Array | OutputMajor  # [H V, D]
     mlp: Mlp | None  # None in gated heads
+    gain: HeadScore | None = None  # [H]: factor on the scores; in u and w already
+    key_mix: KeyMix | None = None  # [G, K]: share of the key before
+    forget: ForgetGate | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -113,18 +118,32 @@ def prepare_unit(
         project = Fused(stored(jnp.concatenate(projections, axis=1)))
     scale = config.d_k**-0.25
     heads_k = (config.num_heads, config.d_k)
+    gain = cast(params["score_gain"]) if config.score_gain else None
+    u, w = (cast(params[name]).reshape(heads_k) * scale for name in ("u", "w"))
+    if gain is not None:
+        u, w = u * gain[:, None], w * gain[:, None]
     r = (cast(wave) @ cast(params["w_r"])).reshape(-1, *heads_k)
     weights = AttentionWeights(
-        words=vq.codewords(codebook),
-        u=cast(params["u"]).reshape(heads_k) * scale,
-        w=cast(params["w"]).reshape(heads_k) * scale,
+        words=vq.codewords(codebook, sphere=config.sphere_codewords),
+        u=u,
+        w=w,
         r=r * scale,
+        sink=layers.wide(params["sink"]) if config.sink else None,
     )
     mlp = None
     if not gated:
         matrices = (stored(cast(params["mlp"][name])) for name in ("w_in", "w_out"))
         mlp = Mlp(params["mlp"]["norm"], *matrices)
-    return PreparedUnit(params["norm"], project, weights, stored(cast(params["w_o"])), mlp)
+    return PreparedUnit(
+        norm=params["norm"],
+        project=project,
+        attention=weights,
+        w_o=stored(cast(params["w_o"])),
+        mlp=mlp,
+        gain=gain,
+        key_mix=key_mix(params, config) if config.key_shift else None,
+        forget=ForgetGate.of(params, config) if config.forget != "none" else None,
+    )
 
 
 def apply_unit(
@@ -136,8 +155,9 @@ def apply_unit(
     training: UnitTraining | None = None,
 ) -> UnitOutput:
     """One residual unit on some tokens, which continue the state."""
-    qkv, gate = _project_in(unit, x, config)
+    qkv, gate, last = _project_in(unit, x, state.previous, timeline, config)
     out, state, statistics = _attend(unit, qkv, state, timeline, config, training)
+    state = replace(state, previous=last)
     with jax.named_scope("project_out"):
         out = out.reshape(*x.shape[:2], -1)
         if gate is not None:
@@ -154,18 +174,30 @@ def _dropped(added: jax.Array, branch: int, training: UnitTraining | None) -> ja
 
 @jax.named_scope("project_in")
 def _project_in(
-    unit: PreparedUnit, x: Features, config: ModelConfig
-) -> tuple[QKV, jax.Array | None]:
-    """Queries, keys and values of the tokens, and in gated heads the gate `[B, T, H V]`.
+    unit: PreparedUnit,
+    x: Features,
+    previous: LastKey | None,
+    timeline: Timeline,
+    config: ModelConfig,
+) -> tuple[QKV, jax.Array | None, LastKey | None]:
+    """Queries, keys and values of the tokens; in gated heads the gate `[B, T, H V]`; and with
+    `key_shift` the last key as it was before it was mixed.
 
     In the dtype of x; only keys stay wide, until their codes are known.
     """
     lead, d_k = x.shape[:2], config.d_k
-    q, k, v, gate = _columns(unit.project, layers.norm(unit.norm, x), config)
+    normed = layers.norm(unit.norm, x)
+    q, k, v, gate = _columns(unit.project, normed, config)
     q = layers.rms_norm(q.reshape(*lead, config.num_heads, d_k)) * d_k**-0.25
-    k = layers.rms_norm(k.reshape(*lead, config.num_kv_heads, d_k)) * d_k**-0.25
+    q = q.astype(x.dtype)
+    if unit.gain is not None:
+        q = q * unit.gain[:, None]
+    k = k.reshape(*lead, config.num_kv_heads, d_k)
+    if unit.key_mix is not None and previous is not None:
+        k, previous = shift_keys(k, unit.key_mix, previous, timeline)
+    k = layers.rms_norm(k) * d_k**-0.25
     v = v.reshape(*lead, config.num_kv_heads, config.d_v)
-    return QKV(q.astype(x.dtype), k, v), gate
+    return QKV(q, k, v, fades(unit.forget, normed, timeline, config)), gate, previous
 
 
 def _columns(
@@ -195,6 +227,8 @@ def _attend(
 ) -> tuple[jax.Array, UnitState, Statistics | None]:
     """Attention outputs `[B, T, H, V]`, the new state and the statistics of the keys."""
     length, weights = x.q.shape[1], unit.attention
+    if training is None and config.reach:
+        config = config.replace(reach=0)  # it is for gradients
     with jax.named_scope("attention"):
         if isinstance(state, FullAttentionState):
             x = replace(x, k=x.k.astype(x.q.dtype))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from transformer_vq.nn import products
-from transformer_vq.nn.layers import ArraySpec, iota, wide
+from transformer_vq.nn.layers import ArraySpec, iota, rms_norm, wide
 from transformer_vq.types import Key, Params
 
 MIN_COUNT = 0.01  # a code used less than this keeps its size instead of dividing by nothing
@@ -29,10 +29,17 @@ def codebook_specs(num_units: int, num_kv_heads: int, size: int, width: int) -> 
     }
 
 
-def codewords(codebook: Params) -> jax.Array:
-    """Codewords `[..., G, S, K]`, without gradient."""
+def codewords(codebook: Params, *, sphere: bool = False) -> jax.Array:
+    """Codewords `[..., G, S, K]`, without gradient.
+
+    `sphere`: of the norm that keys have, K^1/4. A mean of keys is shorter than they are, and so
+    would be the scores that it gives (`ModelConfig.sphere_codewords`).
+    """
     count = jnp.maximum(codebook["count"], MIN_COUNT)
-    return jax.lax.stop_gradient(codebook["sum"] / count[..., None])
+    words = codebook["sum"] / count[..., None]
+    if sphere:
+        words = (rms_norm(words) * words.shape[-1] ** -0.25).astype(words.dtype)
+    return jax.lax.stop_gradient(words)
 
 
 def assign(keys: jax.Array, words: jax.Array) -> jax.Array:

@@ -105,14 +105,14 @@ def _scale_by_optimizer(train: TrainConfig, config: ModelConfig) -> optax.Gradie
 
 
 def decayed(config: ModelConfig) -> Params:
-    """For each parameter, whether weight decay applies: to all but vectors.
+    """For each parameter, whether weight decay applies: to all but vectors and gates.
 
     Units are stacked along an axis of their own, which does not make a matrix of a vector. Scalars
     decay, as in the reference implementation.
     """
 
     def is_decayed(spec: ArraySpec) -> bool:
-        return len([axis for axis in spec.axes if axis != "unit"]) != 1
+        return not spec.gate and len([axis for axis in spec.axes if axis != "unit"]) != 1
 
     return jax.tree.map(is_decayed, model_specs(config)[0], is_leaf=is_spec)
 
@@ -121,7 +121,8 @@ def _muon_or_adam(config: ModelConfig) -> Params:
     """For each parameter, its part of `muon`: embeddings and the output projection have Adam."""
 
     def part(spec: ArraySpec) -> str:
-        return "muon" if spec.axes[:1] == ("unit",) and len(spec.axes) == 3 else "adam"
+        matrix = spec.axes[:1] == ("unit",) and len(spec.axes) == 3 and not spec.gate
+        return "muon" if matrix else "adam"
 
     return jax.tree.map(part, model_specs(config)[0], is_leaf=is_spec)
 

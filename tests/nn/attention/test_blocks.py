@@ -25,7 +25,9 @@ def window_of(times, batch=B, groups=G, d_k=4, d_v=6):
     shape = (batch, groups, len(times))
     keys, values = (np.broadcast_to(times[:, None], (*shape, d)) for d in (d_k, d_v))
     codes = np.broadcast_to(times, shape).astype(np.int32)
-    return Window(jnp.asarray(codes), *(jnp.asarray(x, jnp.float32) for x in (keys, values)))
+    return Window(
+        jnp.asarray(codes), *(jnp.asarray(x, jnp.float32) for x in (keys, values)), fades=None
+    )
 
 
 def times_of(window):
@@ -54,7 +56,7 @@ def test_layout(length, fitting, monkeypatch):
 
 
 def test_layout_without_gradients_through_the_cache():
-    assert blocks.layout(SMALL.replace(grad_through_cache=False), B, 19) == Layout(4, 1, 5)
+    assert blocks.layout(SMALL.replace(grad_through_cache=False), B, 19) == Layout(6, 4, 1, 5)
 
 
 @pytest.mark.parametrize("window", [0, 3, 8, 11])
@@ -70,7 +72,7 @@ def test_slide(window):
 def test_spans(window):
     """Each of two blocks of 4 sees the keys just before it, and its own."""
     old, new = window_of(range(window)), window_of(range(window, window + 8))
-    before, own = blocks.spans(old.keys, new.keys, Layout(4, 2, 1))
+    before, own = blocks.spans(old.keys, new.keys, Layout(window, 4, 2, 1))
     for i in range(2):
         start = window + 4 * i
         np.testing.assert_array_equal(before[0, 0, i, :, 0], np.arange(start - window, start))
@@ -83,7 +85,9 @@ def test_visible_keys(use_cache):
     config, start = SMALL.replace(use_cache=use_cache), 9
     first = np.array([[[-5] * 4, [-5, -5, 21, 22]]])
     seen = blocks.visible_keys(
-        blocks.keys_in_reach(4, config), jnp.asarray(first), jnp.asarray(start)
+        blocks.keys_in_reach(Layout(config.window_len, 4, 1, 1), config),
+        jnp.asarray(first),
+        jnp.asarray(start),
     )
     for block, query, column in itertools.product(range(2), range(4), range(10)):
         index = start + 4 * block + column

@@ -54,4 +54,3 @@ def test_nothing_is_added_where_nothing_is_bounded():
     config = make_config(window_len=3)
     beyond = jnp.zeros((1, 1, 4), jnp.int32)
     assert bounds.block_offsets(jnp.zeros((4, 7), jnp.int32), beyond, config) == (None, None)
-    assert bounds.Decay.of(config) is None

@@ -1,12 +1,13 @@
 """Attention of many tokens per row over the past and each other, block by block.
 
 A block of L queries meets a span of M + L keys one by one: those before the block, and its own.
+(In training with `reach` R > M it is R + L, for the sake of gradients; what is said of M holds.)
 What is older than the span is in the cache that the block sees. Blocks that fit memory stand side
 by side in a chunk; chunks go one after the other, carrying the window and the cache.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -18,9 +19,18 @@ from transformer_vq.config import ModelConfig
 from transformer_vq.nn import vq
 from transformer_vq.nn.attention import blockwise
 from transformer_vq.nn.attention.blockwise import Far, Near
-from transformer_vq.nn.attention.bounds import Decay, block_offsets, keys_beyond
+from transformer_vq.nn.attention.bounds import block_offsets, keys_beyond
 from transformer_vq.nn.attention.cache import Cache, join_blocks, log_mass
-from transformer_vq.nn.attention.inputs import QKV, Attended, AttentionWeights
+from transformer_vq.nn.attention.fading import (
+    BlockFades,
+    ChunkFades,
+    column_offsets,
+    fades_of,
+    own_fades,
+    since,
+)
+from transformer_vq.nn.attention.inputs import QKV, Attended, AttentionWeights, Window
+from transformer_vq.nn.attention.sink import share_of_keys
 from transformer_vq.nn.attention.state import AttentionState, window_keys
 from transformer_vq.nn.layers import iota, wide
 from transformer_vq.nn.timeline import KeyDocuments, Timeline
@@ -29,15 +39,14 @@ from transformer_vq.types import (
     ByHead,
     ByKeyHead,
     Codewords,
+    Counts,
     InReach,
+    Mass,
     NearBiases,
     NearVisible,
     Outputs,
     Timed,
     TimedBlocks,
-    TimedCodes,
-    TimedKeys,
-    TimedValues,
 )
 
 SCORES_PER_CHUNK = 2**23  # scores held at once, per unit
@@ -47,6 +56,7 @@ BLOCKS_PER_CHUNK = 64  # where window and block differ, each is a slice of its o
 class Layout(NamedTuple):
     """How the T tokens of a row are cut."""
 
+    window: int  # keys before a block that it sees one by one
     block: int  # tokens of a block
     blocks_per_chunk: int  # side by side
     chunks: int  # one after the other
@@ -59,16 +69,6 @@ class Layout(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Window:
-    """Keys that are seen one by one, in the order of time: of the ring, the window, or new."""
-
-    codes: TimedCodes  # int32 [B, G, j]
-    keys: TimedKeys  # [B, G, j, K]: quantized
-    values: TimedValues  # [B, G, j, V]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
 class Chunk:
     """The tokens of one chunk, or of all, stacked along an axis in front."""
 
@@ -77,6 +77,7 @@ class Chunk:
     keys: Float[jax.Array, "*chunks B c G K"]  # quantized
     values: Float[jax.Array, "*chunks B c G V"]
     codes: Int[jax.Array, "*chunks B c G"]
+    fades: Float[jax.Array, "*chunks B c G"] | None
     first: Int[jax.Array, "*chunks B c"]  # as in `Timeline`
 
 
@@ -87,6 +88,7 @@ class BlockWeights(NamedTuple):
     u: ByKeyHead  # [G, R, K]
     w: ByKeyHead  # [G, R, K]
     biases: NearBiases  # [M + 1, G, R, K]: farthest first
+    sink: Float[jax.Array, "G R"] | None  # score of nothing
 
 
 @jax.named_scope("attend_blocks")
@@ -113,22 +115,22 @@ def attend_blocks(
         attend_chunk,
         weights=weights,
         documents=documents,
-        in_reach=keys_in_reach(cut.block, config),
+        in_reach=keys_in_reach(cut, config),
         cut=cut,
         config=config,
     )
-    carry = before_call(state, ring, timeline, documents, config)
-    chunks = Chunk(
-        iota(cut.chunks),
-        *(by_chunk(a, cut) for a in (x.q, keys, x.v, codes, timeline.first)),
-    )
+    carry = before_call(state, ring, timeline, documents, cut, config)
+    by_token = (x.q, keys, x.v, codes, x.fades, timeline.first)
+    chunks = Chunk(iota(cut.chunks), *jax.tree.map(functools.partial(by_chunk, cut=cut), by_token))
     if cut.chunks == 1:
-        (_, cache), out = step(carry, jax.tree.map(lambda a: a[0], chunks))
+        (window, cache), out = step(carry, jax.tree.map(lambda a: a[0], chunks))
     else:
         keep = jax.checkpoint_policies.save_only_these_names(*blockwise.SAVED)
-        (_, cache), out = jax.lax.scan(jax.checkpoint(step, policy=keep), carry, chunks)
+        (window, cache), out = jax.lax.scan(jax.checkpoint(step, policy=keep), carry, chunks)
         out = jnp.moveaxis(out, 0, 1).reshape(batch, cut.chunks * cut.tokens, heads, -1)
-    new = Window(*(heads_first(a) for a in (codes, keys, x.v)))
+    if config.use_cache:
+        cache = after_call(window, cache, documents, cut, config)
+    new = Window(*jax.tree.map(heads_first, (codes, keys, x.v, x.fades)))
     state = state_after(state, ring, new, cache, timeline, documents)
     return Attended(out[:, :length], codes, state)
 
@@ -147,31 +149,38 @@ def attend_chunk(
     if not config.grad_through_cache:
         carry = jax.lax.stop_gradient(carry)
     window, cache = carry
-    new = Window(*(heads_first(a) for a in (chunk.codes, chunk.keys, chunk.values)))
-    start = 1 + chunk.index * cut.tokens  # timeline index of the oldest key of the window
+    by_token = (chunk.codes, chunk.keys, chunk.values, chunk.fades)
+    new = Window(*jax.tree.map(heads_first, by_token))
+    keys, values = spans(window.keys, new.keys, cut), spans(window.values, new.values, cut)
+    out_of_window, window_after = slide(window, new)
+    start = oldest_key(cut, config) + chunk.index * cut.tokens  # of the window
     first = chunk.first.reshape(-1, cut.blocks_per_chunk, cut.block)
-    index = start + config.window_len + iota(cut.tokens).reshape(-1, cut.block)
+    index = start + cut.window + iota(cut.tokens).reshape(-1, cut.block)
     near_offsets, far_offsets = block_offsets(
-        distances(cut.block, config), keys_beyond(index, first, config), config
+        distances(cut), keys_beyond(index, first, config), config
     )
+    fades = chunk_fades(window, new, out_of_window, window_after, first, start, cut)
+    if fades is not None:
+        near_offsets = fades.columns + (0 if near_offsets is None else near_offsets)
     near = Near(
-        keys=spans(window.keys, new.keys, cut),
-        values=spans(window.values, new.values, cut),
+        keys=keys,
+        values=values,
         biases=weights.biases,
-        visible=visible_keys(in_reach, first, start),
+        visible=visible_keys(
+            in_reach, first if config.reach == 0 else jnp.maximum(first, 1), start
+        ),
         offsets=near_offsets,
     )
-    out_of_window, window_after = slide(window, new)
     far = None
     if config.use_cache:
         seen, cache = join_blocks(
             cache,
-            out_of_window.codes,
-            out_of_window.values,
+            out_of_window,
             start=start,
             documents=documents,
             block=cut.block,
-            decay=Decay.of(config),
+            fades=None if fades is None else fades.blocks,
+            soft=weights.words if config.soft_writes else None,
         )
         far = Far(
             words=weights.words,
@@ -182,24 +191,67 @@ def attend_chunk(
         )
     q = block_queries(chunk.q, cut, groups=new.codes.shape[1])
     u, w = (a[:, None, :, None] for a in (weights.u, weights.w))
-    out = blockwise.attend(blockwise.Queries(q + u, q + w), near, far)
+    out, lse = blockwise.attend(blockwise.Queries(q + u, q + w), near, far)
+    if weights.sink is not None:
+        nothing = wide(weights.sink)[:, None, :, None]  # [G, 1, R, 1]
+        if fades is not None:  # scores are short of what all columns of a query have in common
+            nothing = nothing - fades.common[:, :, :, None]
+        out = out * share_of_keys(lse, nothing)[..., None].astype(out.dtype)
     out = jnp.moveaxis(out, (2, 4), (1, 2))  # [B, n, c, G, R, V]
     return (window_after, cache), out.reshape(*chunk.q.shape[:3], -1)
+
+
+def chunk_fades(
+    window: Window,
+    new: Window,
+    leaving: Window,
+    after: Window,
+    first: Int[jax.Array, "B n c"],
+    start: Int[jax.Array, ""],
+    cut: Layout,
+) -> ChunkFades | None:
+    """The sums of fades that a chunk needs; None if keys do not fade.
+
+    From the window before it, its own keys, those that leave the window, and the window after it.
+    `start`: timeline index of the oldest key of the window.
+    """
+    if window.fades is None or new.fades is None:
+        return None
+    assert leaving.fades is not None and after.fades is not None  # parts of those two
+    older, own = spans(window.fades, new.fades, cut)
+    windows = jnp.concatenate([older[:, :, 1:], after.fades[:, :, None]], axis=2)  # after blocks
+    index = start + cut.window + iota(cut.tokens).reshape(-1, 1, cut.block)
+    of_document = jnp.tril(index >= first[..., None])
+    common = own_fades(own, of_document)
+    return ChunkFades(
+        columns=column_offsets(older, common),
+        common=common,
+        blocks=BlockFades.of(by_block(leaving.fades, cut), windows.sum(-1), own.sum(-1)),
+    )
 
 
 def layout(config: ModelConfig, batch: int, length: int) -> Layout:
     """As few chunks as memory allows, of equal size. Blocks that exchange no gradient
     (`grad_through_cache = False`) go one by one."""
-    block = min(config.block_len, length)
+    window, block = max(config.window_len, config.reach), min(config.block_len, length)
     blocks = -(-length // block)
     if not config.grad_through_cache:
-        return Layout(block, 1, blocks)
-    columns = config.window_len + block + config.codebook_size
+        return Layout(window, block, 1, blocks)
+    columns = window + block + config.codebook_size
     limit = SCORES_PER_CHUNK // (block * batch * config.num_heads * columns)
     limit = max(1, min(limit, BLOCKS_PER_CHUNK))
     chunks = -(-blocks // limit)
     per_chunk = -(-blocks // chunks)
-    return Layout(block, per_chunk, -(-blocks // per_chunk))
+    return Layout(window, block, per_chunk, -(-blocks // per_chunk))
+
+
+def oldest_key(cut: Layout, config: ModelConfig) -> int:
+    """Timeline index of the oldest key of the first chunk's window: 1, or less with a reach.
+
+    Key 0, the oldest of the ring, is beyond the window of every query to come, so in the cache with
+    all that are older. Those of the window that are below 1 are not there.
+    """
+    return 1 + config.window_len - cut.window
 
 
 # Axes.
@@ -231,8 +283,10 @@ def split_heads(x: ByHead, groups: int) -> ByKeyHead:
 
 def by_key_head(unit: AttentionWeights, x: QKV) -> BlockWeights:
     """The constants of a unit as blocks need them, in the dtype of the queries."""
-    u, w, r = (split_heads(a, x.k.shape[2]) for a in (unit.u, unit.w, unit.r))
-    return BlockWeights(unit.words.astype(x.q.dtype), u, w, r[::-1])
+    groups = x.k.shape[2]
+    u, w, r = (split_heads(a, groups) for a in (unit.u, unit.w, unit.r))
+    sink = None if unit.sink is None else unit.sink.reshape(groups, -1)
+    return BlockWeights(unit.words.astype(x.q.dtype), u, w, r[::-1], sink)
 
 
 def block_queries(q: Float[jax.Array, "B t H K"], cut: Layout, groups: int) -> BlockQueries:
@@ -251,10 +305,13 @@ def ring_in_time(
     """The W keys of the ring, oldest first: what stands before the call's own keys."""
     ring = state.codes.shape[2]
     slots = ((timeline.start[:, None] + iota(ring)) % ring)[:, None, :]
+    fades = None
+    if state.ages is not None:
+        fades = fades_of(jnp.take_along_axis(state.ages, slots, axis=2))
     codes = jnp.take_along_axis(state.codes, slots, axis=2)
     values = jnp.take_along_axis(state.values, slots[..., None], axis=2).astype(dtype)
     keys = window_keys(state, words, words.dtype)
-    return Window(codes, jnp.take_along_axis(keys, slots[..., None], axis=2), values)
+    return Window(codes, jnp.take_along_axis(keys, slots[..., None], axis=2), values, fades)
 
 
 def before_call(
@@ -262,21 +319,57 @@ def before_call(
     ring: Window,
     timeline: Timeline,
     documents: KeyDocuments,
+    cut: Layout,
     config: ModelConfig,
 ) -> tuple[Window, Cache]:
-    """The window and the cache that the first chunk meets.
-
-    The oldest key of the ring is beyond the window of every query to come: it is in the cache.
-    """
+    """The window and the cache that the first chunk meets."""
     size, first_mean = config.codebook_size, config.ring_len
     means = wide(state.values[:, :, first_mean : first_mean + size])
-    cache = Cache(state.counts, means, timeline.first_before)
+    mass = state.counts.astype(means.dtype) if config.soft_writes else state.counts
+    cache = Cache(mass, means, timeline.first_before)
     if config.use_cache:
-        oldest = ring.codes[:, :, :1], ring.values[:, :, :1]
-        _, cache = join_blocks(
-            cache, *oldest, start=0, documents=documents, block=1, decay=Decay.of(config)
+        cache = join_oldest(ring, 1, cache, start=0, documents=documents, config=config)
+    window = jax.tree.map(lambda a: a[:, :, 1:], ring)
+    missing = 1 - oldest_key(cut, config)
+    if missing:
+        window = jax.tree.map(
+            lambda a: jnp.pad(a, [(0, 0), (0, 0), (missing, 0)] + [(0, 0)] * (a.ndim - 3)), window
         )
-    return jax.tree.map(lambda a: a[:, :, 1:], ring), cache
+        codes = window.codes.at[:, :, :missing].set(size)  # of no code
+        window = replace(window, codes=codes)
+    return window, cache
+
+
+def after_call(
+    window: Window, cache: Cache, documents: KeyDocuments, cut: Layout, config: ModelConfig
+) -> Cache:
+    """The cache of all that is beyond the M newest keys, after the last chunk."""
+    start = oldest_key(cut, config)
+    if start == 1:
+        return cache
+    start, beyond = start + cut.chunks * cut.tokens, 1 - start
+    return join_oldest(window, beyond, cache, start=start, documents=documents, config=config)
+
+
+def join_oldest(
+    window: Window,
+    count: int,
+    cache: Cache,
+    *,
+    start: int,
+    documents: KeyDocuments,
+    config: ModelConfig,
+) -> Cache:
+    """The cache with the oldest keys of a window, which begins at timeline index `start`."""
+    oldest = jax.tree.map(lambda a: a[:, :, :count], window)
+    fades = None
+    if window.fades is not None:
+        later = window.fades[:, :, None, count:].sum(-1)
+        fades = BlockFades.of(oldest.fades[:, :, None], later, jnp.zeros_like(later))
+    _, cache = join_blocks(
+        cache, oldest, start=start, documents=documents, block=count, fades=fades
+    )
+    return cache
 
 
 def slide(window: Window, new: Window) -> tuple[Window, Window]:
@@ -313,15 +406,15 @@ def spans(
     return before, by_block(new, cut)
 
 
-def distances(block: int, config: ModelConfig) -> Int[jax.Array, "c j"]:
+def distances(cut: Layout) -> Int[jax.Array, "c j"]:
     """Of the keys of its span, M + L of them, from the queries of a block."""
-    row, column = iota(block)[:, None], iota(config.window_len + block)
-    return row + config.window_len - column
+    row, column = iota(cut.block)[:, None], iota(cut.window + cut.block)
+    return row + cut.window - column
 
 
-def keys_in_reach(block: int, config: ModelConfig) -> InReach:
+def keys_in_reach(cut: Layout, config: ModelConfig) -> InReach:
     """Which keys of its span, M + L of them, the queries of a block see, documents apart."""
-    distance = distances(block, config)
+    distance = distances(cut)
     if config.use_cache:
         return distance >= 0
     return (distance >= 0) & (distance <= config.window_len)
@@ -330,7 +423,10 @@ def keys_in_reach(block: int, config: ModelConfig) -> InReach:
 def visible_keys(
     in_reach: InReach, first: Int[jax.Array, "B n c"], start: Int[jax.Array, ""]
 ) -> NearVisible:
-    """Those in reach that are of the query's document. `start`: index of the first span's first."""
+    """Those in reach that are of the query's document. `start`: index of the first span's first.
+
+    With a reach there are indices below 1, of keys that are not here: `first` is then at least 1.
+    """
     blocks, block = first.shape[1:]
     index = start + iota(blocks)[:, None, None] * block + iota(in_reach.shape[1])
     return in_reach & (index >= first[..., None])
@@ -354,6 +450,11 @@ def state_after(
     newest = length + iota(size)  # [B, W] timeline indices, oldest first
     at_slot = (iota(size) - (timeline.start + timeline.length)[:, None]) % size
     index = jnp.take_along_axis(newest, at_slot, axis=1)[:, None, :]
+    ages = None
+    if ring.fades is not None and new.fades is not None:
+        fades = jnp.concatenate([ring.fades, new.fades], axis=2)
+        ages = since(jnp.take_along_axis(fades, newest[:, None], axis=2))
+        ages = jnp.take_along_axis(ages, at_slot[:, None], axis=2)
 
     def in_slots(old: Timed, new: Shaped[jax.Array, "B G T *any"]) -> Timed:
         both = jnp.concatenate([old, new], axis=2)
@@ -369,7 +470,15 @@ def state_after(
     )
     return AttentionState(
         codes=in_slots(ring.codes, new.codes),
-        counts=jnp.where(current, cache.mass, 0),
+        counts=_like(jnp.where(current, cache.mass, 0), state.counts),
         values=jnp.concatenate([part.astype(state.values.dtype) for part in parts], axis=2),
+        ages=ages,
+        previous=state.previous,
         keys=None if state.keys is None else in_slots(ring.keys, new.keys),
     )
+
+
+def _like(mass: Mass, counts: Counts) -> Counts:
+    """The mass in the dtype of a state: soft writes make a float of what counts whole keys."""
+    whole = jnp.issubdtype(counts.dtype, jnp.integer) and jnp.issubdtype(mass.dtype, jnp.floating)
+    return (jnp.round(mass) if whole else mass).astype(counts.dtype)

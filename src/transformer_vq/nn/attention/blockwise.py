@@ -15,7 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Float
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Bool, Float
 
 from transformer_vq.nn.layers import wide
 from transformer_vq.types import (
@@ -55,7 +56,7 @@ class Near(NamedTuple):
     values: tuple[TimedBlocks, TimedBlocks]  # [B, G, n, M, V] and [B, G, n, c, V]
     biases: NearBiases  # [d, G, R, K]: position vectors, farthest first
     visible: NearVisible  # bool [B, n, c, j]; of the key by the query
-    offsets: NearOffsets | None  # [B, n, c, j]: added to the scores; None: nothing
+    offsets: NearOffsets | None  # [B, 1 or G, n, 1 or c, j]: added to the scores; None: nothing
 
 
 class Far(NamedTuple):
@@ -109,17 +110,25 @@ def _over_heads(
 def _near_scores(queries: Queries, near: Near) -> list[BlockScores]:
     """Scores of near keys, `[B, G, n, R, c, j]` in two parts, in wide."""
     bias = wide(_over_blocks(queries.position, jnp.moveaxis(near.biases, 0, -1)))
-    bias = skew(bias, near.visible.shape[-1])
+    bias = _by_column(bias, near.visible.shape[-1])
     scores, start = [], 0
     for keys in near.keys:
         end = start + keys.shape[3]
         part = wide(_over_heads(queries.content, _swap(keys))) + bias[..., start:end]
         if near.offsets is not None:
-            part += near.offsets[:, None, :, None, :, start:end].astype(part.dtype)
+            part += near.offsets[:, :, :, None, :, start:end].astype(part.dtype)
         visible = near.visible[:, None, :, None, :, start:end]
         scores.append(jnp.where(visible, part, MASKED))
         start = end
     return scores
+
+
+def _by_column(bias: Float[jax.Array, "*any c d"], width: int) -> Float[jax.Array, "*any c j"]:
+    """Biases by distance, farthest first, at the keys of a span; zero beyond the window."""
+    rows, distances = bias.shape[-2:]
+    beyond = width - rows - (distances - 1)  # keys that only a reach has in the span
+    bias = skew(bias, width - beyond)
+    return jnp.pad(bias, [(0, 0)] * (bias.ndim - 1) + [(beyond, 0)]) if beyond else bias
 
 
 def _far_scores(content: BlockQueries, far: Far) -> BlockScores:
@@ -152,19 +161,22 @@ def _forward(queries: Queries, near: Near, far: Far | None) -> tuple[BlockOutput
 
 
 @jax.custom_jvp
-def attend(queries: Queries, near: Near, far: Far | None) -> BlockOutputs:
-    """Outputs `[B, G, n, R, c, V]`. No gradient reaches `far.words` and `far.log_mass`."""
-    return _forward(queries, near, far)[0]
+def attend(queries: Queries, near: Near, far: Far | None) -> tuple[BlockOutputs, LogSums]:
+    """Outputs `[B, G, n, R, c, V]`, and the logarithm of the sum of exponentials of each query's
+    scores, `[B, G, n, R, c]`, in wide. No gradient reaches `far.words`."""
+    return _forward(queries, near, far)
 
 
-@attend.defjvp
 def _attend_jvp(primals, tangents):
-    """With weights P = exp(scores - lse): d out = P dv + (P ds) v - out sum(P ds).
+    """With weights P = exp(scores - lse): d lse = sum(P ds), d out = P dv + (P ds) v - out d lse.
 
-    Linear in the tangents, so JAX makes the backward pass of it, that of flash attention.
+    Linear in the tangents, so JAX makes the backward pass of it, that of flash attention. Offsets
+    and masses that depend on nothing that is trained cost nothing.
     """
     queries, near, far = primals
-    d_queries, d_near, d_far = tangents
+    offsets = tangents[1].offsets
+    masses = None if far is None else tangents[2].log_mass
+    d_queries, d_near, d_far = jax.tree.map(_number, tangents, is_leaf=_is_zero)
     out, lse = _forward(*primals)
     out, lse = (checkpoint_name(x, name) for x, name in zip((out, lse), SAVED, strict=True))
     dtype = out.dtype
@@ -183,13 +195,55 @@ def _attend_jvp(primals, tangents):
         (queries, near.keys, near.biases),
         (d_queries, d_near.keys, d_near.biases),
     )
+    if offsets is not None and not _is_zero(offsets):
+        moved = _by_key(offsets, near.visible[:, None, :, None], scores[0].shape)
+        ends = [x.shape[-1] for x in d_scores]
+        moved = jnp.split(moved, ends[:1], axis=-1)
+        d_scores = [x + y.astype(x.dtype) for x, y in zip(d_scores, moved, strict=True)]
     columns = list(zip(scores, d_scores, near.values, d_near.values, strict=True))
     if far is not None:
         content, d_content = queries.content, d_queries.content
-        far_scores = jax.jvp(lambda content: _far_scores(content, far), (content,), (d_content,))
-        columns.append((*far_scores, far.means, d_far.means))
+        scores, d_scores = jax.jvp(
+            lambda content: _far_scores(content, far), (content,), (d_content,)
+        )
+        if masses is not None and not _is_zero(masses):
+            visible = far.visible[:, None, :, None, :, None]
+            moved = _by_key(masses[:, :, :, None], visible, scores.shape)
+            d_scores = d_scores + moved.astype(d_scores.dtype)
+        columns.append((scores, d_scores, far.means, d_far.means))
     parts = [part(*column) for column in columns if column[0].shape[-1]]
     d_out, total = (functools.reduce(jnp.add, x) for x in zip(*parts, strict=True))
     # Spread by a product, not by broadcasting: the backward pass then sums by a product, many times
     # faster on a CPU than XLA's reduction.
-    return out, d_out - out * (total @ jnp.ones((1, out.shape[-1]), dtype))
+    d_out = d_out - out * (total @ jnp.ones((1, out.shape[-1]), dtype))
+    return (out, lse), (d_out, wide(total[..., 0]))
+
+
+attend.defjvp(_attend_jvp, symbolic_zeros=True)
+
+
+def _is_zero(tangent: object) -> bool:
+    return isinstance(tangent, SymbolicZero)
+
+
+def _number(tangent):
+    """A tangent of numbers where JAX only says that it is zero."""
+    return jnp.zeros(tangent.shape, tangent.dtype) if _is_zero(tangent) else tangent
+
+
+def _by_key(
+    tangents: Float[jax.Array, "B #G n #c j"], visible: Bool[jax.Array, "*any"], shape: tuple
+) -> BlockScores:
+    """Tangents of what scores gain by their key, at all scores that are visible.
+
+    Spread by a product, as above, over the R c queries of a block.
+    """
+    batch, groups, blocks, repeats, rows, _ = shape
+    keys = tangents.shape[-1]
+    tangents = jnp.broadcast_to(tangents, (batch, groups, blocks, tangents.shape[3], keys))
+    if tangents.shape[3] == 1:
+        spread = jnp.ones((repeats * rows, 1), tangents.dtype) @ tangents
+        spread = spread.reshape(batch, groups, blocks, repeats, rows, keys)
+    else:
+        spread = jnp.broadcast_to(tangents[:, :, :, None], (*shape[:-1], keys))
+    return jnp.where(visible, spread, 0)

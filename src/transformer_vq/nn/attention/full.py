@@ -4,6 +4,8 @@ Its state is a key/value cache of a capacity fixed when the state is made. Many 
 block (`tiled.py`); with one block for all of them the whole score matrix is there at once.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Int, Shaped
@@ -12,6 +14,7 @@ from transformer_vq.config import ModelConfig
 from transformer_vq.nn.attention import tiled
 from transformer_vq.nn.attention.blockwise import MASKED
 from transformer_vq.nn.attention.inputs import QKV, Attended, AttentionWeights
+from transformer_vq.nn.attention.sink import share_of_keys, softmax
 from transformer_vq.nn.attention.state import FullAttentionState
 from transformer_vq.nn.layers import iota, wide
 from transformer_vq.nn.timeline import Timeline
@@ -80,7 +83,8 @@ def _write(
         new = jnp.moveaxis(new, 0, 1).astype(cache.dtype)
         return cache.at[:, target].set(new, mode="drop")
 
-    return FullAttentionState(put(state.keys, x.k, target), put(state.values, x.v, target))
+    keys, values = put(state.keys, x.k, target), put(state.values, x.v, target)
+    return replace(state, keys=keys, values=values)
 
 
 def _attend_cache(
@@ -106,7 +110,7 @@ def _attend_cache(
     scores = wide(jnp.einsum("bgrtk,bgjk->bgrtj", q + u, state.keys.astype(dtype)) + bias)
     visible = (distance >= 0) & (iota(capacity) >= first[..., None])
     scores = jnp.where(visible[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
+    weights = softmax(scores, unit.sink).astype(dtype)
     out = jnp.einsum("bgrtj,bgjv->btgrv", weights, state.values.astype(dtype))
     return out.reshape(batch, length, heads, -1)
 
@@ -162,6 +166,9 @@ def _attend_many(
         values=with_old(x.v, None if before is None else before.values),
         biases=jnp.moveaxis(r[::-1].reshape(rows, groups, repeats, d_k), 0, 2),
     )
-    out = tiled.attend(tiles, by_block(first + old_blocks * block, mode="edge"))
+    out, lse = tiled.attend(tiles, by_block(first + old_blocks * block, mode="edge"))
+    if unit.sink is not None:
+        nothing = unit.sink.reshape(groups, repeats, 1)
+        out = out * share_of_keys(lse, nothing)[..., None].astype(out.dtype)
     out = jnp.moveaxis(out, (0, 4), (1, 2))  # [B, n, c, G, R, V]
     return out.reshape(batch, blocks * block, heads, -1)[:, :length]

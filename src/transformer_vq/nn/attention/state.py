@@ -13,7 +13,9 @@ from transformer_vq.types import (
     CachedValues,
     Codewords,
     Counts,
+    LastKey,
     RingCodes,
+    RingFades,
     RingKeys,
     TableOfValues,
 )
@@ -31,8 +33,10 @@ class AttentionState:
 
     codes: RingCodes  # int32 [B, G, W]: code of the key in each ring slot
     counts: Counts  # [B, G, S]: mass of each code: int32 keys that have left the ring, or their
-    # weights where they fade (`ModelConfig.far_decay`), in float32 or float64
+    # weights where they fade (`ModelConfig.fades`), in float32 or float64
     values: TableOfValues  # state_dtype [B, G, J, V]
+    ages: RingFades | None = None  # [B, G, W], in wide: sum of the fades since the key in each slot
+    previous: LastKey | None = None  # [B, G, K], in wide: newest key, unmixed (`key_shift`)
     keys: RingKeys | None = None  # [B, G, W, K]: quantized keys of the ring, in training only
 
 
@@ -43,6 +47,7 @@ class FullAttentionState:
 
     keys: CachedKeys  # state_dtype [B, G, capacity, K]
     values: CachedValues  # state_dtype [B, G, capacity, V]
+    previous: LastKey | None = None  # [B, G, K], in wide: newest key, unmixed (`key_shift`)
 
     @property
     def capacity(self) -> int:
@@ -55,11 +60,13 @@ UnitState = AttentionState | FullAttentionState
 def init_attention_state(config: ModelConfig, batch_size: int, dtype: Any) -> AttentionState:
     """Nothing seen: all zeros."""
     lead = (batch_size, config.num_kv_heads)
-    mass = wide_dtype(config.compute_dtype) if config.far_decay else jnp.int32
+    mass = wide_dtype(config.compute_dtype)
     return AttentionState(
         codes=jnp.zeros((*lead, config.ring_len), jnp.int32),
-        counts=jnp.zeros((*lead, config.codebook_size), mass),
+        counts=jnp.zeros((*lead, config.codebook_size), mass if config.fades else jnp.int32),
         values=jnp.zeros((*lead, config.table_rows, config.d_v), dtype),
+        ages=jnp.zeros((*lead, config.ring_len), mass) if config.fades else None,
+        previous=_no_key(config, batch_size),
     )
 
 
@@ -71,7 +78,15 @@ def init_full_state(
     return FullAttentionState(
         keys=jnp.zeros((*lead, config.d_k), dtype),
         values=jnp.zeros((*lead, config.d_v), dtype),
+        previous=_no_key(config, batch_size),
     )
+
+
+def _no_key(config: ModelConfig, batch_size: int) -> LastKey | None:
+    if not config.key_shift:
+        return None
+    shape = (batch_size, config.num_kv_heads, config.d_k)
+    return jnp.zeros(shape, wide_dtype(config.compute_dtype))
 
 
 def keep_keys(state: AttentionState, config: ModelConfig) -> AttentionState:

@@ -9,13 +9,21 @@ from jaxtyping import Float
 from transformer_vq.config import ModelConfig
 from transformer_vq.nn import products, vq
 from transformer_vq.nn.attention.blockwise import MASKED
-from transformer_vq.nn.attention.bounds import Decay, cap_offsets, keys_beyond
-from transformer_vq.nn.attention.cache import faded, join, log_mass
+from transformer_vq.nn.attention.bounds import cap_offsets, keys_beyond
+from transformer_vq.nn.attention.cache import join, log_mass
 from transformer_vq.nn.attention.inputs import QKV, Attended, AttentionWeights
+from transformer_vq.nn.attention.sink import softmax
 from transformer_vq.nn.attention.state import AttentionState
 from transformer_vq.nn.layers import iota, wide
 from transformer_vq.nn.timeline import Timeline
-from transformer_vq.types import Codes, Index, PerRowFlag, TableOfValues, Values
+from transformer_vq.types import (
+    Codes,
+    Fades,
+    Index,
+    PerRowFlag,
+    TableOfValues,
+    Values,
+)
 
 
 @jax.named_scope("attend_step")
@@ -36,11 +44,20 @@ def attend_step(
     if config.reset_at_document:
         new_document = (timeline.length > 0) & (timeline.first[:, 0] != timeline.first_before)
         state = empty_cache(state, new_document, config.ring_len)
+    if x.fades is not None:
+        state = fade(state, x.fades)
     state = take_in(state, codes, x.v, timeline, config)
-    weights = jax.nn.softmax(_scores(x, unit, state, timeline, config), axis=-1)
+    weights = softmax(_scores(x, unit, state, timeline, config), unit.sink)
     out = products.matmul_table(weights.astype(state.values.dtype), state.values)
     batch, length, heads, _ = x.q.shape
     return Attended(out.reshape(batch, length, heads, -1).astype(x.v.dtype), codes, state)
+
+
+def fade(state: AttentionState, fades: Fades) -> AttentionState:
+    """The state when one more token has come, which makes all keys fade by `[B, 1, G]`."""
+    assert state.ages is not None
+    fades = jnp.moveaxis(fades, 1, 2)  # [B, G, 1]
+    return replace(state, counts=state.counts * jnp.exp(fades), ages=state.ages + fades)
 
 
 @jax.named_scope("take_in")
@@ -59,23 +76,28 @@ def take_in(
     slot = (timeline.start % ring)[:, None]  # [B, 1]
     old_code = state.codes[rows, heads_of, slot]
     both = jnp.stack([jnp.broadcast_to(slot, old_code.shape), ring + old_code], axis=-1)  # [B G 2]
-    decay = Decay.of(config)
-    mass = faded(state.counts, timeline.length, decay)
+    weight, ages = None, state.ages
+    if ages is not None:
+        weight = jnp.exp(ages[rows, heads_of, slot])
+        age = jnp.where(active[:, None], 0.0, ages[rows, heads_of, slot])
+        ages = ages.at[rows, heads_of, slot].set(age)
     # One read of two rows, one write of two rows: anything else makes XLA copy the table.
     count, pair = join(
-        mass[rows, heads_of, old_code],
+        state.counts[rows, heads_of, old_code],
         wide(state.values[rows[..., None], heads_of[..., None], both]),
         wide(values[:, 0]),
         arrives=active,
         joins=active & (timeline.first[:, 0] <= 0) & config.use_cache,
-        decay=decay,
+        weight=weight,
     )
     pair = pair.astype(state.values.dtype)
     new_code = jnp.where(active[:, None], codes[:, 0], old_code)
-    return AttentionState(
+    return replace(
+        state,
         codes=state.codes.at[rows, heads_of, slot].set(new_code),
-        counts=mass.at[rows, heads_of, old_code].set(count),
+        counts=state.counts.at[rows, heads_of, old_code].set(count),
         values=state.values.at[rows[..., None], heads_of[..., None], both].set(pair),
+        ages=ages,
     )
 
 
@@ -99,8 +121,8 @@ def _scores(
     near = jnp.take_along_axis(content, state.codes[:, :, None], axis=3)
     near += jnp.take_along_axis(bias, distance[:, None, None], axis=3)
     near = wide(near)
-    if decay := Decay.of(config):
-        near -= decay.rate * distance[:, None, None].astype(near.dtype)
+    if state.ages is not None:
+        near += state.ages[:, :, None]
     visible = distance <= ring - timeline.first
     near = jnp.where(visible[:, None, None], near, MASKED)
     if config.use_cache:

@@ -91,7 +91,7 @@ class _Saved(NamedTuple):
     """What the backward pass needs of query blocks besides `Tiles`."""
 
     lse: TileLogSums  # [n, B, G, R, c]
-    delta: TileLogSums  # [n, B, G, R, c]: the sum of `d_out` times the output
+    delta: TileLogSums  # [n, B, G, R, c]: the sum of `d_out` times the output, less `d_lse`
     d_out: TileOutputs  # [n, B, G, R, c, V]
     d_out_t: Float[jax.Array, "n B G V Rc"]  # [n, B, G, V, R c]
     content: Float[jax.Array, "n B G K Rc"]  # [n, B, G, K, R c]
@@ -184,30 +184,33 @@ def _oldest(x: Tiles, first: TileFirst) -> Int[jax.Array, "n"]:
 
 
 @jax.custom_vjp
-def attend(x: Tiles, first: TileFirst) -> TileOutputs:
+def attend(x: Tiles, first: TileFirst) -> tuple[TileOutputs, TileLogSums]:
     """Outputs `[n, B, G, R, c, V]` of causal attention; the last n blocks of keys are the queries'.
+    And the logarithm of the sum of exponentials of each query's scores, `[n, B, G, R, c]`.
 
     `first` int32 `[n, B, c]`: the first key, of all m c, that each query sees. In a row it must
     not fall, nor be beyond the query itself.
     """
-    return _forward(x, first)[0]
+    return _forward(x, first)
 
 
 def _attend_forward(x: Tiles, first: TileFirst):
     out, lse = _forward(x, first)
     out, lse = (checkpoint_name(x, name) for x, name in zip((out, lse), SAVED, strict=True))
-    return out, (x, first, out, lse)
+    return (out, lse), (x, first, out, lse)
 
 
 @jax.named_scope("softmax_backward")
-def _attend_backward(residuals, d_out: TileOutputs):
-    """With weights P: d scores = P (d out . v - d out . out), the rest by the rules of products."""
+def _attend_backward(residuals, cotangents: tuple[TileOutputs, TileLogSums]):
+    """With weights P: d scores = P (d out . v - d out . out + d lse), the rest by the rules of
+    products."""
     x, first, out, lse = residuals
+    d_out, d_lse = cotangents
     queries, before = len(x.content), len(x.keys) - len(x.content)
     ends = jnp.searchsorted(_oldest(x, first), iota(len(x.keys)), side="right")
     saved = _Saved(
         lse=lse,
-        delta=jnp.sum(wide(d_out) * wide(out), axis=-1),
+        delta=jnp.sum(wide(d_out) * wide(out), axis=-1) - d_lse,
         d_out=d_out,
         d_out_t=_swap(_rows(d_out)),
         content=_swap(_rows(x.content)),

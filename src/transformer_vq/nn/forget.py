@@ -1,0 +1,73 @@
+"""Forgetting: by how much a token makes the keys before it fade (Lin et al., 2025, in log form).
+
+Token t adds `l_t = log sigmoid(x_t w + b) - 1 / tau_max`, which is below 0, to the score of every
+older key: per key/value head, learned (`ModelConfig.forget`); and `-1 / far_decay` where that is
+set. So a key's weight is a product over the tokens after it, and folds into the cache exactly
+(docs/mathematics.md, "A bounded past").
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from transformer_vq.config import ModelConfig
+from transformer_vq.nn.layers import iota, wide
+from transformer_vq.nn.timeline import Timeline
+from transformer_vq.types import Fades, Features, Params
+
+LEAST = (
+    -20.0
+)  # of a fade: nothing is left of a key, and sums of fades stay small enough to subtract
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ForgetGate:
+    """The constants of a unit's gate, in wide."""
+
+    weight: jax.Array | None  # [D, G]; None where the rate is constant
+    bias: jax.Array  # [G]
+
+    @classmethod
+    def of(cls, params: Params, config: ModelConfig) -> "ForgetGate":
+        gated = config.forget == "gated"
+        return cls(wide(params["w_forget"]) if gated else None, wide(params["b_forget"]))
+
+
+def forget_start(config: ModelConfig) -> np.ndarray:
+    """The first biases `[N, G]`: time constants from twice the window to half of the horizon, on a
+    logarithmic scale over units and heads, the shortest first."""
+    shape = (config.num_units, config.num_kv_heads)
+    longest = config.forget_horizon / 2
+    taus = np.geomspace(min(2.0 * max(config.window_len, 1), longest), longest, int(np.prod(shape)))
+    return -np.log(np.expm1(1 / taus - 1 / config.forget_horizon)).reshape(shape)
+
+
+def time_constants(params: Params, config: ModelConfig) -> jax.Array:
+    """Tokens `[N, G]` after which a key has lost a nat, where the gate gets nothing from the token.
+
+    `params`: those of the units, stacked.
+    """
+    rate = jax.nn.softplus(-wide(params["b_forget"])) + 1 / config.forget_horizon
+    return 1 / rate
+
+
+@jax.named_scope("forget")
+def fades(
+    gate: ForgetGate | None, x: Features, timeline: Timeline, config: ModelConfig
+) -> Fades | None:
+    """What each token, of normed features x, adds to the scores of all keys before it: `[B, T, G]`,
+    in wide, below 0, and 0 at padding. None where keys do not fade."""
+    if not config.fades:
+        return None
+    shape = (*x.shape[:2], config.num_kv_heads)
+    rate = jnp.zeros(shape, wide(x).dtype)
+    if gate is not None:
+        logits = gate.bias if gate.weight is None else wide(x) @ gate.weight + gate.bias
+        rate = rate + jax.nn.softplus(-logits).astype(rate.dtype) + 1 / config.forget_horizon
+    if config.far_decay:
+        rate = rate + 1 / config.far_decay
+    real = iota(x.shape[1]) < timeline.length[:, None]
+    return jnp.where(real[..., None], jnp.maximum(-rate, LEAST), 0.0)
