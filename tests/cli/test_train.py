@@ -101,6 +101,56 @@ def test_ctrl_c_in_training_saves(tmp_path, data, user_env):
 
 
 @pytest.mark.slow
+def test_a_second_training_and_a_terminal_that_closes(tmp_path, data, user_env, capsys):
+    """The second `tvq train` is refused; SIGHUP, even twice, saves the first, which is unharmed."""
+    out = tmp_path / "run"
+    arguments = ["train", "--data", str(data), "--out", str(out), "--steps", "1000000",
+                 "--train.checkpoint-every", "1000000", *SIZES]  # fmt: skip
+    process = start(user_env, *arguments)
+    while not (line := process.stdout.readline()).startswith(b"step "):
+        assert line, process.stderr.read()
+    before = (out / "config.json").read_bytes()
+    assert f"being written by process {process.pid} on " in fails(capsys, 1, *arguments)
+    other = [*arguments, "--train.seed", "1"]
+    assert "or use another folder" in fails(capsys, 1, *other)
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGHUP)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and b"Traceback" not in errors
+    step = int(re.search(rb"interrupted and saved at step (\d+)", printed)[1])
+    assert load_run(out)[1].step == step and (out / "config.json").read_bytes() == before
+    steps = [r["step"] for r in read_metrics(out / "metrics.jsonl") if "loss" in r]
+    assert steps == list(range(1, step + 1))
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_training_saves_it(tmp_path, data, user_env):
+    out = tmp_path / "run"
+    process = start(user_env, "train", "--data", str(data), "--out", str(out), "--steps", "1000000",
+                    "--train.checkpoint-every", "1000000", "--train.evaluate-every", "20",
+                    *SIZES)  # fmt: skip
+    process.stdout.readline()
+    process.stdout.close()
+    with process.stderr as errors:
+        assert errors.read() == b""
+    assert process.wait(timeout=300) == 141
+    assert load_run(out)[1].step > 0
+
+
+@pytest.mark.parametrize("damage", [b"{", b"[]", b"\xff", b'{"data": 5}'])
+def test_a_damaged_config_is_that_of_the_checkpoint(capsys, tmp_path, run, damage):
+    out = shutil.copytree(run, tmp_path / "run")
+    whole = (out / "config.json").read_bytes()
+    (out / "config.json").write_bytes(damage)
+    assert main(["train", "--out", str(out), "--resume"]) == 0
+    assert "config.json is damaged: the checkpoint says" in capsys.readouterr().err
+    assert (out / "config.json").read_bytes() == whole
+    shutil.rmtree(out / "checkpoints")
+    (out / "config.json").write_bytes(damage)
+    assert "is damaged (" in fails(capsys, 2, "train", "--out", str(out), "--resume")
+
+
+@pytest.mark.slow
 def test_kill_during_a_checkpoint(tmp_path, data, user_env):
     """Whatever was being written when it was killed, `--resume` goes on from a whole checkpoint."""
     arguments = ["train", "--data", str(data), "--steps", "80", "--train.checkpoint-every", "2",

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -146,12 +147,37 @@ def test_what_cannot_be_reported(run, tmp_path, capsys):
 
     assert "no run folder" in fails(1, "--run", str(tmp_path / "none"))
     assert "no such folder" in fails(2, "--run", str(run), "--out", str(tmp_path / "no" / "x"))
+
+
+def test_damaged_files_are_named_and_the_rest_is_shown(run, tmp_path, capsys):
     copy = shutil.copytree(run, tmp_path / "run")
-    lines = (copy / "metrics.jsonl").read_text().splitlines()
-    (copy / "metrics.jsonl").write_text("\n".join([*lines[:3], "{damaged", *lines[3:]]) + "\n")
-    assert main(["report", "--run", str(copy), "--no-eval"]) == 0  # of the rest
-    captured = capsys.readouterr()
-    assert "line 4 of" in captured.out + captured.err
+    for name, damage in (("metrics.jsonl", b"{damaged"), ("samples.jsonl", b"\xff\xfe\x00")):
+        lines = (copy / name).read_bytes().splitlines()
+        (copy / name).write_bytes(b"\n".join([lines[0], damage, *lines[1:]]) + b"\n\xfftorn")
+    (copy / "config.json").write_text("{")
+    assert main(["report", "--run", str(copy), "--no-eval"]) == 0
+    said = capsys.readouterr().err
+    assert f"line 2 of {copy / 'metrics.jsonl'} is damaged" in said
+    assert f"line 2 of {copy / 'samples.jsonl'} is damaged" in said
+    assert f"{copy / 'config.json'} is damaged" in said and said.count("\n") == 3
+    assert Page(copy / "report.html").tags.count("pre") == 3
+    assert main(["info", "--run", str(copy)]) == 0
+    assert "metrics.jsonl is damaged" in capsys.readouterr().err
+    assert main(["info", "--run", str(copy), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["damage"]) == 2
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(run, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "page.html"
+    out.write_text("old")
+
+    def full(_descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(["report", "--run", str(run), "--no-eval", "--out", str(out)]) == 1
+    assert f"{out}: No space left on device" in capsys.readouterr().err
+    assert out.read_text() == "old" and os.listdir(tmp_path) == ["page.html"]
 
 
 def test_charts():
