@@ -1,9 +1,11 @@
 """What every test stands on: eight virtual CPU devices, checked shapes, and enwik8 where it is."""
 
+import atexit
 import gc
 import os
 import signal
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,17 +26,21 @@ _XLA_FLAGS = {
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: one compute thread each
     _XLA_FLAGS["--xla_cpu_multi_thread_eigen"] = "false"
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
-    # XLA's older emitter of loops compiles in half the time. Without workers (`make test-slow`),
-    # and in processes that tests start, loops are made as users' are.
-    if version("jaxlib").startswith("0.10."):  # the last that has it
+    # XLA's older emitter of loops compiles in half the time, one piece in less than many, and the
+    # plain scheduler is quicker too. Without workers (`make test-slow`), and in processes that
+    # tests start, programs are made as users' are.
+    if version("jaxlib").startswith("0.10."):  # the last that has the emitter
         _XLA_FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
+        _XLA_FLAGS["--xla_cpu_parallel_codegen_split_count"] = "1"
+        _XLA_FLAGS["--xla_cpu_enable_concurrency_optimized_scheduler"] = "false"
 _given = os.environ.get("XLA_FLAGS", "").split()
 _names = {flag.split("=")[0] for flag in _given}
 os.environ["XLA_FLAGS"] = " ".join(
     _given + [f"{name}={value}" for name, value in _XLA_FLAGS.items() if name not in _names]
 )
 os.environ["JAX_PLATFORMS"] = os.environ.get("TVQ_TEST_PLATFORM", "cpu")
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # a test never meets code of an older run
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # in processes that tests start
+os.environ["TVQ_CACHE"] = ""
 os.environ["MPLBACKEND"] = "agg"
 
 # Under test, every annotated shape and dtype in nn is checked at every call.
@@ -50,6 +56,15 @@ from hypothesis import HealthCheck, settings
 
 # Arrays of two dtypes do not meet without a cast: nothing is promoted in silence.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# A program is compiled once by this process: modules forget theirs (`_forget_programs`) and many
+# make the same. The folder ends with the process: a test never meets code of an older run.
+_programs = tempfile.TemporaryDirectory(prefix="tvq-tests-")
+atexit.register(_programs.cleanup)
+jax.config.update("jax_enable_compilation_cache", True)
+jax.config.update("jax_compilation_cache_dir", _programs.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 settings.register_profile(
     "tvq",

@@ -62,7 +62,7 @@ def cut_short(tokens, p):
 STOPS = st.lists(st.lists(st.sampled_from(COIN), min_size=2, max_size=7), min_size=1, max_size=3)
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)  # of eight rows each
 @given(st.lists(st.tuples(STOPS, st.integers(0, 40)), min_size=BATCH, max_size=BATCH))
 def test_stop_sequences(rows):
     """Any sequences, that overlap themselves and each other and span dispatches."""

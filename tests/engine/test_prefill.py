@@ -26,6 +26,12 @@ from transformer_vq.engine.prefill import PREFILL_SIZES, check_model, check_prom
 from transformer_vq.errors import UserError
 
 
+def apart(logits):
+    """How far each row is from the one before it, at least."""
+    logits = np.asarray(logits)
+    return np.abs(logits - np.roll(logits, 1, axis=0)).max(1).min()
+
+
 def test_ragged_prompts():
     """Prompts of one token to several of the largest prefill pieces, each as if it were alone.
 
@@ -43,6 +49,7 @@ def test_ragged_prompts():
         _, state = EXTEND(MODEL, state, tokens, lengths=counts)
     assert session.state.position.tolist() == lengths
     np.testing.assert_allclose(session.state.logits, state.logits, atol=1e-4)
+    assert apart(session.state.logits) > 0.1  # control
     for mine, plain in zip(session.state.units, state.units, strict=True):
         np.testing.assert_array_equal(mine.counts, plain.counts)
         np.testing.assert_allclose(mine.values, plain.values, atol=1e-4)
@@ -100,6 +107,7 @@ def test_read():
     _, state = EXTEND(MODEL, empty_state(MODEL), tokens, lengths=lengths)
     found = read(MODEL, None, prompts)
     np.testing.assert_allclose(found.logits, state.logits[:3], atol=1e-4)
+    assert apart(found.logits) > 0.1  # control
     again = read(MODEL, read(MODEL, None, [[1]]), [[2, 3], [4], []])
     np.testing.assert_allclose(again.logits[0], found.logits[0], atol=1e-4)
     assert again.position.tolist() == [3, 2, 1] and found.position.tolist() == [3, 20, 1]

@@ -4,10 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from tests.engine.plain import MODEL, VOCAB, empty_state, random_prompt
+from tests.engine.plain import EXTEND, LENGTH, MODEL, VOCAB, empty_state, random_prompt
 from transformer_vq import (
     SamplingParams,
-    extend,
     generate,
     init_state,
     score,
@@ -19,8 +18,10 @@ from transformer_vq.engine.score import score_chunks
 def plain(model, text, state=None):
     """The same, one text at a time and from whole logits."""
     state = init_state(model.config, 1) if state is None else state
-    logits, _ = extend(model, state, np.array([text], np.int32))
-    logits = np.concatenate([np.asarray(state.logits)[:, None], logits[:, :-1]], axis=1)[0]
+    size = np.array([len(text)], np.int32)
+    tokens = np.pad(np.array([text], np.int32), [(0, 0), (0, LENGTH - len(text))])
+    logits, _ = EXTEND(model, state, tokens, lengths=size)  # of one shape: compiled once
+    logits = np.concatenate([state.logits, logits[0, : len(text) - 1]])
     return np.asarray(jax.nn.log_softmax(logits))[np.arange(len(text)), text]
 
 
@@ -40,7 +41,8 @@ def test_scores_continue_a_state():
     """Of one row for all, as a fork: the first token then has a score too."""
     rng = np.random.default_rng(4)
     prompt, texts = random_prompt(rng), [random_prompt(rng) for _ in range(3)]
-    _, state = extend(MODEL, init_state(MODEL.config, 1), np.array([prompt], np.int32))
+    tokens = np.array([prompt], np.int32)
+    _, state = EXTEND(MODEL, init_state(MODEL.config, 1), tokens)
     before = [np.array(leaf) for leaf in jax.tree.leaves(state)]
     for text, scores in zip(texts, score(MODEL, texts, state), strict=True):
         whole = plain(MODEL, prompt + text)[len(prompt) :]

@@ -28,6 +28,7 @@ print(next(line.split()[1] for line in lines if line.startswith("VmRSS")))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="NOT TESTED: only Linux tells what is resident")
 def test_less_memory_stays(user_env):
     def resident(whose):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import tests.helpers as helpers
-from tests.helpers import CONFIG, START, raw, replace, walk
+from tests.helpers import CONFIG, START, quick_jit, raw, replace, walk
 from transformer_vq import Model, init_state
 from transformer_vq.config import TrainConfig
 from transformer_vq.data import Batch
@@ -73,15 +73,19 @@ def keys_of_first_unit(params, tokens):
 def test_keys_at_sample_positions():
     model, batch = START(CONFIG, TRAIN), one_batch()
     samples = vq.draw_samples(jax.random.key(0), jnp.asarray(batch.loss_mask), 8)
-    statistics = forward(
-        Model(model.params, model.codebook, CONFIG),
-        init_state(CONFIG, 8),
-        jnp.asarray(batch.inputs),
-        training=Training(jnp.ones((8, 16)), samples),
-    ).statistics
+
+    @quick_jit
+    def found(params, codebook):
+        training = Training(jnp.ones((8, 16)), samples)
+        tokens = jnp.asarray(batch.inputs)
+        return forward(
+            Model(params, codebook, CONFIG), init_state(CONFIG, 8), tokens, training=training
+        ).statistics.keys
+
+    keys = found(model.params, model.codebook)
     expected = keys_of_first_unit(model.params, batch.inputs)[samples.rows, samples.times]
-    np.testing.assert_allclose(statistics.keys[0, 0], expected, rtol=1e-5, atol=1e-6)
-    assert statistics.keys.shape == (2, 1, 8, 8)
+    np.testing.assert_allclose(keys[0, 0], expected, rtol=1e-5, atol=1e-6)
+    assert keys.shape == (2, 1, 8, 8)
 
 
 # Revival
