@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.pictures import pixels, write_pictures
 from transformer_vq import Model, ModelConfig, TrainConfig
-from transformer_vq.data import Batches, DataError
+from transformer_vq.data import Batches, DataError, open_source
 from transformer_vq.ops.evaluate import evaluate
 from transformer_vq.ops.train import init_train_state
 from transformer_vq.run import loop
@@ -140,3 +141,20 @@ def test_whole_documents_each_once_an_epoch():
             assert sorted(half) == [(0, 7), (8, 7), (16, 4), (21, 7), (29, 7)]
     with pytest.raises(DataError, match="a document has 7 tokens to predict: sequence_len is 6"):
         make(37, starts=starts, whole_documents=True, sequence_len=6)
+
+
+# Pictures
+
+
+def test_a_row_is_a_picture(tmp_path):
+    images = pixels(7)
+    source = open_source([write_pictures(tmp_path / "a", images)]).split("all")
+    batches = Batches(source.tokens, starts=source.starts, whole_documents=True, batch_size=7,
+                      sequence_len=72, seed=0)  # fmt: skip
+    for index in range(2):
+        batch = batches.batch(index)
+        assert not batch.inputs[:, 0].any() and batch.loss_mask.all()
+        np.testing.assert_array_equal(batch.inputs[:, 1:], batch.targets[:, :-1])
+        order = batch.document_ids[:, 0]
+        np.testing.assert_array_equal(batch.targets, images.reshape(7, -1)[order])
+        assert sorted(order) == list(range(7)) and (np.diff(batch.document_ids) == 0).all()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tests.helpers import hugging_face, recorded
+from tests.programs import operations
 from transformer_vq.nn import prob
 from transformer_vq.nn.prob import REMOVED
 
@@ -34,7 +35,8 @@ temperature, top_k, nucleus, typical, min_p, repetition_penalty, presence_and_fr
 
 LOGIT = st.one_of(
     st.integers(-3, 3).map(float),  # ties
-    st.floats(-20, 20, width=32, allow_subnormal=False),  # XLA takes subnormal numbers for 0
+    # XLA takes subnormal numbers for 0: neither these nor their quotients are such.
+    st.floats(-20, 20, width=32).map(lambda x: x if abs(x) > 1e-30 else 0.0),
     st.sampled_from([REMOVED, 1e4, -1e4, 0.0, -0.0]),
 )
 
@@ -316,8 +318,8 @@ def test_the_best_is_kept_in_every_dtype(name):
 def test_smallest_sets_do_not_sort():
     logits = jnp.zeros((2, 64))
     for method in (prob.nucleus, prob.typical, prob.top_k):
-        assert "sort" not in jax.jit(method).lower(logits, 0.5).as_text()
-    assert "sort" in jax.jit(jnp.sort).lower(logits).as_text()  # control
+        assert "sort" not in operations(jax.jit(method).lower(logits, 0.5))
+    assert "sort" in operations(jax.jit(jnp.sort).lower(logits))  # control
 
 
 def test_large_vocabulary():

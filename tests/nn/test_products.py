@@ -1,13 +1,12 @@
 """Products of few rows: of one in parts, of some with the matrix first, whole or by halves."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.helpers import tune
+from tests.programs import float32_arrays
 from transformer_vq import ModelConfig, extend, init_model, init_state
 from transformer_vq.nn import products
 from transformer_vq.sharding import data_mesh, traced_on
@@ -76,12 +75,17 @@ def test_a_step_in_parts_is_a_step(large, rows, head_type):
     model = init_model(config, 0)
     tokens = np.random.default_rng(0).integers(0, 24, (rows, 40)).astype(np.int32)
     state = init_state(config, rows)
-    program = str(jax.make_jaxpr(lambda tokens: extend(model, state, tokens)[0])(tokens[:, :1]))
-    assert bool(re.search(r"f32\[4,1,\d+\]", program)) == (rows == 1)  # the parts of x
+
+    def step(tokens):
+        return extend(model, state, tokens)[0]
+
+    parts = [s for s in float32_arrays(step, tokens[:, :1]) if s[:2] == (4, 1) and len(s) == 3]
+    assert bool(parts) == (rows == 1)  # of x
     if rows > 1:  # the matrix first, all rows or half: w_in, w_o (those of the MLP), codes, w_out
-        products = re.findall(r"f32\[(\d+),(\d+)\] = optimization_barrier", program)
-        assert {"16", "24"} < {out for out, _ in products}, products
-        assert {columns for _, columns in products} == {"6" if large else "3"}
+        barriers = float32_arrays(step, tokens[:, :1], of="optimization_barrier")
+        products = dict(shape for shape in barriers if len(shape) == 2)  # out, rows
+        assert {16, 24} < products.keys(), products
+        assert set(products.values()) == {6 if large else 3}
     logits = []
     for t in range(40):
         new, state = extend(model, state, tokens[:, t : t + 1])

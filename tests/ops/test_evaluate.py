@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from tests.pictures import pixels, write_pictures
 from transformer_vq import Model, ModelConfig, extend, init_model, init_state
-from transformer_vq.data import DataError
+from transformer_vq.data import DataError, Source, open_source
 from transformer_vq.ops.evaluate import evaluate
 from transformer_vq.sharding import data_mesh, replicated
 
@@ -119,3 +120,43 @@ def test_on_many_devices_and_without_touching_the_model():
 def test_senseless_requests_are_refused(tokens, options, error, message):
     with pytest.raises(error, match=message):
         evaluate(MODEL, tokens, **options)
+
+
+# Pictures and documents
+
+BYTES = CONFIG.replace(vocab_size=256, block_len=16, window_len=8, absolute_positions=True)
+
+
+@pytest.mark.parametrize("attention", ["vq", "full"])
+def test_pictures_are_scored_one_by_one(tmp_path, attention):
+    source = open_source([write_pictures(tmp_path / "a", pixels(6))])
+    model = init(BYTES.replace(attention=attention))
+    expected = losses(model, *source.tokens.reshape(6, 73)).reshape(6, 72)
+    for rows in (1, 4) if attention == "vq" else (1,):
+        result = evaluate(model, source, chunk_len=50, rows=rows)
+        assert result.tokens == 6 * 72
+        assert result.loss == pytest.approx(expected.mean(), rel=1e-5)
+        assert result.bpb == result.loss / np.log(2)
+        assert [bin[:2] for bin in result.by_position] == [(0, 64), (64, 72)]
+        assert result.by_position[1][2] == pytest.approx(expected[:, 64:].mean(), rel=1e-5)
+    if attention == "vq":  # control: as one text, it would be another number
+        assert abs(evaluate(model, source.tokens).loss - result.loss) > 1e-4
+        some = evaluate(model, source, max_tokens=100, chunk_len=50)
+        assert some.tokens == 99  # the start token of the second picture is given
+        with pytest.raises(DataError, match="6 documents for 7 rows"):
+            evaluate(model, source, rows=7)
+
+
+def test_documents_are_scored_as_the_model_reads_them():
+    """A model that resets at documents is scored so; each start is predicted, as an end."""
+    starts = np.array([0, 30, 75])
+    tokens = np.random.default_rng(1).integers(1, 256, 110).astype(np.uint8)
+    source = Source(tokens, starts, 107)
+    model = init(BYTES.replace(reset_at_document=True))
+    result = evaluate(model, source, chunk_len=40)
+    pieces = [tokens[a : b + 1] for a, b in ((0, 30), (30, 75), (75, 110))]
+    alone = np.concatenate([losses(model, piece) for piece in pieces])
+    assert result.tokens == 109 == len(alone)
+    assert result.loss == pytest.approx(alone.mean(), rel=1e-5)
+    assert result.bpb == pytest.approx(alone.mean() / np.log(2) * 110 / 107, rel=1e-5)
+    assert abs(evaluate(model, tokens, chunk_len=40).loss - result.loss) > 1e-4

@@ -3,7 +3,6 @@
 import functools
 import itertools
 import json
-import re
 import subprocess
 import sys
 import textwrap
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import ROOT, tune
+from tests.programs import has_arrays, operations_on, reused_bytes, temporary_bytes
 from transformer_vq import (
     Model,
     ModelConfig,
@@ -270,19 +270,10 @@ def decoding_loop(function, **fields):
     return lowered.compile(), session._state
 
 
-def operations_on(compiled, shape):
-    """Name of every operation in the compiled program that makes an array of this shape."""
-    text = compiled.as_text()
-    shape = "f32\\[" + ",".join(map(str, shape)) + "\\]"
-    made = re.findall(rf"= {shape}(?:{{[\d,]*}})? ([\w-]+)\((.*)$", text, re.MULTILINE)
-    names = []
-    for name, rest in made:
-        if name == "fusion":  # named by what it gives
-            inside = re.search(r"calls=%([\w.-]+)", rest)[1]
-            body = text.split(f"%{inside} (")[1].split("\n}")[0]
-            name = re.search(r"ROOT .*? = \S+ ([\w-]+)\(", body)[1]
-        names.append(name)
-    assert "parameter" in names  # control: the shape is there
+def uses(compiled, table):
+    """Name of every operation that makes an array like the table."""
+    names = operations_on(compiled, table.shape)
+    assert "parameter" in names  # control: there is one
     return names
 
 
@@ -294,18 +285,17 @@ def test_a_step_copies_no_table(unchecked):
     compiled, state = decoding_loop(decode.generate_tokens, num_layers=2)
     table = state.units[0].values
     assert table.shape == (4, 1, 65 + 64 + 7, 128)
-    assert set(operations_on(compiled, table.shape)) <= IN_PLACE
-    memory = compiled.memory_analysis()
-    assert memory.temp_size_in_bytes < table.nbytes
-    assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(state))
+    assert set(uses(compiled, table)) <= IN_PLACE
+    assert temporary_bytes(compiled) < table.nbytes
+    assert reused_bytes(compiled) >= sum(x.nbytes for x in jax.tree.leaves(state))
 
 
 def test_a_step_that_may_reset_copies_no_table(unchecked):
     """The means are cleared where a document starts: in place too, and only then."""
     compiled, state = decoding_loop(decode.generate_tokens, **SMALLER, reset_at_document=True)
     table = state.units[0].values
-    assert "copy" not in operations_on(compiled, table.shape)
-    assert compiled.memory_analysis().temp_size_in_bytes < table.nbytes
+    assert "copy" not in uses(compiled, table)
+    assert temporary_bytes(compiled) < table.nbytes
 
 
 def test_a_step_in_parts_copies_no_table(unchecked, monkeypatch):
@@ -316,9 +306,9 @@ def test_a_step_in_parts_copies_no_table(unchecked, monkeypatch):
     jax.clear_caches()
     table = state.units[0].values
     *_, rows, width = table.shape
-    assert f",{rows // products.CPU.parts},{width}]" in compiled.as_text()  # control
-    assert "copy" not in operations_on(compiled, table.shape)
-    assert compiled.memory_analysis().temp_size_in_bytes < table.nbytes
+    assert has_arrays(compiled, rows // products.CPU.parts, width)  # control
+    assert "copy" not in uses(compiled, table)
+    assert temporary_bytes(compiled) < table.nbytes
 
 
 def variant(**options):
@@ -330,9 +320,8 @@ def variant(**options):
 def test_a_step_that_copies_is_seen(unchecked, monkeypatch):
     """Controls of the test above: without donation; and a step that needs old and new state."""
     compiled, state = decoding_loop(variant(), **SMALLER)
-    shape = state.units[0].values.shape
-    assert "copy" in operations_on(compiled, shape)
-    assert compiled.memory_analysis().alias_size_in_bytes == 0
+    assert "copy" in uses(compiled, state.units[0].values)
+    assert reused_bytes(compiled) == 0
 
     step = decode.decode_step
 
@@ -343,8 +332,9 @@ def test_a_step_that_copies_is_seen(unchecked, monkeypatch):
 
     monkeypatch.setattr(decode, "decode_step", step_with_both)
     compiled, state = decoding_loop(variant(donate_argnames="rows"), **SMALLER)
-    assert "copy" in operations_on(compiled, shape)
-    assert compiled.memory_analysis().temp_size_in_bytes >= state.units[0].values.nbytes
+    table = state.units[0].values
+    assert "copy" in uses(compiled, table)
+    assert temporary_bytes(compiled) >= table.nbytes
 
 
 def test_nothing_is_compiled_again(tmp_path):
