@@ -1,6 +1,5 @@
 """What every test stands on: eight virtual CPU devices, checked shapes, and enwik8 where it is."""
 
-import atexit
 import gc
 import os
 import signal
@@ -60,7 +59,6 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # A program is compiled once by this process: modules forget theirs (`_forget_programs`) and many
 # make the same. The folder ends with the process: a test never meets code of an older run.
 _programs = tempfile.TemporaryDirectory(prefix="tvq-tests-")
-atexit.register(_programs.cleanup)
 jax.config.update("jax_enable_compilation_cache", True)
 jax.config.update("jax_compilation_cache_dir", _programs.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -76,6 +74,10 @@ settings.register_profile(
 settings.load_profile("tvq")
 
 SHARED = Path(os.environ.get("TVQ_SHARED") or Path(__file__).parents[1].parent / "shared")
+
+
+def pytest_unconfigure():
+    _programs.cleanup()
 
 
 @pytest.fixture(scope="module", autouse=True)
