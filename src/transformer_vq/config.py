@@ -57,7 +57,7 @@ class ModelConfig:
     attention: Attention = choice("vq", "vq: linear time; full: the quadratic baseline")
     use_cache: bool = switch(True, "attend keys beyond the window, by their codes")
     far_decay: float = real(0.0, "lower the score of a key at distance d by d / this, so that far "
-                            "keys fade; 0: never", "[0, inf)")  # fmt: skip
+                            "keys fade", "(9e-7, inf)", also={0: "never"})  # fmt: skip
     far_cap: int = whole(0, "let keys beyond the window weigh as if they were no more than this; "
                          "0: no limit")  # fmt: skip
     forget: Forget = choice(
@@ -121,6 +121,11 @@ class ModelConfig:
         object.__setattr__(self, name, value)
 
     # Sizes that follow from the fields.
+
+    @property
+    def default_capacity(self) -> int | None:
+        """Tokens that a state holds, unless it is made for more or fewer; None: any number."""
+        return DEFAULT_CAPACITY if self.attention == "full" else None
 
     @property
     def num_kv_heads(self) -> int:

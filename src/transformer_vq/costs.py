@@ -41,6 +41,12 @@ def least_training_bytes(config: ModelConfig, train: TrainConfig) -> int:
     return numbers * _BYTES[config.param_dtype] + batch
 
 
+def least_decoding_bytes(config: ModelConfig, batch: int) -> int:
+    """Bytes that decoding cannot do without: parameters, codebooks, a state for each row."""
+    numbers = parameter_count(config) + codebook_count(config)
+    return numbers * _BYTES[config.param_dtype] + batch * state_bytes(config)
+
+
 def codebook_count(config: ModelConfig) -> int:
     """Numbers that are moving averages: N G S (K + 1), a sum and a count for each codeword."""
     return config.num_units * config.num_kv_heads * config.codebook_size * (config.d_k + 1)
@@ -102,7 +108,7 @@ def decode_bytes(config: ModelConfig, batch: int = 1) -> int:
 def train_flops(config: ModelConfig, length: int | None = None) -> int:
     """Operations per token of training: three times the forward pass, for the gradients.
 
-    The forward pass goes by blocks of L tokens (or `length`, if pieces are shorter). Per unit and
+    The forward pass goes by blocks of L tokens (or `length`, if chunks are shorter). Per unit and
     token it takes the projections; scores and values over M + L keys and S codes, 2 H (K + V) each;
     position biases, 2 H K W; and codes, 2 G K S. Keys that leave join the cache by additions, which
     count nothing (devices that add by products make 2 G S V more). Recomputing units

@@ -6,6 +6,8 @@ out. The command line prints that sentence. Any other exception is a fault of th
 its traceback.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 MOST_SHOWN = 100  # characters of a value in a sentence
@@ -24,6 +26,22 @@ class ConfigError(UserError):
     def __init__(self, message: str, field: str = ""):
         super().__init__(message)
         self.field = field
+
+
+def require_kind(name: str, value: Any, kind: type, source: str = "") -> None:
+    """Raise `UserError` for an argument of another class. `source`: where it may come from."""
+    if not isinstance(value, kind):
+        where = f", {source}" if source else ""
+        raise UserError(f"{name} is {shown(value)}: it must be a {kind.__name__}{where}")
+
+
+def as_path(name: str, value: Any) -> Path:
+    """An argument that names a file or a folder. Raises `UserError` for what does not."""
+    if not isinstance(value, str | os.PathLike):
+        raise UserError(f"{name} is {shown(value)}: it must be a path, as text or as a Path")
+    if not os.fspath(value):
+        raise UserError(f"{name} is empty: give a path")
+    return Path(value)
 
 
 def shown(value: Any) -> str:

@@ -94,6 +94,15 @@ def refusal(name: str, value: Any, limit: str) -> ConfigError:
     return ConfigError(f"{name} is {shown(value)}: it must be {limit}", name)
 
 
+def require_count(name: str, value: Any) -> None:
+    """Raise `ConfigError` for what is no whole number of at least 1."""
+    number = _index(value)
+    if number is None or number > MOST:
+        raise refusal(name, value, whole_limit(1, MOST))
+    if number < 1:
+        raise refusal(name, value, "at least 1")
+
+
 def whole_limit(low: int, high: int) -> str:
     """What a sentence says of the limits of a whole number."""
     return f"a whole number from {low} to {_power(high)}"

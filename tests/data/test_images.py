@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.pictures import pictures, pixels, write_idx, write_npz, write_pictures
 from transformer_vq.data import DataError, Source, load_tokenizer, open_source
-from transformer_vq.data.vocabulary import train_tokenizer
+from transformer_vq.data.vocabulary_trainer import train_tokenizer
 
 # Reading
 

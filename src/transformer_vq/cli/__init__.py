@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from transformer_vq.cli import parse
 from transformer_vq.cli.cache import cache_folder, use_compilation_cache
+from transformer_vq.cli.interrupts import Interrupts, leave
 from transformer_vq.cli.parse import UsageError
 from transformer_vq.cli.sentences import end, out_of_memory, sentence, too_large
 from transformer_vq.cli.streams import drop_output, open_streams
@@ -62,15 +63,20 @@ environment:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `tvq` with these arguments, by default those of the process; return the exit status."""
+    """Run `tvq` with these arguments, and return the exit status.
+
+    By default it is the program: with the arguments of the process, which Ctrl-C ends at once.
+    """
     arguments = sys.argv[1:] if argv is None else list(argv)
     open_streams()
     try:
-        status = _run(arguments)
-        sys.stdout.flush()
-        return status
+        with Interrupts():
+            status = _run(arguments)
+            sys.stdout.flush()
+            return status
     except KeyboardInterrupt:
-        return end("\ntvq: interrupted", 130)
+        status = end("\ntvq: interrupted", 130)
+        return leave(status) if argv is None else status
     except BrokenPipeError:  # whoever read the output has gone: nothing to say, nobody to say it to
         drop_output()
         return 141

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import tyro
 
 from transformer_vq import costs
-from transformer_vq.cli.common import number, size
+from transformer_vq.cli.common import number, require_memory, size
 from transformer_vq.cli.parse import as_usage, option, overrides, require_whole
 from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.presets import PRESETS
@@ -92,16 +92,20 @@ class Bench:
 
         if self.what == "decode":
             for batch in self.batch or (1, 8, 32):
+                self._require_memory(config, batch)
                 for position in self.position:
                     yield bench.bench_decode(config, batch, position=position, rounds=self.repeats)
         elif self.what == "prefill":
+            self._require_memory(config, 1)
             for length in self.length or (1024, 16384):
                 yield bench.bench_prefill(config, length, repeats=self.repeats)
         elif self.what == "sample":
             for batch in self.batch or (1, 8, 32):
+                self._require_memory(config, batch)
                 for length in self.length or (128,):
                     yield bench.bench_sample(config, batch, length=length, repeats=self.repeats)
         elif self.what == "evaluate":
+            self._require_memory(config, 1)
             for length in self.length or (8192,):
                 yield bench.bench_evaluate(config, length, repeats=self.repeats)
         else:
@@ -110,7 +114,13 @@ class Bench:
                     for length in self.length or (1024, 8192):
                         train = TrainConfig(batch_size=batch, sequence_len=length)
                         kind = config.replace(attention=attention)
+                        least = costs.least_training_bytes(kind, train)
+                        require_memory(least, "their gradients and a batch", "--batch")
                         yield bench.bench_train(kind, train, repeats=self.repeats)
+
+    def _require_memory(self, config: ModelConfig, batch: int) -> None:
+        least = costs.least_decoding_bytes(config, batch)
+        require_memory(least, f"codebooks and {batch:,} states", "--batch")
 
 
 # A line for each measurement.

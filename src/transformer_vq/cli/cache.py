@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from pathlib import Path
 
 
@@ -31,6 +32,8 @@ def use_compilation_cache() -> None:
         return
     if not os.access(folder, os.W_OK | os.X_OK):
         return
+    # An entry that cannot be written, or is damaged, costs time and nothing else.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
     settings = {
         "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0.3,

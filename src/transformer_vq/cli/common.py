@@ -1,6 +1,7 @@
 """What several commands do: describe a model, train with progress, find a run's data."""
 
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -54,6 +55,16 @@ def tell(text: str) -> None:
     print(f"tvq: {plain(text)}", file=sys.stderr)
 
 
+def say(text: str) -> None:
+    """A line on standard output, whatever characters the names in it have."""
+    print(plain(text))
+
+
+def quoted(path: str | os.PathLike) -> str:
+    """A path as a shell wants it, and as it can be shown."""
+    return plain(shlex.quote(os.fspath(path)))
+
+
 def standard_input() -> BinaryIO:
     """Where `-` reads from. Raises `UsageError` if it is closed."""
     if sys.stdin is None:
@@ -98,10 +109,9 @@ def train_with_progress(
     from transformer_vq.run import loop
     from transformer_vq.show.progress import Progress
 
-    _require_memory(costs.least_training_bytes(config, train), mesh)
+    least = costs.least_training_bytes(config, train)
+    require_memory(least, "their gradients and a batch", "--train.batch-size", mesh)
     trim_after_compiling()
-    for note in train.notes():
-        tell(note)
     source = as_source(tokens)
     tokens_per_step = train.batch_size * train.update_len
     progress = Progress(train.steps, tokens_per_step, max_seconds=max_seconds)
@@ -120,10 +130,11 @@ def train_with_progress(
     )
 
 
-def _require_memory(least: int, mesh: "Mesh | None") -> None:
-    """Raise `UserError` if the devices' memory does not hold what is needed at the very least.
+def require_memory(least: int, what: str, smaller: str, mesh: "Mesh | None" = None) -> None:
+    """Raise `UserError` if the devices' memory does not hold the bytes that are needed at least.
 
-    It would be found out only after a program is compiled, which may take for ever.
+    They are of the parameters and `what`; `smaller`: the option that saves some. It would be found
+    out only after a program is compiled, which may take for ever.
     """
     import jax
 
@@ -137,8 +148,8 @@ def _require_memory(least: int, mesh: "Mesh | None") -> None:
         return  # nobody knows
     if least > memory:
         raise UserError(
-            f"the parameters, their gradients and a batch take {size(least)}, and the memory is "
-            f"{size(memory)}: make the model (--config.*) or --train.batch-size smaller"
+            f"the parameters, {what} take {size(least)}, and the memory is {size(memory)}: make "
+            f"the model (--config.*) or {smaller} smaller"
         )
 
 

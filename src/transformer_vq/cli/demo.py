@@ -3,12 +3,18 @@
 import bz2
 import json
 import lzma
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from transformer_vq.cli.common import describe_model, program, size, train_with_progress
+from transformer_vq.cli.common import (
+    describe_model,
+    program,
+    quoted,
+    say,
+    size,
+    train_with_progress,
+)
 from transformer_vq.cli.parse import UsageError, option
 from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.data import ByteTokenizer, StreamDecoder, bundled_corpus, load_bytes, split
@@ -62,7 +68,7 @@ class Demo:
             raise UsageError(f"--minutes is {self.minutes}: it must be above 0")
         results = self._results()
         if results and (results["finished"] or results["minutes"] >= self.minutes):
-            print(f"The demo is done: its run is in {self.out}. Remove the folder to start again.")
+            say(f"The demo is done: its run is in {self.out}. Remove the folder to start again.")
             self._show(results)
             print(f"\n{results['sample']}")
             self._show_what_now()
@@ -106,8 +112,8 @@ class Demo:
 
     def _evaluate(self, result: "TrainResult") -> None:
         """Score the held-out text, write samples, and leave both in the run folder."""
+        from transformer_vq.atomic import write_whole
         from transformer_vq.cli.evaluate import score, summary
-        from transformer_vq.io.files import write_whole
         from transformer_vq.run.folder import load_run
         from transformer_vq.run.log import read_metrics, to_json
         from transformer_vq.show.figures import learning_curve
@@ -181,7 +187,7 @@ class Demo:
         )
 
     def _show_what_now(self) -> None:
-        tvq, out = program(), shlex.quote(str(self.out))
+        tvq, out = program(), quoted(self.out)
         print(f"\nIn {out}: checkpoints, metrics.jsonl, learning_curve.png, samples.txt. What now:")
         print(f"  {tvq} sample --run {out} --prompt 'The whale' --temperature 0.7")
         print(f"  {tvq} eval --run {out}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from transformer_vq.cli.common import CheckpointOption, progress_bar, run_data
+from transformer_vq.cli.common import CheckpointOption, progress_bar, run_data, say
 from transformer_vq.cli.models import FarOptions, bounded
 from transformer_vq.cli.parse import DataPaths, UsageError, flat, option, require_whole
 from transformer_vq.data import run_tokenizer
@@ -171,10 +171,9 @@ def _show(record: dict[str, Any]) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     unit = "bits per dimension" if "bpd" in record else "bpb"
-    console.print(
+    say(
         f"{record['run']} at step {record['step']:,}, on the {record['split']} split of "
-        f"{record['data']}",
-        markup=False,
+        f"{record['data']}"
     )
     console.print(
         f"\n  [bold]{record['bpb']:.4f} {unit}[/bold]   {record['loss']:.4f} nats per token   "

@@ -1,15 +1,15 @@
 """`tvq info`: what a run is and what its model costs."""
 
 import dataclasses
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from transformer_vq import costs
-from transformer_vq.cli.common import CheckpointOption, number, size
+from transformer_vq.cli.common import CheckpointOption, number, size, tell
 from transformer_vq.cli.parse import option
-from transformer_vq.config import DEFAULT_CAPACITY
+from transformer_vq.config import ModelConfig
+from transformer_vq.errors import plain
 from transformer_vq.run.log import to_json
 
 
@@ -98,12 +98,13 @@ def _folder_size(folder: Path) -> int:
 
 def _show(record: dict[str, Any]) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     from transformer_vq.show.console import Console
-    from transformer_vq.show.words import duration
+    from transformer_vq.show.words import describe_attention, duration
 
     model, data, training = record["model"], record["data"], record["training"]
-    config, train = record["config"], record["train"]
+    config, train = ModelConfig.from_dict(record["config"]), record["train"]
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -113,22 +114,15 @@ def _show(record: dict[str, Any]) -> None:
         table.add_row(f"[cyan]{title}[/cyan]")
 
     section("model")
-    attention = (
-        f"{config['codebook_size']} codes, window {config['window_len']}"
-        if config["attention"] == "vq"
-        else "full"
-    )
-    table.add_row("layers", f"{config['num_layers']} of width {config['d_model']}")
-    table.add_row("attention", f"{attention}, {config['num_heads']} heads ({config['head_type']})")
+    table.add_row("layers", f"{config.num_layers} of width {config.d_model}")
+    attention = describe_attention(config)
+    table.add_row("attention", f"{attention}, {config.num_heads} heads ({config.head_type})")
     table.add_row(
         "parameters", f"{model['parameters']:,}, and {model['codebook']:,} in the codebooks"
     )
     section("costs")
-    limit = (
-        f"of at most {DEFAULT_CAPACITY:,} tokens"
-        if config["attention"] == "full"
-        else "whatever its length"
-    )
+    most = config.default_capacity
+    limit = "whatever its length" if most is None else f"of at most {most:,} tokens"
     table.add_row("state", f"{size(model['state_bytes'])} per sequence, {limit}")
     table.add_row(
         "a decoded token",
@@ -136,8 +130,9 @@ def _show(record: dict[str, Any]) -> None:
     )
     table.add_row("a trained token", f"{number(model['train_flops'])}FLOP")
     section("training")
-    table.add_row("data", f"{data['path']}")
-    table.add_row("", f"{data['size']:,} tokens ({data['tokenizer']}), {data['fingerprint'][:16]}…")
+    table.add_row("data", Text(plain(data["path"])))
+    named = plain(f"({data['tokenizer']}), {data['fingerprint'][:16]}…")
+    table.add_row("", Text(f"{data['size']:,} tokens {named}"))
     table.add_row(
         "steps",
         f"{training['step']:,} of {training['steps']:,}, {number(training['tokens'])} tokens in "
@@ -159,6 +154,6 @@ def _show(record: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
     for text in record["damage"]:
-        print(f"tvq: {text}", file=sys.stderr)
-    console.print(f"[bold]{record['run']}[/bold]")
+        tell(text)
+    console.print(Text(plain(record["run"]), style="bold"))
     console.print(table)

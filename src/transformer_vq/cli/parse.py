@@ -79,8 +79,7 @@ def require_whole(option: str, value: int, low: int = 1, high: int = MOST) -> No
 
 def as_usage(error: Exception, prefix: str, fields: type) -> UsageError:
     """An error about a field of a configuration as one about the option: `--top-p is 2`."""
-    text = str(error)
-    name = getattr(error, "field", "") or text.split(" ", 1)[0]
+    name = getattr(error, "field", "")
     others = {f.name for f in dataclasses.fields(fields) if "_" in f.name}
 
     def as_option(match: re.Match[str]) -> str:
@@ -88,7 +87,7 @@ def as_usage(error: Exception, prefix: str, fields: type) -> UsageError:
         known = word in others or (word == name and match.start() == 0)
         return prefix + word.replace("_", "-") if known else word
 
-    return UsageError(re.sub(r"\w+", as_option, text) if name else text)
+    return UsageError(re.sub(r"\w+", as_option, str(error)))
 
 
 def options(command: type, name: str, arguments: Sequence[str]) -> Any:

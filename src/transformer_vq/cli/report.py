@@ -1,13 +1,11 @@
 """`tvq report`: a run as one page to look at."""
 
 import json
-import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from transformer_vq.cli.common import run_data, size
+from transformer_vq.cli.common import quoted, run_data, say, size, tell
 from transformer_vq.cli.parse import DataPaths, UsageError, flat, option
 from transformer_vq.data import DataError, run_tokenizer
 
@@ -38,8 +36,8 @@ class Report:
     no_eval: Annotated[bool, option("do not score any text: an instant instead of seconds")] = False
 
     def main(self) -> int:
+        from transformer_vq.atomic import write_whole
         from transformer_vq.cli.info import describe
-        from transformer_vq.io.files import write_whole
         from transformer_vq.run.log import damaged_lines, read_metrics
         from transformer_vq.show.report import page
 
@@ -49,14 +47,14 @@ class Report:
         run = describe(self.run)
         metrics, samples = self.run / "metrics.jsonl", self.run / "samples.jsonl"
         for damage in filter(None, map(damaged_lines, (metrics, samples))):
-            print(f"tvq: {damage}: left out", file=sys.stderr)
+            tell(f"{damage}: left out")
         evaluation, reason = None, "left out (--no-eval)"
         if not self.no_eval:
             try:
                 evaluation = self._evaluate()
             except DataError as error:
                 reason = f"not measured: {error}"
-                print(f"no loss by position: {error}")
+                say(f"no loss by position: {error}")
         text = page(
             run,
             read_metrics(metrics),
@@ -66,7 +64,7 @@ class Report:
         )
         content = text.encode("utf-8", errors="replace")  # names of files may be anything
         write_whole(path, content)
-        print(f"the report is in {shlex.quote(str(path))}, {size(len(content))}")
+        print(f"the report is in {quoted(path)}, {size(len(content))}")
         return 0
 
     def _evaluate(self) -> "Evaluation":
@@ -84,5 +82,5 @@ def _environment(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes())["environment"]
         return dict(found)
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        print(f"tvq: {path} is damaged or missing: no versions of programs", file=sys.stderr)
+        tell(f"{path} is damaged or missing: no versions of programs")
         return {}

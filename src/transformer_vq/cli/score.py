@@ -23,7 +23,7 @@ from transformer_vq.cli.models import (
 )
 from transformer_vq.cli.parse import UsageError, option
 from transformer_vq.cli.text import printable, show_bytes
-from transformer_vq.data import StreamDecoder, Tokenizer, open_binary, text_pieces
+from transformer_vq.data import StreamDecoder, Tokenizer, is_compressed, open_binary, text_pieces
 from transformer_vq.data.tokenizer import Tokens
 from transformer_vq.run.log import to_json
 
@@ -50,7 +50,7 @@ class Score:
     text: Annotated[str, option("text to score", "TEXT", default="none")] = ""
     file: Annotated[
         str | None,
-        option("a file to score, .gz and .zst too; -: standard input", "FILE", default="none"),
+        option("a file to score, compressed or not; -: standard input", "FILE", default="none"),
     ] = None
     per: Annotated[
         Literal["text", "line", "token"],
@@ -81,8 +81,8 @@ class Score:
             before = () if state is None else None  # nobody knows the text of a state
             total, lines = _Total(tokenizer), _Lines(tokenizer, before)
             decoder = StreamDecoder(tokenizer, before)
-            # What full attention has read must fit a state that is made at the start.
-            limit = sys.maxsize if model.config.attention == "full" else CHUNK
+            # What is read must fit a state that is made at the start, if that has a limit.
+            limit = CHUNK if model.config.default_capacity is None else sys.maxsize
             chunks = token_chunks(text, tokenizer, limit)
             quiet = self.json or self.per != "text"
             with progress_bar("scoring", quiet=quiet, unit="bytes") as show:
@@ -128,8 +128,7 @@ class Score:
         if self.file is None or self.file == "-":
             return None
         path = Path(self.file)
-        plain = path.is_file() and path.suffix.lower() not in (".gz", ".zst")
-        return path.stat().st_size if plain else None
+        return path.stat().st_size if path.is_file() and not is_compressed(path) else None
 
     def _tell_token(self, token: int, logprob: float | None, content: bytes) -> None:
         """`content`: what the token adds to the text."""

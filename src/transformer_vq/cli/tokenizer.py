@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import Positional
 
-from transformer_vq.cli.common import open_data, size
+from transformer_vq.cli.common import open_data, say, size
 from transformer_vq.cli.parse import DataPaths, UsageError, flat, option, require_whole
 from transformer_vq.data import ByteTokenizer, OnError, train_tokenizer
 
@@ -44,7 +44,7 @@ class Tokenizer:
         tokenizer = train_tokenizer(source, self.out, self.vocab_size)
         sample = source.split("validation").tokens[: 1 << 20].tobytes().decode(errors="ignore")
         count = len(tokenizer.encode(sample))
-        print(f"{self.out}: {tokenizer.vocab_size:,} tokens, made of {size(source.num_bytes)}")
+        say(f"{self.out}: {tokenizer.vocab_size:,} tokens, made of {size(source.num_bytes)}")
         if count:
             print(f"{len(sample.encode()) / count:.2f} bytes of held-out text per token")
         return 0

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import re
-import shlex
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -79,7 +77,8 @@ class Train:
     data: Annotated[
         DataPaths,
         option(
-            "files or folders: text, .gz, .zst, .jsonl, .parquet, pictures",
+            "files or folders: text, .jsonl, .parquet, pictures (.png, .jpg and the like, "
+            "idx3-ubyte, .npz); compressed too (.gz, .bz2, .xz, .zst, .zip of one file)",
             "PATH",
             default="those of the run",
         ),
@@ -148,7 +147,7 @@ class Train:
             return self._plan()
         if self.out is None:
             raise UsageError("--out is missing: give it (see tvq train --help)")
-        saved = _saved_run(self.out) if self.resume else None
+        saved = _saved_run(self.out, by_hand=bool(self.data)) if self.resume else None
         config, train = self._configs(saved)
         mesh = self._mesh()
         if not self.data and saved is None:
@@ -161,6 +160,8 @@ class Train:
             join_processes,
             open_data,
             program,
+            quoted,
+            say,
             train_with_progress,
         )
 
@@ -182,7 +183,7 @@ class Train:
         from transformer_vq.sharding import make_mesh
 
         print(f"model: {describe_model(config)}")
-        print(f"data: {describe_data(source, part)}")
+        say(f"data: {describe_data(source, part)}")
         result = train_with_progress(
             config,
             train,
@@ -193,7 +194,7 @@ class Train:
             observers=trackers,
             mesh=make_mesh(mesh),
         )
-        out = shlex.quote(str(self.out))
+        out = quoted(self.out)
         again = f"{program()} train --resume --out {out}"
         if result.status == "interrupted":
             if result.step:
@@ -201,7 +202,7 @@ class Train:
             else:
                 print("interrupted before the first step: nothing to save")
             return 130
-        print(f"done: {result.step} steps. The run is in {self.out}. What now:")
+        say(f"done: {result.step} steps. The run is in {self.out}. What now:")
         print(f"  {program()} eval --run {out}")
         use = "draw" if source.image_shape else "sample"
         rest = " --num-images 25 --out drawn" if source.image_shape else ""
@@ -286,9 +287,9 @@ class Train:
             )
         usual = TRAIN_PRESETS.get(self.preset, {}) if length == train.sequence_len else {}
         update_len = self.train.get("update_len", usual.get("update_len", 0))
-        pieces = {"sequence_len": length, "update_len": update_len}
+        lengths = {"sequence_len": length, "update_len": update_len}
         try:
-            return TrainConfig(**{**dataclasses.asdict(train), **pieces})
+            return TrainConfig(**{**dataclasses.asdict(train), **lengths})
         except ValueError as error:
             raise as_usage(error, "--train.", TrainConfig) from None
 
@@ -340,16 +341,17 @@ class Train:
             raise as_usage(error, "--config.", ModelConfig) from None
 
 
-def _saved_run(folder: Path) -> dict[str, Any] | None:
+def _saved_run(folder: Path, *, by_hand: bool) -> dict[str, Any] | None:
     """What is known of the run in a folder, as config.json has it; None if there is none.
 
-    If that file is damaged, the newest checkpoint knows the same. Raises `UsageError` if there is
-    no checkpoint.
+    If that file is damaged, the newest checkpoint knows the same. Without a checkpoint nothing was
+    trained: None if the data are given `by_hand`, or else `UsageError`.
     """
     path = folder / "config.json"
     if not path.exists():
         return None
 
+    from transformer_vq.cli.common import tell
     from transformer_vq.run.folder import RunInfo, checkpoints_of, load_info
 
     try:
@@ -358,6 +360,11 @@ def _saved_run(folder: Path) -> dict[str, Any] | None:
         return RunInfo.from_dict(saved).to_dict()
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         if checkpoints_of(folder).latest() is None:
-            raise UsageError(f"{path} is damaged ({error}): give --data and --preset") from None
-        print(f"tvq: {path} is damaged: the checkpoint says what it said", file=sys.stderr)
+            if by_hand:
+                return None
+            raise UsageError(
+                f"{path} is damaged ({error}), and there is no checkpoint: give --data, and all "
+                f"else that is not as usual, to start anew"
+            ) from None
+        tell(f"{path} is damaged: the checkpoint says what it said")
         return load_info(folder).to_dict()

@@ -21,8 +21,8 @@ from transformer_vq.data.vocabulary import (
     keep_tokenizer,
     load_tokenizer,
     run_tokenizer,
-    train_tokenizer,
 )
+from transformer_vq.data.vocabulary_trainer import train_tokenizer
 
 __all__ = [
     "Batch",

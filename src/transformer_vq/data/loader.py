@@ -9,6 +9,7 @@ import numpy as np
 
 from transformer_vq.data.text import DataError, require_length
 from transformer_vq.errors import UserError
+from transformer_vq.fields import require_count
 
 if TYPE_CHECKING:  # grain takes over half a second to import: only those who train pay for it
     import grain
@@ -25,7 +26,7 @@ class Batch(NamedTuple):
 
 
 class EvalChunk(NamedTuple):
-    """The next piece of every evaluation stream. Beyond its length a row is padding (zeros)."""
+    """The next chunk of every evaluation stream. Beyond its length a row is padding (zeros)."""
 
     inputs: np.ndarray  # int32 [rows, chunk_len]
     targets: np.ndarray  # int32 [rows, chunk_len]: the token after each input
@@ -196,8 +197,7 @@ def eval_chunks(
     """
     _require_flat(tokens)
     for name, value in (("chunk_len", chunk_len), ("rows", rows)):
-        if value < 1:
-            raise UserError(f"{name} is {value}: it must be at least 1")
+        require_count(name, value)
     if len(tokens) < 2 * rows:
         raise DataError(
             f"there are {len(tokens):,} of the {2 * rows:,} tokens that evaluation needs, "
@@ -226,10 +226,10 @@ def _chunks(streams: list[np.ndarray], chunk_len: int) -> Iterator[EvalChunk]:
         targets = np.zeros_like(inputs)
         lengths = np.zeros(rows, np.int32)
         for row, stream in enumerate(streams):
-            piece = stream[start : start + chunk_len + 1]
-            lengths[row] = max(len(piece) - 1, 0)
-            inputs[row, : lengths[row]] = piece[:-1]
-            targets[row, : lengths[row]] = piece[1:]
+            chunk = stream[start : start + chunk_len + 1]
+            lengths[row] = max(len(chunk) - 1, 0)
+            inputs[row, : lengths[row]] = chunk[:-1]
+            targets[row, : lengths[row]] = chunk[1:]
         yield EvalChunk(inputs, targets, lengths)
 
 

@@ -4,7 +4,7 @@
 data makes one of these: `Source.of(tokens)` will do.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -13,6 +13,7 @@ import numpy as np
 
 from transformer_vq.data.text import SPLITS, DataError, fingerprint, split
 from transformer_vq.data.tokenizer import ByteTokenizer, Tokenizer
+from transformer_vq.errors import shown
 
 
 class Span(NamedTuple):
@@ -105,6 +106,23 @@ class Source:
         )
 
 
-def as_source(data: np.ndarray | Source) -> Source:
-    """A `Source`, also of bare tokens `[N]`."""
-    return data if isinstance(data, Source) else Source.of(data)
+def as_source(data: np.ndarray | Sequence[int] | Source) -> Source:
+    """A `Source`, also of bare tokens `[N]`: an array or a list of whole numbers, or bytes.
+
+    Raises `DataError` for anything else.
+    """
+    if isinstance(data, Source):
+        return data
+    if isinstance(data, bytes | bytearray):
+        return Source.of(np.frombuffer(data, np.uint8))
+    try:
+        tokens = data if isinstance(data, np.ndarray) else np.asarray(data)
+    except (ValueError, TypeError, OverflowError):  # of rows of unequal lengths, say
+        tokens = np.empty(0, object)
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        of = f"{tokens.dtype} of shape {tokens.shape}" if hasattr(data, "dtype") else shown(data)
+        raise DataError(
+            f"the tokens are {of}: they must be a flat array of whole numbers, or a Source "
+            f"(open_source makes one of files)"
+        )
+    return Source.of(tokens)

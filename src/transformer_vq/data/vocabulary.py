@@ -1,19 +1,18 @@
-"""Vocabularies in files: SentencePiece models and Hugging Face's tokenizer.json; made here too.
+"""Vocabularies in files: SentencePiece models and Hugging Face's tokenizer.json.
 
 Both are kept whole in memory, so that a run can have a copy of its own. A text is text: letters
 that spell a special token, such as `<|endoftext|>`, are encoded as letters.
 """
 
 import hashlib
-import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformer_vq.data.source import Source
+from transformer_vq.atomic import write_whole
 from transformer_vq.data.text import DataError
 from transformer_vq.data.tokenizer import ByteTokenizer, Tokenizer, Tokens, check_tokens
 from transformer_vq.errors import UserError
@@ -21,8 +20,6 @@ from transformer_vq.errors import UserError
 END_OF_TEXT = "<|endoftext|>"
 # What vocabularies call the token that ends a text.
 _ENDS = (END_OF_TEXT, "</s>", "<eos>", "[EOS]", "<|end_of_text|>", "<|eos|>", "[SEP]")
-_PIECE = 1 << 20  # bytes of text given to a trainer at once
-MAX_VOCAB_SIZE = 1_000_000  # of a vocabulary made here: trainers take memory for all at once
 _SPACE = "\u2581"  # how SentencePiece writes a space
 
 # What some vocabularies change, and a text that shows it.
@@ -119,9 +116,7 @@ class FileTokenizer:
         """A copy of the file in `folder`, unless it is there."""
         path = folder / self.file_name
         if not path.is_file() or path.read_bytes() != self.content:
-            draft = folder / f".{self.file_name}.new"
-            draft.write_bytes(self.content)
-            draft.replace(path)
+            write_whole(path, self.content)
 
     def _gives_back(self, text: str) -> bool:
         return self.decode(self.encode(text)) == text.encode()
@@ -151,7 +146,7 @@ class HuggingFaceTokenizer(FileTokenizer):
 
     def __init__(self, content: bytes):
         values = json.loads(content)
-        library = _import("tokenizers").Tokenizer.from_str(content.decode())
+        library = import_library("tokenizers").Tokenizer.from_str(content.decode())
         vocabulary = library.get_vocab()
         self._end = next((token for token in _ENDS if token in vocabulary), "")
         added = values.get("added_tokens") or []
@@ -210,7 +205,7 @@ class SentencePieceTokenizer(FileTokenizer):
     file_name = "tokenizer.model"
 
     def __init__(self, content: bytes):
-        library = _import("sentencepiece").SentencePieceProcessor(model_proto=content)
+        library = import_library("sentencepiece").SentencePieceProcessor(model_proto=content)
         end, size = library.eos_id(), library.get_piece_size()
         single = {
             token: int(library.id_to_piece(token)[3:-1], 16)
@@ -303,101 +298,6 @@ def keep_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     tokenizer.save(folder)
 
 
-# Making one.
-
-
-def train_tokenizer(source: Source, path: Path, vocab_size: int) -> Tokenizer:
-    """Make a vocabulary of at most so many tokens from the training split of a source of bytes.
-
-    `path` says which: `.json` is byte-level BPE, of which any bytes can be made; `.model` is
-    SentencePiece's BPE, with bytes for rare characters, spaces and line breaks as they are.
-    Raises `DataError` for another name, too small or large a size, or a text that is not UTF-8.
-    """
-    if path.suffix not in (".json", ".model"):
-        raise DataError(f"{path} must end with .json (Hugging Face) or .model (SentencePiece)")
-    if vocab_size > MAX_VOCAB_SIZE:
-        raise DataError(
-            f"the vocabulary size is {vocab_size}: it must be at most {MAX_VOCAB_SIZE:,}"
-        )
-    texts = _texts(source.split("train"))
-    if path.suffix == ".json":
-        content = _train_bpe(texts, vocab_size)
-    else:
-        content = _train_sentencepiece(texts, vocab_size)
-    path.write_bytes(content)
-    return load_tokenizer(path)
-
-
-def _train_bpe(texts: Iterator[str], vocab_size: int) -> bytes:
-    library = _import("tokenizers")
-    if vocab_size < 257:
-        raise DataError(f"the vocabulary size is {vocab_size}: bytes and an end take 257")
-    level = library.pre_tokenizers.ByteLevel
-    tokenizer = library.Tokenizer(library.models.BPE())
-    tokenizer.pre_tokenizer = level(add_prefix_space=False)
-    tokenizer.decoder = library.decoders.ByteLevel()
-    trainer = library.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(level.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer.to_str(pretty=True).encode()
-
-
-def _train_sentencepiece(texts: Iterator[str], vocab_size: int) -> bytes:
-    written = io.BytesIO()
-    try:
-        _import("sentencepiece").SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts for line in text.splitlines(keepends=True)),
-            model_writer=written,
-            vocab_size=vocab_size,
-            model_type="bpe",
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            byte_fallback=True,
-            user_defined_symbols=["\n"],
-            max_sentence_length=1 << 20,
-            minloglevel=2,
-        )
-    except (RuntimeError, OSError) as error:
-        reason = str(error).split("] ")[-1]
-        raise DataError(
-            f"SentencePiece cannot make {vocab_size} tokens of this text: {reason}"
-        ) from None
-    return written.getvalue()
-
-
-def _texts(source: Source) -> Iterator[str]:
-    """The documents of a source of bytes as text, long ones in pieces that end with a line."""
-    ends = [*source.starts[1:], len(source.tokens)]
-    separated = len(source.starts) > 1
-    for start, end in zip(source.starts, ends, strict=True):
-        place = int(start) + (separated and source.tokens[start] == source.tokenizer.eos_id)
-        while place < end:
-            piece = source.tokens[place : min(place + _PIECE, end)].tobytes()
-            if place + len(piece) < end:
-                piece = piece[: piece.rfind(b"\n") + 1] or piece
-            place += len(piece)
-            yield _decode(piece, source.path)
-
-
-def _decode(piece: bytes, path: str) -> str:
-    """As text; the halves of characters at either end do not count."""
-    begin = next((i for i in range(min(4, len(piece))) if piece[i] & 0xC0 != 0x80), 0)
-    try:
-        return piece[begin:].decode()
-    except UnicodeDecodeError as error:
-        if begin + error.start < len(piece) - 3:
-            raise DataError(
-                f"{path} is not UTF-8, say at {piece[begin:][error.start : error.start + 8]!r}: a "
-                f"vocabulary is made of text"
-            ) from None
-        return piece[begin : begin + error.start].decode()
-
-
 def _byte_of_character() -> dict[str, int]:
     """The characters that byte-level vocabularies write bytes as: themselves, or from U+0100 on."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -406,7 +306,8 @@ def _byte_of_character() -> dict[str, int]:
     return table | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
-def _import(library: str) -> Any:
+def import_library(library: str) -> Any:
+    """A library that reads or makes vocabularies. Raises `DataError` if it is not installed."""
     try:
         return __import__(library)
     except ImportError:

@@ -18,7 +18,7 @@ from transformer_vq.config import ModelConfig
 from transformer_vq.engine.decoders import model_on
 from transformer_vq.engine.slots import num_rows, take_rows
 from transformer_vq.engine.tokens import prompt_lists
-from transformer_vq.errors import UserError, shown
+from transformer_vq.errors import UserError, require_kind
 from transformer_vq.nn.model import Model, State, init_state
 from transformer_vq.ops.decode import empty_state, prefill
 
@@ -54,16 +54,10 @@ def check_model(model: Model, state: State | None) -> None:
     A state does not say which model made it: only its shapes are compared. (A saved one does:
     `load_state`.)
     """
-    if not isinstance(model, Model):
-        raise UserError(
-            f"model is {shown(model)}: it must be a Model, from init_model or of a run (load)"
-        )
+    require_kind("model", model, Model, "from init_model or of a run (load)")
     if state is None:
         return
-    if not isinstance(state, State):
-        raise UserError(
-            f"state is {shown(state)}: it must be a State, from init_state, extend or load_state"
-        )
+    require_kind("state", state, State, "from init_state, extend or load_state")
     if any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(state)):
         raise UserError(
             "the arrays of the state are deleted: it was given away (donated) to another call, so "
@@ -113,13 +107,13 @@ def begin(
     """
     if state is not None:
         return _fork(state, need, batch, mesh)
-    capacity = None
-    if config.attention == "full":
-        capacity = max(MIN_CAPACITY, _next_power_of_two(max(need)))
-        _check_memory(config, batch, capacity, mesh)
+    room = None
+    if config.default_capacity is not None:
+        room = max(MIN_CAPACITY, _next_power_of_two(max(need)))  # few shapes to compile for
+        _check_memory(config, batch, room, mesh)
     if mesh is None:
-        return init_state(config, batch, capacity=capacity)
-    return empty_state(config, batch, capacity, mesh)
+        return init_state(config, batch, room=room)
+    return empty_state(config, batch, room, mesh)
 
 
 def _check_memory(config: ModelConfig, batch: int, capacity: int, mesh: Mesh | None) -> None:

@@ -15,13 +15,12 @@ classes that were saved nor the arrays that are not wanted.
 import contextlib
 import errno
 import json
-import logging
 import math
 import os
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,6 +30,7 @@ import orbax.checkpoint as ocp
 
 from transformer_vq.io import checksums
 from transformer_vq.io.checksums import METADATA_FILE
+from transformer_vq.io.handler import ASYNC, Handler, Save, keep_quiet
 from transformer_vq.io.leaves import (
     CheckpointError,
     as_like,
@@ -41,10 +41,6 @@ from transformer_vq.io.leaves import (
     restore_args,
     storable,
 )
-
-# By default orbax makes the folder of a save in a thread, and when that fails, the threads that
-# wait for it keep the process alive for five minutes.
-_ASYNC = ocp.options.AsyncOptions(create_directories_asynchronously=False)
 
 
 class Checkpoints:
@@ -74,7 +70,6 @@ class Checkpoints:
         self._best_metric = best_metric
         self._saving: tuple[int, ocp.AsyncCheckpointer] | None = None  # in the background
         self._made: tuple[int, int] | None = None  # device and inode of the folder at a save
-        _mute_orbax()
 
     def __enter__(self) -> Self:
         return self
@@ -129,15 +124,14 @@ class Checkpoints:
         # Orbax refuses arrays without elements; their description says all there is.
         stored = {name: array for name, array in arrays.items() if array.size}
         # A new one for every save: after an error, orbax would report it again at the next.
-        checkpointer = ocp.AsyncCheckpointer(
-            _Handler(sidecar, self._has_gone), async_options=_ASYNC
-        )
+        checkpointer = ocp.AsyncCheckpointer(Handler(sidecar, self._has_gone), async_options=ASYNC)
         self._saving = step, checkpointer
+        keep_quiet()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._made = _identity(self.folder)
             self._tidy()
-            checkpointer.save(self.folder / str(step), args=_Save(stored))
+            checkpointer.save(self.folder / str(step), args=Save(stored))
         except Exception as error:
             raise self._save_failed(step, error) from error
         if wait:
@@ -242,6 +236,7 @@ class Checkpoints:
         specs = {name: data_spec(name, leaf) for name, leaf in leaves.items()}
         check_match(path, saved["arrays"], specs, subtree=subtree)
         wanted = {name: restore_args(leaves[name]) for name, spec in specs.items() if spec.size}
+        keep_quiet()
         try:
             # A partial restore reads what `item` names and skips the rest.
             args = ocp.args.PyTreeRestore(item=wanted, restore_args=wanted, partial_restore=True)
@@ -342,43 +337,6 @@ class Checkpoints:
         for entry in self.folder.iterdir():
             if re.fullmatch(r"\d+\.(deleted|orbax-checkpoint-tmp.*)", entry.name):
                 shutil.rmtree(entry, ignore_errors=True)
-
-
-class _Handler(ocp.PyTreeCheckpointHandler):
-    """Orbax's handler, which also seals a checkpoint with our two files."""
-
-    def __init__(self, metadata: str, has_gone: Callable[[], bool]):
-        super().__init__(use_compression=False)  # weights are noise: zstd would save 8 %
-        self._metadata, self._has_gone = metadata, has_gone
-
-    def finalize(self, directory: Any) -> None:
-        """Runs in one process, when all have written, before the folder gets its name."""
-        folder = Path(directory)
-        if self._has_gone():  # what writes arrays makes the folders above them again
-            raise FileNotFoundError(str(folder.parent))
-        super().finalize(directory)
-        (folder / METADATA_FILE).write_text(self._metadata, "utf-8")
-        checksums.seal(folder)
-
-
-# Orbax asks for argument types of its own for every class of handler.
-@ocp.args.register_with_handler(_Handler, for_save=True)
-class _Save(ocp.args.PyTreeSave):
-    pass
-
-
-@ocp.args.register_with_handler(_Handler, for_restore=True)
-class _Restore(ocp.args.PyTreeRestore):
-    pass
-
-
-def _mute_orbax() -> None:
-    """Keep orbax's log from the terminal: what matters of it reaches the user as errors."""
-    logging.getLogger("absl").addFilter(_not_from_orbax)  # adding it twice has no effect
-
-
-def _not_from_orbax(record: logging.LogRecord) -> bool:
-    return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 def _damage(checkpoint: Path, names: Sequence[str] = ()) -> str | None:

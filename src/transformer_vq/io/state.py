@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from transformer_vq.config import FOR_CODES
-from transformer_vq.errors import UserError
+from transformer_vq.errors import UserError, as_path, require_kind
 from transformer_vq.nn.model import Model, State, init_state
 
 # Fields of a configuration that states were saved without, and the value that changes nothing.
@@ -49,7 +49,9 @@ def save_state(path: str | os.PathLike, state: State, model: Model) -> None:
     Raises `StateError` if the state is of another model, the folder missing or the disk full; an
     older file then stays.
     """
-    path = Path(path)
+    path = as_path("path", path if path != "" else ".")
+    require_kind("state", state, State)
+    require_kind("model", model, Model)
     if not path.name or (os.path.exists(path) and not os.path.isfile(path)):
         kind = "a directory" if os.path.isdir(path) else "a pipe or a device"
         raise StateError(f"cannot write the state to {path}, {kind}: give the name of a file")
@@ -84,7 +86,8 @@ def load_state(path: str | os.PathLike, model: Model) -> State:
 
     Raises `StateError` for a missing, damaged or foreign file, or a state of another model.
     """
-    path = Path(path)
+    path = as_path("path", path)
+    require_kind("model", model, Model)
     damaged = StateError(f"{path} is damaged or not a state file: make it again with save_state")
     try:
         data, header = _read(path)

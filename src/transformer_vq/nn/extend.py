@@ -1,5 +1,6 @@
 """`extend`: continue sequences by some tokens. The one function that everything is built on."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from transformer_vq.config import ModelConfig
-from transformer_vq.errors import UserError
+from transformer_vq.errors import UserError, require_kind, shown
 from transformer_vq.nn.attention import AttentionState, FullAttentionState
 from transformer_vq.nn.decode import decode_step, prepare
 from transformer_vq.nn.embedding import to_logits
@@ -21,20 +22,20 @@ from transformer_vq.types import Logits
 def extend(
     model: Model,
     state: State,
-    tokens: ArrayLike,
+    tokens: ArrayLike | Sequence[Any],
     *,
-    lengths: ArrayLike | None = None,
-    document_ids: ArrayLike | None = None,
+    lengths: ArrayLike | Sequence[Any] | None = None,
+    document_ids: ArrayLike | Sequence[Any] | None = None,
 ) -> tuple[Logits, State]:
     """Continue B sequences by T tokens each: logits of what follows every token, and the new state.
 
-    Any split of a sequence into calls means the same: a prompt at once, in pieces, or one token at
+    Any split of a sequence into calls means the same: a prompt at once, in chunks, or one token at
     a time give the same logits and the same final state, up to float rounding.
 
     Args:
       model: from `init_model` or a checkpoint.
       state: from `init_state`, or an earlier call.
-      tokens: int32 `[B, T]`, any T of at least 1.
+      tokens: int32 `[B, T]`, any T of at least 1: of JAX or numpy, or a list of lists.
       lengths: int32 `[B]`, how many tokens of each row are real; all of them by default. The rest
         is padding at the end of the row: it changes nothing, and its logits mean nothing.
       document_ids: int32 `[B, T]`, growing along a row; used if `config.reset_at_document`. Without
@@ -48,14 +49,24 @@ def extend(
         outside of the vocabulary, a length outside of 0..T and, with `attention = "full"`, tokens
         beyond the capacity of the state.
     """
-    given = [_as_array(x) for x in (tokens, lengths, document_ids)]
+    require_kind("model", model, Model, "from init_model or of a run (load)")
+    require_kind("state", state, State, "from init_state, extend or load_state")
+    given = [_as_array("tokens", tokens)]
+    for name, array in (("lengths", lengths), ("document_ids", document_ids)):
+        given.append(None if array is None else _as_array(name, array))
     check_tokens(model.config, state, *given)
     return _extend(model, state, *given)
 
 
-def _as_array(x: Any) -> Any:
-    """x as it is if it is a JAX array or None; numpy for the rest, of which no bit may get lost."""
-    return x if x is None or isinstance(x, jax.Array) else np.asarray(x)
+def _as_array(name: str, x: Any) -> Any:
+    """x as it is if it is a JAX array; numpy for the rest, of which no bit may get lost."""
+    try:
+        return x if isinstance(x, jax.Array) else np.asarray(x)
+    except (ValueError, TypeError, OverflowError):  # rows of unequal lengths, say
+        raise UserError(
+            f"{name} is {shown(x)}: it must be an array of whole numbers; rows that are shorter "
+            f"are padded, and lengths says so"
+        ) from None
 
 
 @jax.jit  # people call `extend` as it is, and its loops must not be compiled at every call

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from transformer_vq.config import DEFAULT_CAPACITY, ModelConfig
-from transformer_vq.errors import UserError
+from transformer_vq.errors import UserError, require_kind
+from transformer_vq.fields import require_count
 from transformer_vq.nn import attention, layers, vq
 from transformer_vq.nn.attention import AttentionState, FullAttentionState
 from transformer_vq.nn.forget import forget_start
@@ -108,6 +109,7 @@ def init_model(config: ModelConfig, key: Any) -> Model:
 
     `key`: a JAX key (typed or raw), numpy data of one, or a whole number.
     """
+    require_kind("config", config, ModelConfig)
     params, codebook = model_specs(config)
     params_key, codebook_key = jax.random.split(layers.as_key(key))
     return Model(
@@ -134,18 +136,17 @@ def init_state(
     Raises:
       UserError: for sizes below 1, a `capacity` of a vq state, or both `capacity` and `room`.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}: it must be at least 1")
+    require_kind("config", config, ModelConfig)
+    require_count("batch_size", batch_size)
     if capacity is not None and room is not None:
         raise UserError(f"capacity is {capacity} and room is {room}: give one of them")
-    if room is not None and room < 1:
-        raise UserError(f"room is {room}: it must be at least 1")
+    if room is not None:
+        require_count("room", room)
     dtype = dtype or config.state_dtype
     if config.attention == "full":
         if capacity is None:
             capacity = DEFAULT_CAPACITY if room is None else room
-        if capacity < 1:
-            raise UserError(f"capacity is {capacity}: it must be at least 1")
+        require_count("capacity", capacity)
         make = functools.partial(attention.init_full_state, config, batch_size, capacity, dtype)
     elif capacity is not None:
         raise UserError('capacity is for attention = "full": a vq state has no limit')

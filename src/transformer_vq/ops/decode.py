@@ -173,7 +173,7 @@ def generate_tokens(
 def prefill(
     model: Model, state: State, tokens: jax.Array, lengths: jax.Array, *, mesh: Mesh | None = None
 ) -> State:
-    """Consume a piece of every row's prompt, `[B, T]`, block-parallel; on a mesh as above."""
+    """Consume a chunk of every row's prompt, `[B, T]`, block-parallel; on a mesh as above."""
     if mesh is not None:
         return sharding.map_rows(prefill, mesh)(model, state, tokens, lengths)
     state = forward(model, state, tokens, lengths=lengths).state
@@ -184,7 +184,7 @@ prepare_decoder = jax.jit(prepare)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def empty_state(config: ModelConfig, batch: int, capacity: int | None, mesh: Mesh) -> State:
+def empty_state(config: ModelConfig, batch: int, room: int | None, mesh: Mesh) -> State:
     """`init_state` with its rows spread over all devices of a mesh."""
-    state = init_state(config, batch, capacity=capacity)
+    state = init_state(config, batch, room=room)
     return jax.lax.with_sharding_constraint(state, sharding.by_device(mesh))

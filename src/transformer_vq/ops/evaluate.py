@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from transformer_vq.config import DEFAULT_CAPACITY, ModelConfig
+from transformer_vq.config import ModelConfig
 from transformer_vq.data import (
     EvalChunk,
     Source,
@@ -19,7 +19,8 @@ from transformer_vq.data import (
     eval_chunks,
     row_starts,
 )
-from transformer_vq.errors import UserError
+from transformer_vq.errors import UserError, require_kind
+from transformer_vq.fields import require_count
 from transformer_vq.nn.forward import forward
 from transformer_vq.nn.model import Model, State, init_state
 from transformer_vq.ops.loss import token_nll
@@ -80,6 +81,7 @@ def evaluate(
       DataError: for fewer than two tokens in a row.
       ValueError: for a token outside of the vocabulary, and for sizes that make no sense.
     """
+    require_kind("model", model, Model, "from init_model or of a run (load)")
     source = as_source(tokens)
     streams = Streams.of(source, rows, max_tokens)
     check_tokens(streams.tokens, model.config.vocab_size)
@@ -128,13 +130,11 @@ class Streams:
 
         Raises `UserError` for `rows` or `max_tokens` below 1.
         """
-        if rows < 1:
-            raise UserError(f"rows is {rows}: it must be at least 1")
+        require_count("rows", rows)
         tokens, documents = source.tokens, source.starts
         alone = source.image_shape is not None
         if max_tokens is not None:
-            if max_tokens < 1:
-                raise UserError(f"max_tokens is {max_tokens}: it must be at least 1")
+            require_count("max_tokens", max_tokens)
             tokens = tokens[: max_tokens + rows]
             documents = documents[documents < len(tokens)]
         # Rows of text are cut anywhere.
@@ -164,6 +164,7 @@ class Streams:
 
     def chunks(self, chunk_len: int) -> Iterator[EvalChunk]:
         """All rows, so many tokens of each at a time: fewer if the rows are shorter."""
+        require_count("chunk_len", chunk_len)
         size = min(chunk_len, self.longest_row)  # padding costs as tokens do
         cuts = self.documents if self.alone else None
         return eval_chunks(self.tokens, size, len(self.rows), cuts)
@@ -268,10 +269,11 @@ def _check_context(
 ) -> int:
     """The number of tokens after which the state starts anew."""
     if context_len is None:
-        if config.attention == "full" and longest > DEFAULT_CAPACITY:
+        most = config.default_capacity
+        if most is not None and longest > most:
             raise UserError(
                 f"a row has {longest:,} tokens, too many for full attention: "
-                f"give a context_len of {DEFAULT_CAPACITY:,} or less"
+                f"give a context_len of {most:,} or less"
             )
         return chunk_len * -(-longest // chunk_len)
     if context_len < 1 or context_len % chunk_len:

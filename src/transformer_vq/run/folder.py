@@ -22,11 +22,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from transformer_vq.atomic import write_whole
 from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.data import OnError, Source, Tokenizer, as_source, run_tokenizer
-from transformer_vq.errors import UserError
+from transformer_vq.errors import UserError, as_path, shown
 from transformer_vq.io.checkpoint import Checkpoints
-from transformer_vq.io.files import write_whole
 from transformer_vq.nn.layers import wide
 from transformer_vq.nn.model import Model, init_model
 
@@ -34,6 +34,7 @@ from transformer_vq.nn.model import Model, init_model
 DATA_FIELDS = ("batch_size", "sequence_len", "update_len", "seed")
 # What decides which arrays a checkpoint holds: neither.
 STATE_FIELDS = ("optimizer", "ema_decay", "streaming")
+MOST_DIGITS = 20  # of a step
 
 
 class RunError(UserError):
@@ -148,8 +149,8 @@ def find_step(folder: str | os.PathLike, checkpoint: str) -> int | None:
                 f"evaluate_every and checkpoint_every meet in the next run"
             )
         return best
-    if not (checkpoint.isascii() and checkpoint.isdecimal()):
-        raise RunError(f"the checkpoint is {checkpoint!r}: it must be latest, best or a step")
+    if not (checkpoint.isascii() and checkpoint.isdecimal() and len(checkpoint) < MOST_DIGITS):
+        raise RunError(f"the checkpoint is {shown(checkpoint)}: it must be latest, best or a step")
     return int(checkpoint)
 
 
@@ -195,8 +196,9 @@ def load(folder: str | os.PathLike, checkpoint: str | int = "latest") -> tuple[M
     `CheckpointError` as `find_step` and `load_info` do, and `DataError` if the vocabulary of the
     run is lost, or is another one.
     """
+    folder = as_path("folder", folder)
     model, info = load_run(folder, find_step(folder, str(checkpoint)))
-    return model, run_tokenizer(Path(folder), info.tokenizer)
+    return model, run_tokenizer(folder, info.tokenizer)
 
 
 def make_run_folder(folder: Path, *, resume: bool) -> None:

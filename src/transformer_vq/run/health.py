@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import errno
 import math
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.data import Source
-from transformer_vq.io.checkpoint import CheckpointError, Checkpoints
+from transformer_vq.io.checkpoint import CheckpointError
 from transformer_vq.nn.model import Model
 from transformer_vq.ops.evaluate import evaluate
 from transformer_vq.ops.train import TrainState, train_state_shapes
-from transformer_vq.run.folder import RunError, RunInfo
-from transformer_vq.run.log import MetricsLog
+from transformer_vq.run.files import RunFiles
+from transformer_vq.run.folder import RunError
 from transformer_vq.sharding import replicated
 
 LOOK_SEQUENCES = 4  # of the training text, to see whether a model is a good one
@@ -31,11 +34,29 @@ class Health:
     What it raises is the `RunError` of a run that cannot go on: it names the last good checkpoint.
     """
 
-    info: RunInfo
+    files: RunFiles
     source: Source  # the training text
     mesh: Mesh
-    checkpoints: Checkpoints
-    log: MetricsLog
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.files.info.config
+
+    @property
+    def train(self) -> TrainConfig:
+        return self.files.info.train
+
+    @contextlib.contextmanager
+    def stops_on_full_disk(self) -> Generator[None]:
+        """Meanwhile, a disk that is full raises `RunError`."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise self.stopped(
+                f"the disk of {self.files.folder} is full", "free some space"
+            ) from None
 
     def require_finite(self, step: int, state: TrainState) -> None:
         """Raise `RunError` if a number is not finite that the run would go on with."""
@@ -45,7 +66,7 @@ class Health:
 
     def require_sound(self, step: int, values: dict[str, Any]) -> None:
         """Raise `RunError` if what a batch measured says that the run is lost."""
-        usual, limit = self.log.usual_loss(), self.info.train.max_loss_spike
+        usual, limit = self.files.log.usual_loss(), self.train.max_loss_spike
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values[name]):
                 raise self.diverged(f"the {name} is {values[name]} at step {step}")
@@ -64,7 +85,7 @@ class Health:
         if loss is not None and self.is_known(loss):
             return
         # The weights as they are, and not their average.
-        known = self.look(Model(state.params, state.codebook, self.info.config))
+        known = self.look(Model(state.params, state.codebook, self.config))
         if not self.is_known(known) or not math.isfinite(known if loss is None else loss):
             other = "" if loss is None else f"{loss:.4f}, and "
             raise self.diverged(
@@ -74,14 +95,17 @@ class Health:
 
     def is_known(self, loss: float) -> bool:
         """Whether a text with this loss is one that a sound model knows something of."""
-        usual, limit = self.log.usual_loss(), self.info.train.max_loss_spike
+        usual, limit = self.files.log.usual_loss(), self.train.max_loss_spike
         if usual is None:  # then no more than a model that has learnt nothing
-            usual, limit = math.log(self.info.config.vocab_size), limit and max(limit, UNTRAINED)
+            usual, limit = (
+                math.log(self.config.vocab_size),
+                limit and max(limit, UNTRAINED),
+            )
         return math.isfinite(loss) and (not limit or loss <= usual + limit)
 
     def look(self, model: Model) -> float:
         """The loss of a model on the first sequences of the training text."""
-        length = self.info.train.sequence_len
+        length = self.train.sequence_len
         most = LOOK_SEQUENCES * length
         return evaluate(
             model, self.source, chunk_len=length, context_len=length, max_tokens=most
@@ -94,15 +118,15 @@ class Health:
         it shows. So the checkpoints are looked at, the newest first, and lost ones put aside.
         """
         with contextlib.suppress(CheckpointError):  # the one before it is intact
-            self.checkpoints.wait(tidy=False)
+            self.files.checkpoints.wait(tidy=False)
         good, lost = None, []
-        for step in reversed(self.checkpoints.steps()):
+        for step in reversed(self.files.checkpoints.steps()):
             with contextlib.suppress(CheckpointError):  # a damaged one is neither good nor lost
                 if self.is_good(step):
                     good = step
                     break
                 lost.append(step)
-        self.checkpoints.withdraw(lost)
+        self.files.checkpoints.withdraw(lost)
         if good is None:
             nothing = "no checkpoint is good" if lost else "nothing was saved before"
             return RunError(f"{problem}, and {nothing}: {advice} and start again")
@@ -110,22 +134,22 @@ class Health:
 
     def is_good(self, step: int) -> bool:
         """Whether the model saved at `step` knows the training text. Raises `CheckpointError`."""
-        placed = train_state_shapes(self.info.config, self.info.train, self.mesh)
+        placed = train_state_shapes(self.config, self.train, self.mesh)
         parts = {"params": placed.params, "codebook": placed.codebook}
-        saved, _ = self.checkpoints.restore_subtree(step, parts)
-        return self.is_known(self.look(Model(saved["params"], saved["codebook"], self.info.config)))
+        saved, _ = self.files.checkpoints.restore_subtree(step, parts)
+        return self.is_known(self.look(Model(saved["params"], saved["codebook"], self.config)))
 
     def stopped(self, problem: str, advice: str) -> RunError:
         """The error of a run that cannot go on for want of something else than a good model."""
         with contextlib.suppress(CheckpointError):
-            self.checkpoints.wait()
-        latest = self.checkpoints.latest()
+            self.files.checkpoints.wait()
+        latest = self.files.checkpoints.latest()
         if latest is None:
             return RunError(f"{problem}, and nothing was saved before: {advice} and start again")
         return RunError(f"{problem}, and {self.named(latest)}: {advice} and resume from it")
 
     def named(self, step: int) -> str:
-        return f"step {step} in {self.checkpoints.folder} is the last good checkpoint"
+        return f"step {step} in {self.files.checkpoints.folder} is the last good checkpoint"
 
 
 def _all_finite(state: TrainState) -> jax.Array:

@@ -24,8 +24,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from transformer_vq.atomic import write_whole
 from transformer_vq.errors import UserError
-from transformer_vq.io.files import write_whole
 
 Record = dict[str, Any]  # a line of metrics.jsonl
 

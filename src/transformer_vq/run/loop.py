@@ -2,13 +2,11 @@
 
 import contextlib
 import dataclasses
-import errno
 import math
 import os
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import jax
@@ -17,16 +15,8 @@ from jax.sharding import Mesh
 
 from transformer_vq import costs
 from transformer_vq.config import ModelConfig, TrainConfig
-from transformer_vq.data import (
-    Batch,
-    Batches,
-    Source,
-    as_source,
-    check_tokens,
-    keep_tokenizer,
-    require_length,
-)
-from transformer_vq.io.checkpoint import Checkpoints
+from transformer_vq.data import Batch, Source
+from transformer_vq.errors import as_path, require_kind
 from transformer_vq.nn.model import Model
 from transformer_vq.ops.evaluate import Evaluation, evaluate
 from transformer_vq.ops.train import (
@@ -40,27 +30,15 @@ from transformer_vq.ops.train import (
     train_state_shardings,
     trained_model,
 )
-from transformer_vq.run.folder import (
-    DataSource,
-    RunInfo,
-    checkpoints_of,
-    make_run_folder,
-    open_run,
-)
+from transformer_vq.run.files import RunFiles, open_files
+from transformer_vq.run.folder import DataSource, RunInfo
 from transformer_vq.run.health import Health
-from transformer_vq.run.lock import one_writer
-from transformer_vq.run.log import MetricsLog, Record
+from transformer_vq.run.inputs import Inputs
+from transformer_vq.run.log import Record
 from transformer_vq.run.observer import Observer, Observers
 from transformer_vq.run.peak import peak_flops
-from transformer_vq.run.samples import SampleLog, open_samples
 from transformer_vq.run.stop import Interrupted, StopRequests, StopSignals
-from transformer_vq.sharding import (
-    data_mesh,
-    process_share,
-    require_same,
-    shard_rows,
-    traced_on,
-)
+from transformer_vq.sharding import data_mesh, shard_rows, traced_on
 
 Status = Literal["done", "out of time", "interrupted"]
 
@@ -101,7 +79,7 @@ def train(
 
     Args:
       config: the model. Its `vocab_size` covers the tokens.
-      train: the run. An update is a piece of a batch, so a run ends with the batch that reaches
+      train: the run. An update is a chunk of a batch, so a run ends with the batch that reaches
         `train.steps`. Between sessions, all but the data fields (`run.DATA_FIELDS`) may change.
       tokens: what to train on: a source, or bare integers `[N]`, memory-mapped or not.
       validation: the same, scored every `evaluate_every` updates and at the end.
@@ -123,61 +101,37 @@ def train(
       LogError: if the folder is removed or moved.
       CheckpointError: if a checkpoint cannot be read or written, say for a full disk.
       DataError: if there are too few tokens.
-      ValueError: for a token outside of the vocabulary, or a batch that the devices cannot share.
+      UserError: for a token outside of the vocabulary, or a batch that the devices cannot share.
     """
-    mesh, folder = mesh or data_mesh(), Path(folder)
+    require_kind("config", config, ModelConfig)
+    require_kind("train", train, TrainConfig)
+    mesh, folder = mesh or data_mesh(), as_path("folder", folder)
     require_trainable(config, train, mesh)
-    source = as_source(tokens)
-    held_out = None if validation is None else as_source(validation)
-    require_length(source.tokens, train.sequence_len)
-    for part in (source, held_out):
-        _require_in_vocabulary(part, config.vocab_size)
-    first = jax.process_index() == 0
+    inputs = Inputs.of(tokens, validation, config, train)
+    source = inputs.source
     given = RunInfo(config, train, data or DataSource.of("", source), source.tokenizer.name)
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(StopSignals())
-        told = Observers(observers if first else (), on_broken_pipe=signals.request)
-        if held_out is not None and len(held_out.tokens) < 2:
-            told.say("the validation split is too short to score: none is made")
-            held_out = None
-        make_run_folder(folder, resume=resume)
-        stack.enter_context(one_writer(folder, told.say))
-        info = open_run(folder, given, resume=resume)
-        require_same(info.step, f"the checkpoints in {folder}")
-        if first and not info.step:
-            keep_tokenizer(folder, source.tokenizer)  # and not what an earlier start left here
-        elif first:
-            source.tokenizer.save(folder)
-        checkpoints = stack.enter_context(checkpoints_of(folder, train.keep_checkpoints))
-        log = MetricsLog(folder / "metrics.jsonl", info.step, writes=first)
-        stack.callback(log.close)
+        heard = observers if jax.process_index() == 0 else ()
+        told = Observers(heard, on_broken_pipe=signals.request)
+        files = stack.enter_context(
+            open_files(folder, given, inputs, resume=resume, decode=decode, say=told.say)
+        )
         stack.callback(told.close)
-        told.start(folder, log.take_kept())
-        samples = stack.enter_context(open_samples(folder, info, held_out, decode))
-        for note in filter(None, (log.notes, samples.notes if samples else "")):
+        told.start(folder, files.log.take_kept())
+        for note in (*train.notes(), *inputs.notes, *files.notes):
             told.say(note)
-        if info.step:
-            told.say(f"resuming at step {info.step}")
         training = _Training(
-            info=info,
-            source=source,
-            validation=held_out,
+            files=files,
+            inputs=inputs,
             mesh=mesh,
             stop=StopRequests(signals, mesh, max_seconds),
-            checkpoints=checkpoints,
-            log=log,
-            samples=samples,
             observers=told,
         )
-        batches = stack.enter_context(contextlib.closing(_batches(info, source, mesh)))
-        try:
+        batches = inputs.batches(train, files.info.step, mesh)
+        stack.enter_context(contextlib.closing(batches))
+        with training.health.stops_on_full_disk():
             return training.run(batches)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            raise training.health.stopped(
-                f"the disk of {folder} is full", "free some space"
-            ) from None
 
 
 @dataclass(frozen=True)
@@ -205,19 +159,17 @@ class Pending:
 class _Training:
     """A session: what happens between the start or resumption of a run and its end."""
 
-    info: RunInfo  # as the session began
-    source: Source
-    validation: Source | None
+    files: RunFiles
+    inputs: Inputs
     mesh: Mesh
     stop: StopRequests
-    checkpoints: Checkpoints
-    log: MetricsLog
-    samples: SampleLog | None
     observers: Observer
 
     def __post_init__(self) -> None:
+        self.info = self.files.info  # as the session began
         self.config, self.train = self.info.config, self.info.train
-        self.health = Health(self.info, self.source, self.mesh, self.checkpoints, self.log)
+        self.checkpoints, self.log = self.files.checkpoints, self.files.log
+        self.health = Health(self.files, self.inputs.source, self.mesh)
         self.began = time.monotonic()
         self.step = self.info.step
         self.pending: Pending | None = None
@@ -246,7 +198,7 @@ class _Training:
     def due(self) -> Due:
         ends = self.ends()
         measured = self.log.validation_loss(self.step) is not None
-        can_validate = self.validation is not None and self.step > 0 and not measured
+        can_validate = self.inputs.validation is not None and self.step > 0 and not measured
         validate = self.passed(self.train.evaluate_every) or ends is not None
         save = self.passed(self.train.checkpoint_every) or ends is not None
         return Due(
@@ -345,7 +297,7 @@ class _Training:
         record = {
             "step": done.step,
             "loss": loss,
-            "bpb": loss / math.log(2.0) / self.source.bytes_per_token,
+            "bpb": loss / math.log(2.0) / self.inputs.source.bytes_per_token,
             "tokens_per_second": speed,
             "gflops": flops / 1e9,
             "mfu": flops / self.peak,
@@ -381,13 +333,13 @@ class _Training:
 
     def validate(self) -> bool:
         """Score the validation data and draw a sample; False if it was interrupted."""
-        assert self.validation is not None  # then it is not due
+        assert self.inputs.validation is not None  # then it is not due
         model = trained_model(self.state, self.config)
         try:
-            result = self.evaluate(model, self.validation)
+            result = self.evaluate(model, self.inputs.validation)
             self.health.require_learnt(self.step, self.state, result.loss)
-            if self.samples:
-                self.samples.write(self.step, model, self.stop.check)
+            if self.files.samples:
+                self.files.samples.write(self.step, model, self.stop.check)
         except Interrupted:
             return False
         self.tell(
@@ -426,30 +378,3 @@ class _Training:
         self.observers.saved(self.step)
         if ends:
             self.observers.say(f"saved step {self.step} in {self.checkpoints.folder}")
-
-
-def _batches(info: RunInfo, source: Source, mesh: Mesh) -> Generator[Batch]:
-    """This process's share of the batches from the one that follows `info.step` updates."""
-    train = info.train
-    share, shares = process_share(mesh)
-    batches = Batches(
-        source.tokens,
-        starts=source.starts,
-        whole_documents=source.image_shape is not None,
-        streaming=train.streaming,
-        batch_size=train.batch_size,
-        sequence_len=train.sequence_len,
-        seed=train.seed,
-        process_index=share,
-        process_count=shares,
-    )
-    yield from batches.iterate(info.step // train.updates_per_sequence)
-
-
-def _require_in_vocabulary(source: Source | None, vocab_size: int) -> None:
-    """Raise `ValueError` naming the first token outside of the vocabulary."""
-    tokens = np.zeros(0, np.uint8) if source is None else source.tokens
-    if not len(tokens) or np.iinfo(tokens.dtype).max < vocab_size:
-        return  # bytes need no look
-    if tokens.min() < 0 or tokens.max() >= vocab_size:
-        check_tokens(tokens, vocab_size)

@@ -10,6 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from transformer_vq.errors import plain
 from transformer_vq.run.log import Record
 from transformer_vq.run.observer import Observer
 from transformer_vq.show.console import Console
@@ -62,7 +63,7 @@ class Progress(Observer):
     def say(self, text: str) -> None:
         """Print a line of its own, which stays."""
         try:
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self._console.print(plain(text), highlight=False, markup=False, soft_wrap=True)
         except BrokenPipeError:
             raise
         except OSError as error:  # a terminal that was closed; a full disk behind the output

@@ -33,11 +33,17 @@ def bar(value: float, largest: float, width: int = 24) -> str:
     return "█" * round(width * value / largest)
 
 
+def describe_attention(config: ModelConfig) -> str:
+    """What a token attends to."""
+    if config.attention == "full":
+        return "full attention"
+    return f"{config.codebook_size} codes, window {config.window_len}"
+
+
 def describe_model(config: ModelConfig) -> str:
     """A model in one line."""
-    attention = f"{config.codebook_size} codes" if config.attention == "vq" else "full attention"
     return (
         f"{number(costs.parameter_count(config))} parameters, {config.num_layers} layers of width "
-        f"{config.d_model}, {attention}, window {config.window_len}, "
+        f"{config.d_model}, {describe_attention(config)}, "
         f"{size(costs.state_bytes(config))} of state"
     )

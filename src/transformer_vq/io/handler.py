@@ -1,0 +1,79 @@
+"""Orbax as checkpoints need it: it seals them with our two files, and keeps to itself."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from transformer_vq.io import checksums
+from transformer_vq.io.checksums import METADATA_FILE
+
+# By default orbax makes the folder of a save in a thread, and when that fails, the threads that
+# wait for it keep the process alive for five minutes.
+ASYNC = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+
+
+class Handler(ocp.PyTreeCheckpointHandler):
+    """Orbax's handler, which also writes `metadata` and the checksums."""
+
+    def __init__(self, metadata: str, has_gone: Callable[[], bool]):
+        """`has_gone`: whether the folder of all checkpoints is not the one of earlier saves."""
+        super().__init__(use_compression=False)  # weights are noise: zstd would save 8 %
+        self._metadata, self._has_gone = metadata, has_gone
+
+    def finalize(self, directory: Any) -> None:
+        """Runs in one process, when all have written, before the folder gets its name."""
+        folder = Path(directory)
+        if self._has_gone():  # what writes arrays makes the folders above them again
+            raise FileNotFoundError(str(folder.parent))
+        super().finalize(directory)
+        (folder / METADATA_FILE).write_text(self._metadata, "utf-8")
+        checksums.seal(folder)
+
+
+# Orbax asks for argument types of its own for every class of handler.
+@ocp.args.register_with_handler(Handler, for_save=True)
+class Save(ocp.args.PyTreeSave):
+    """What to save."""
+
+
+@ocp.args.register_with_handler(Handler, for_restore=True)
+class Restore(ocp.args.PyTreeRestore):
+    """What to restore."""
+
+
+def keep_quiet() -> None:
+    """Keep from the terminal what orbax logs: what matters of it reaches the user as errors.
+
+    When one of many writes fails, orbax closes its event loop on the others. Those complain later,
+    of an error that is known by then: to asyncio's log, and to `sys.unraisablehook`.
+    """
+    logging.getLogger("absl").addFilter(_not_of_orbax)  # adding it twice has no effect
+    logging.getLogger("asyncio").addFilter(_not_of_a_save)
+    if not isinstance(sys.unraisablehook, _Unraisable):
+        sys.unraisablehook = _Unraisable(sys.unraisablehook)
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def _not_of_a_save(record: logging.LogRecord) -> bool:
+    return ".orbax-checkpoint-tmp" not in record.getMessage()
+
+
+@dataclass(frozen=True)
+class _Unraisable:
+    """A hook for exceptions that nobody can catch, without those of a loop that orbax closed."""
+
+    before: Callable[[Any], object]
+
+    def __call__(self, unraisable: Any) -> None:
+        late = unraisable.object is None and str(unraisable.exc_value) == "Event loop is closed"
+        if not late:
+            self.before(unraisable)

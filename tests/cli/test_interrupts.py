@@ -1,0 +1,49 @@
+"""Ctrl-C ends a command, also where Python loses the first `KeyboardInterrupt`."""
+
+import gc
+import signal
+import time
+
+import pytest
+
+from transformer_vq.cli import interrupts
+from transformer_vq.cli.interrupts import Interrupts
+
+
+def interrupted_in_a_callback(seconds: float) -> None:
+    """Ctrl-C while a callback of the garbage collector runs, which swallows it; then work."""
+
+    def callback(phase, _info):
+        if phase == "start" and not sent:
+            sent.append(True)
+            signal.raise_signal(signal.SIGINT)
+
+    sent = []
+    gc.callbacks.append(callback)
+    try:
+        gc.collect()
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            time.sleep(0.01)
+    finally:
+        gc.callbacks.remove(callback)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_is_lost_comes_again(monkeypatch):
+    monkeypatch.setattr(interrupts, "AGAIN", 0.05)
+    interrupted_in_a_callback(0.2)  # control: Python loses it
+    with pytest.raises(KeyboardInterrupt), Interrupts():
+        interrupted_in_a_callback(30)
+    time.sleep(0.1)  # and it does not come any more
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_handlers_of_others_stay():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interrupts():
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

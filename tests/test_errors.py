@@ -1,0 +1,63 @@
+"""Arguments of the Python functions: the common mistakes get the sentence that mends them.
+
+(Those of another type in `nn` cannot be tried here: the checks of all shapes come before them.)
+"""
+
+import numpy as np
+import pytest
+
+import transformer_vq as tvq
+from tests.helpers import CONFIG, SINGLE, TOKENS, make_config, random_model
+from transformer_vq import extend, init_state, load, load_state, save_state
+from transformer_vq.config import TrainConfig
+from transformer_vq.errors import UserError
+
+PLAN = TrainConfig(batch_size=8, sequence_len=16, update_len=8)
+MODEL = random_model(make_config(**SINGLE))
+STATE = init_state(MODEL.config, 1)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: init_state(CONFIG, 2**40), "batch_size is 1099511627776: it must be a whole nu"),
+        (lambda: init_state(CONFIG, 1, room=True), "room is True: it must be a whole number from"),
+        (lambda: extend(MODEL, STATE, [[1, 2], [3]]), r"tokens is \[\[1, 2\], \[3\]\]: .*array of"),
+        (lambda: extend(MODEL, STATE, [["a"]]), "tokens are .*: they must be whole numbers"),
+        (lambda: extend(MODEL, STATE, [1, 2]), r"tokens have shape \(2,\): the state has 1 rows"),
+        (lambda: load(5), "folder is 5: it must be a path, as text or as a Path"),
+        (lambda: load(""), "folder is empty: give a path"),
+        (lambda: tvq.train(PLAN, CONFIG, TOKENS, None, "x"), "config is TrainConfig.*ModelConfig"),
+        (lambda: tvq.train(CONFIG, {}, TOKENS, None, "x"), "train is {}: it must be a TrainConfig"),
+        (lambda: tvq.train(CONFIG, PLAN, TOKENS, None, ""), "folder is empty: give a path"),
+        (
+            lambda: tvq.train(CONFIG, PLAN, "a", None, "x"),
+            "the tokens are 'a': they must be a flat",
+        ),
+        (
+            lambda: tvq.evaluate("run", TOKENS),
+            "model is 'run': it must be a Model, from init_model",
+        ),
+        (lambda: tvq.evaluate(MODEL, None), "the tokens are None: they must be a flat array"),
+        (lambda: tvq.evaluate(MODEL, TOKENS, rows="a"), "rows is 'a': it must be a whole number"),
+        (lambda: tvq.evaluate(MODEL, [1, 2], chunk_len=1.5), "chunk_len is 1.5: it must be a who"),
+        (lambda: tvq.generate(None, [[1]]), "model is None: it must be a Model, from init_model"),
+        (lambda: save_state(STATE, "x", MODEL), r"path is State\(.*: it must be a path"),
+        (lambda: save_state("x", MODEL, STATE), r"state is Model\(.*: it must be a State"),
+        (lambda: load_state(5, MODEL), "path is 5: it must be a path"),
+        (lambda: load_state("x", STATE), r"model is State\(.*: it must be a Model"),
+    ],
+)
+def test_a_mistake_is_a_sentence(call, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"(?s)^{says}") as caught:
+        call()
+    assert len(str(caught.value)) < 400
+    assert not list(tmp_path.iterdir())
+
+
+def test_extend_takes_lists():
+    logits, state = extend(MODEL, STATE, [[1, 2, 3]], lengths=[2])
+    expected, _ = extend(MODEL, STATE, np.array([[1, 2, 3]]), lengths=np.array([2]))
+    np.testing.assert_array_equal(logits, expected)
+    assert int(state.position[0]) == 2
