@@ -89,6 +89,16 @@ def check(config: Any) -> None:
             object.__setattr__(config, f.name, rule.taken(f.name, getattr(config, f.name)))
 
 
+def limits(config: type) -> dict[str, str]:
+    """Of each field for whole numbers, what its values are: "1 to 26"."""
+    rules = {f.name: f.metadata.get("rule") for f in dataclasses.fields(config)}
+    return {
+        name: f"{rule.low:,} to {rule.high:,}"
+        for name, rule in rules.items()
+        if isinstance(rule, _Whole)
+    }
+
+
 def refusal(name: str, value: Any, limit: str) -> ConfigError:
     """The error for a field whose value is beyond a limit."""
     return ConfigError(f"{name} is {shown(value)}: it must be {limit}", name)

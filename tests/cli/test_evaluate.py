@@ -25,6 +25,24 @@ def test_eval_says_the_same_in_words_and_in_json(capsys, run):
     assert f"{record['by_position'][-1]['loss']:.4f}" in printed
 
 
+def test_eval_tells_what_the_far_part_brings(capsys, run):
+    assert main(["eval", "--run", run, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    first, *_, last = record["by_position"]
+    assert first["far_gain_error"] is None and last["far_gain_error"] > 0
+    tokens = [min(row["end"], 2999) - row["start"] for row in record["by_position"]]
+    gains = [row["far_gain"] for row in record["by_position"]]
+    assert record["far_gain"] == pytest.approx(np.dot(tokens, gains) / 2999)
+    assert main(["eval", "--run", run]) == 0
+    printed = capsys.readouterr().out
+    said = f"The far part brings {record['far_gain']:+.4f} ± {record['far_gain_error']:.4f} bpb"
+    assert said in printed and f"{last['far_gain']:+.4f} ± {last['far_gain_error']:.4f}" in printed
+    assert main(["eval", "--run", run, "--no-gain", "--json"]) == 0
+    without = json.loads(capsys.readouterr().out)
+    assert without["loss"] == record["loss"] and "far_gain" not in without
+    assert "far_gain" not in without["by_position"][0]
+
+
 def test_eval_forgets_when_it_is_told_to(capsys, run):
     assert main(["eval", "--run", run, "--context-len", "128", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)

@@ -1,5 +1,7 @@
 """Evaluation: stateful over the whole text, and the same number however it is cut."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -90,6 +92,98 @@ def test_takes_no_more_than_asked():
     )
     assert (result.tokens, seen) == (100, [(64, 100), (100, 100)])
     assert result.loss == pytest.approx(losses(MODEL, TOKENS[:101]).mean(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [(1, {}), (3, {"context_len": 100}), (2, {"max_tokens": 150})],
+)
+def test_what_the_far_part_brings_is_what_two_evaluations_differ_by(rows, options):
+    """In all, and in each bin of history; the loss itself stays what it is."""
+    options = {"chunk_len": 20, "rows": rows, **options}
+    masked = Model(MODEL.params, MODEL.codebook, CONFIG.replace(use_cache=False))
+    both = evaluate(MODEL, TOKENS, far_gain=True, **options)
+    plain, without = evaluate(MODEL, TOKENS, **options), evaluate(masked, TOKENS, **options)
+    assert dataclasses.replace(both, far_gain=None, far_gain_by_position=None) == plain
+    assert both.far_gain.nats == pytest.approx(without.loss - plain.loss, abs=1e-9)
+    assert abs(both.far_gain.nats) > 1e-3  # control: the far part matters
+    for gain, with_it, less in zip(
+        both.far_gain_by_position, plain.by_position, without.by_position, strict=True
+    ):
+        assert gain.nats == pytest.approx(less[2] - with_it[2], abs=1e-9)
+
+
+def test_keys_within_the_window_bring_nothing():
+    """Control: there is no far part where histories end with the window."""
+    result = evaluate(MODEL, TOKENS, far_gain=True, chunk_len=5, context_len=5)
+    assert result.far_gain.nats == 0 and result.far_gain.error == 0
+    with pytest.raises(ValueError, match="far_gain is true, and the model has no far part"):
+        evaluate(init(CONFIG.replace(attention="full")), TOKENS, far_gain=True)
+
+
+def answers(*lengths: int) -> Source:
+    """Documents of so many tokens; some tokens count, the last one among them."""
+    total, starts = sum(lengths), np.cumsum([0, *lengths[:-1]])
+    counted = np.zeros(total, bool)
+    counted[[5, 19, 26, 40, 45, total - 1]] = True
+    num_bytes = total - len(lengths)
+    return Source(TOKENS[:total], starts, num_bytes, whole_documents=True, counted=counted)
+
+
+UNEVEN = answers(20, 7, 20, 9)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "options"),
+    [
+        ((20, 7, 20, 9), {"chunk_len": 8}),
+        ((20, 7, 20, 9), {"rows": 2}),
+        ((16, 16, 16, 16), {"attention": "full"}),
+        ((16, 16, 16, 16), {"attention": "full", "rows": 2}),
+    ],
+)
+def test_only_what_counts_is_scored(lengths, options):
+    source, hits, expected = answers(*lengths), [], []
+    full = options.pop("attention", None) == "full"
+    model = init(CONFIG.replace(attention="full")) if full else MODEL
+    for start, length in zip(source.starts, lengths, strict=True):
+        end = start + length
+        text = np.zeros(20, np.uint8)  # one shape; what comes later changes nothing
+        text[: end - start] = TOKENS[start:end]
+        predicted = np.asarray(log_probabilities(model, text[None].astype(np.int32)))[0]
+        for place in np.flatnonzero(source.counted[start:end]):
+            expected.append(-predicted[place - 1, text[place]])
+            hits.append(predicted[place - 1].argmax() == text[place])
+    seen = []
+    result = evaluate(model, source, on_progress=lambda *n: seen.append(n), **options)
+    assert (result.tokens, seen[-1]) == (6, (6, 6))
+    assert result.loss == pytest.approx(np.mean(expected), abs=1e-5)
+    assert result.accuracy == np.mean(hits)
+    assert evaluate(MODEL, TOKENS[:56]).accuracy is None
+
+
+def test_the_likeliest_tokens_are_all_right():
+    """Control for the accuracy: a source of what the model itself would write."""
+    source, tokens = UNEVEN, TOKENS[:56].copy()
+    for start, end in ((0, 20), (20, 27), (27, 47), (47, 56)):
+        for place in np.flatnonzero(source.counted[start:end]):
+            text = np.zeros(20, np.int32)
+            text[: end - start] = tokens[start:end]
+            predicted = np.asarray(log_probabilities(MODEL, text[None]))[0]
+            tokens[start + place] = predicted[place - 1].argmax()
+    right = dataclasses.replace(source, tokens=tokens)
+    assert evaluate(MODEL, right).accuracy == 1
+    tokens[40] = (tokens[40] + 1) % 32
+    assert evaluate(MODEL, right).accuracy < 1
+
+
+def test_what_counts_is_scored_to_the_end_of_a_document():
+    assert [evaluate(MODEL, UNEVEN, max_tokens=n).tokens for n in (1, 19, 20, 99)] == [2, 2, 3, 6]
+    nothing = dataclasses.replace(UNEVEN, counted=np.arange(56) == 20)  # it is given
+    with pytest.raises(DataError, match="no token of the data counts that is predicted"):
+        evaluate(MODEL, nothing)
+    with pytest.raises(ValueError, match="documents have 7 to 20 tokens: full attention scores"):
+        evaluate(init(CONFIG.replace(attention="full")), UNEVEN)
 
 
 def test_full_attention_says_how_much_it_holds():

@@ -12,6 +12,7 @@ from tests.programs import temporary_bytes
 from transformer_vq import Model, init_state
 from transformer_vq.config import TrainConfig
 from transformer_vq.data import Batch
+from transformer_vq.data.loader import UNASKED
 from transformer_vq.io.official import from_official
 from transformer_vq.nn.dropout import DropoutKeys
 from transformer_vq.nn.vq import SamplePositions
@@ -132,6 +133,26 @@ def test_what_is_masked_takes_no_part(step):
         first, second = TRAIN.batch_size * TRAIN.update_len, kept - hits // 2
         expected = gamma * (gamma * 8 + (1 - gamma) * first) + (1 - gamma) * second
         np.testing.assert_allclose(total, expected, rtol=1e-5)
+
+
+def test_what_is_read_but_not_asked_takes_part_in_the_codebook(step):
+    batch = one_batch(TRAIN)
+    asked = np.zeros_like(batch.loss_mask)
+    asked[:, 5::4] = True
+
+    def result(**changes):
+        state, metrics = step(START(CONFIG, TRAIN), batch._replace(**changes))
+        return raw(state), metrics, np.asarray(state.codebook["count"]).sum(-1)
+
+    targets = np.where(asked, batch.targets, UNASKED)
+    state, metrics, counts = result(targets=targets)
+    masked, few, fewer = result(loss_mask=asked)  # control: padding takes no part in anything
+    whole = result()
+    np.testing.assert_allclose(counts, whole[2], rtol=1e-6)
+    assert (fewer < counts - 0.01).all()
+    assert metrics["commitment"] != few["commitment"] and masked != state
+    assert metrics["loss"] != whole[1]["loss"]
+    assert result(targets=np.where(asked, batch.targets, -7))[0] == state
 
 
 def test_the_state_is_carried_from_chunk_to_chunk():
@@ -266,7 +287,7 @@ def test_every_micro_batch_has_rows_and_samples_of_its_own():
     def gradient(state, chunk, dropout, samples):
         drawn = dropout.rows.sum().astype(jnp.float32) / 3.0
         keys = jnp.where(samples.here > 0, chunk.inputs[samples.rows, samples.times], 0)
-        return drawn, LossTerms(drawn**2, drawn, drawn, {}, state, keys)
+        return drawn, LossTerms(drawn**2, drawn, drawn, drawn, {}, state, keys)
 
     rows = jnp.arange(6, dtype=jnp.int32)
     batch = Batch(*[10 * rows[:, None] + jnp.arange(4)] * 4)

@@ -1,5 +1,6 @@
 """Runs are the same however they are interrupted: by people, by a full disk, by kill -9."""
 
+import dataclasses
 import os
 import random
 import shutil
@@ -9,13 +10,17 @@ import sys
 import threading
 import time
 
+import jax
 import pytest
 
-from tests.helpers import replace
+from tests.helpers import CONFIG, replace
 from tests.run.runs import TRAIN, Told, history, train, weights
+from transformer_vq.data import Task
 from transformer_vq.io.checkpoint import CheckpointError
+from transformer_vq.run import loop
 from transformer_vq.run.folder import RunError, load_info, load_run
 from transformer_vq.run.log import LogError, read_metrics
+from transformer_vq.sharding import data_mesh
 
 
 def test_interrupted_and_resumed_is_unbroken(run, tmp_path):
@@ -44,6 +49,31 @@ def test_interrupted_and_resumed_is_unbroken(run, tmp_path):
     assert weights(whole) != weights(whole, 16)  # control
     again = train(tmp_path / "run", resume=True, observers=[told])
     assert again.status == "done" and said[-1] == "resuming at step 20"  # nothing was compiled
+
+
+def test_a_task_resumes_as_if_unbroken(tmp_path):
+    """Its episodes are made anew, the same; a validation says how many answers are right."""
+    task = Task(pairs=2, letters=4, filler=3, episodes=40)
+    config = CONFIG.replace(vocab_size=256)
+    recipe = replace(TRAIN, sequence_len=task.length, update_len=task.length, steps=4,
+                     evaluate_every=2, evaluate_tokens=0)  # fmt: skip
+
+    def session(folder, **options):
+        source = task.source()
+        return loop.train(config, recipe, source.split("train"), source.split("validation"),
+                          folder, mesh=data_mesh(jax.devices()[:1]), **options)  # fmt: skip
+
+    session(tmp_path / "whole")
+    assert session(tmp_path / "parts", max_seconds=0).status == "out of time"
+    session(tmp_path / "parts", resume=True)
+    whole, parts = (history(tmp_path / name) for name in ("whole", "parts"))
+    validations = [line for line in whole if "validation_loss" in line]
+    assert [line["validation_tokens"] for line in validations] == [4, 4]  # of two episodes
+    assert all(line["validation_accuracy"] in (0, 0.25, 0.5, 0.75, 1) for line in validations)
+    assert [line for line in parts if line["step"] > 1] == whole
+    with pytest.raises(RunError, match="trained on other data"):
+        task = dataclasses.replace(task, seed=1)
+        session(tmp_path / "parts", resume=True)
 
 
 def test_time_limit(run, tmp_path):

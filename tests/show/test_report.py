@@ -100,7 +100,8 @@ def test_a_page_of_a_real_run(run, tmp_path, capsys, monkeypatch):
     titles = page.texts["figcaption"]
     for title in ("Loss, bits per byte", "steps logarithmic", "Tokens per second", "Learning rate",
                   "Norm of the gradient", "Codewords in use", "Perplexity of codes, of 8",
-                  "Loss by tokens of history"):  # fmt: skip
+                  "Loss by tokens of history", "What the far part brings, bits per byte",
+                  "Keys beyond the window, log(1 + mass)"):  # fmt: skip
         assert title in titles
     assert titles.count("by unit") == 2
     samples = read_metrics(run / "samples.jsonl")
@@ -108,6 +109,8 @@ def test_a_page_of_a_real_run(run, tmp_path, capsys, monkeypatch):
     assert page.tags.count("pre") == 3
     for name in ("d_model", "max_loss_spike", "jaxlib", "devices", "fingerprint", "parameters"):
         assert name in page.texts["th"]
+    assert "far part brings" in page.texts["td"]
+    assert re.search(r"\n[+-]0\.\d{4} ± 0\.\d{4}\n", page.texts["td"])
     assert "256 to 511" in page.texts["td"] and "1,999 tokens of the validation" in page.source
 
 
@@ -198,6 +201,12 @@ def test_charts():
         == ""
         == heat_map("t", [], x_label="", row_label="")
     )
+    series = Series("s", [(1, -2.0), (2, -1.0)], errors=[0.5, 0.0])
+    bars = line_chart("t", [series], x_label="x", from_zero=True)
+    places = re.findall(r'class="bar c1" d="M[\d.]+ ([\d.]+)V([\d.]+)"', bars)
+    (low, high), (same, too) = [tuple(map(float, place)) for place in places]
+    zero = float(re.search(r'class="axis" d="M52 ([\d.]+)H', bars)[1])
+    assert low - high == pytest.approx(2 * (same - zero), abs=0.3) and same == too
     cut = [Series("s", [(i, 1e6 if i == 3 else 1.0 + i % 7) for i in range(100)])]
     assert "1M" in line_chart("t", cut, x_label="x").split("data-points")[1].split(">", 1)[1]
     assert (

@@ -22,6 +22,7 @@ from transformer_vq.data import (
     as_source,
     bundled_corpus,
     find_files,
+    is_task,
     open_source,
 )
 from transformer_vq.errors import UserError, plain
@@ -124,7 +125,7 @@ def train_with_progress(
         data=data,
         resume=resume,
         max_seconds=max_seconds,
-        decode=None if source.image_shape else source.tokenizer.decode_text,
+        decode=None if source.whole_documents else source.tokenizer.decode_text,
         mesh=mesh,
         observers=(progress, *observers),
     )
@@ -177,6 +178,12 @@ def describe_data(source: Source, part: Source) -> str:
             f"{source.path}, {len(source.starts):,} pictures of {shape}, of which "
             f"{len(part.starts):,} to train on"
         )
+    if source.counted is not None and source.whole_documents:
+        answers = int(source.counted.sum()) // len(source.starts)
+        return (
+            f"{source.path}, {len(source.starts):,} episodes of {source.sequence_len:,} bytes with "
+            f"{answers:,} answers, of which {len(part.starts):,} to train on"
+        )
     size = f"{source.num_bytes:,} bytes"
     if len(source.tokens) != source.num_bytes:
         size = f"{len(source.tokens):,} tokens ({source.tokenizer.name}) of {size}"
@@ -191,17 +198,17 @@ def run_data(data: "DataSource", given: Sequence[str], tokenizer: Tokenizer) -> 
     Raises `DataError` if the run's own data has gone or changed.
     """
     how = {name: getattr(data, name) for name in ("text_column", "image_size", "on_error")}
-    if given and not find_files(given).images:
+    if given and (any(map(is_task, given)) or not find_files(given).images):
         how["image_size"] = 0
     elif given and data.image_shape:
         how["channels"] = data.image_shape[2]
     if given:
         return _like_the_run(open_data(given, tokenizer=tokenizer, **how), data)
-    paths = [Path(path) for path in data.paths]
-    if not paths[0].exists() and paths[0].name == bundled_corpus().name:
-        paths[0] = bundled_corpus()  # this program may have moved since
+    paths = list(data.paths)
+    if not os.path.exists(paths[0]) and os.path.basename(paths[0]) == bundled_corpus().name:
+        paths[0] = str(bundled_corpus())  # this program may have moved since
     for path in paths:
-        if not path.exists():
+        if not is_task(path) and not os.path.exists(path):
             raise DataError(
                 f"{path}, which the run was trained on, is not there any more: say where it is "
                 f"with --data PATH"

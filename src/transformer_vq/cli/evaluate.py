@@ -16,6 +16,7 @@ from transformer_vq.show.words import bar
 if TYPE_CHECKING:
     from transformer_vq import Model
     from transformer_vq.ops.evaluate import Evaluation
+    from transformer_vq.ops.scores import Gain
     from transformer_vq.run.folder import RunInfo
 
 
@@ -28,14 +29,17 @@ class Evaluate:
 
     The state is carried through the whole split. The result is in bits per byte (bpb), the size
     that the text could be compressed to: xz and bz2 are measured in the same unit, and so is any
-    vocabulary. Pictures are scored one by one, in bits per dimension. The result depends neither on
-    --chunk-len nor on the block length of the model.
+    vocabulary. What the far part brings is by how much the loss of the same tokens would be higher
+    if keys beyond the window were masked. Pictures are scored one by one, in bits per dimension,
+    and so are episodes of a task (recall:pairs=6), of which only the answers count. The result
+    depends neither on --chunk-len nor on the block length of the model.
     """
 
     examples: ClassVar[str] = """
   tvq eval --run runs/book
   tvq eval --run runs/book --checkpoint best
   tvq eval --run runs/book --data other.txt --split all --json
+  tvq eval --run runs/book --rows 16 --no-gain
   tvq eval --run runs/book --context-len 16384
   tvq eval --run runs/book --far-decay 2048
 """
@@ -54,6 +58,9 @@ class Evaluate:
         int, option("forget everything after so many tokens, again and again", default="never")
     ] = 0
     far: FarOptions = field(default_factory=dict)
+    no_gain: Annotated[
+        bool, option("do not also score with the far part masked: half the time")
+    ] = False
     json: Annotated[bool, option("print JSON")] = False
 
     def main(self) -> int:
@@ -67,14 +74,16 @@ class Evaluate:
                 f"{self.chunk_len}, or less than it"
             )
 
+        from transformer_vq.ops.evaluate import has_far_part
         from transformer_vq.run.folder import find_step, load_run
 
         model, info = load_run(self.run, find_step(self.run, self.checkpoint))
         model = bounded(model, self.far)
         source = run_data(info.data, flat(self.data), run_tokenizer(self.run, info.tokenizer))
         part = source.split(self.split)
-        if part.image_shape and self.context_len:
-            raise UsageError("--context-len is for text: every picture begins anew in any case")
+        if part.whole_documents and self.context_len:
+            each = "picture" if part.image_shape else "episode"
+            raise UsageError(f"--context-len is for text: every {each} begins anew in any case")
         began = time.monotonic()
         result = score(
             model,
@@ -83,6 +92,7 @@ class Evaluate:
             rows=self.rows,
             chunk_len=chunk_len,
             context_len=self.context_len or None,
+            far_gain=has_far_part(model.config) and not self.no_gain,
             quiet=self.json,
         )
         record = {
@@ -112,6 +122,7 @@ def score(
     chunk_len: int = 2048,
     context_len: int | None = None,
     max_tokens: int | None = None,
+    far_gain: bool = False,
     quiet: bool = False,
 ) -> "Evaluation":
     """`ops.evaluate.evaluate` with progress on the terminal."""
@@ -129,24 +140,31 @@ def score(
             chunk_len=chunk_len,
             max_tokens=max_tokens,
             context_len=context_len,
+            far_gain=far_gain,
             on_progress=show,
         )
 
 
 def summary(result: "Evaluation") -> dict[str, Any]:
-    """An evaluation as JSON has it."""
+    """An evaluation as JSON has it. Gains are in bits per byte, as `bpb` is."""
+    byte = math.log(2) * result.bytes_per_token
+
+    def as_bits(gain: "Gain | None") -> dict[str, float | None]:
+        if gain is None:
+            return {}
+        error = None if gain.error is None else gain.error / byte
+        return {"far_gain": gain.nats / byte, "far_gain_error": error}
+
+    gains = result.far_gain_by_position or [None] * len(result.by_position)
     return {
         "loss": result.loss,
         "bpb": result.bpb,
         "tokens": result.tokens,
+        **({} if result.accuracy is None else {"accuracy": result.accuracy}),
+        **as_bits(result.far_gain),
         "by_position": [
-            {
-                "start": start,
-                "end": end,
-                "loss": loss,
-                "bpb": loss / math.log(2) / result.bytes_per_token,
-            }
-            for start, end, loss in result.by_position
+            {"start": start, "end": end, "loss": loss, "bpb": loss / byte, **as_bits(gain)}
+            for (start, end, loss), gain in zip(result.by_position, gains, strict=True)
         ],
     }
 
@@ -179,14 +197,30 @@ def _show(record: dict[str, Any]) -> None:
         f"\n  [bold]{record['bpb']:.4f} {unit}[/bold]   {record['loss']:.4f} nats per token   "
         f"{record['tokens']:,} tokens in {record['seconds']:.1f} s\n"
     )
+    if "accuracy" in record:
+        console.print(f"  [bold]{record['accuracy']:.2%}[/bold] of the answers are right\n")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
     table.add_column("tokens of history", justify="right")
     table.add_column("bpb", justify="right")
     table.add_column("nats", justify="right")
+    if "far_gain" in record:
+        table.add_column("far part brings", justify="right")
     worst = max(row["bpb"] for row in record["by_position"])
     table.add_column("")
     for row in record["by_position"]:
         history = f"{row['start']:,} to {row['end'] - 1:,}"
-        shown = bar(row["bpb"], worst)
-        table.add_row(history, f"{row['bpb']:.4f}", f"{row['loss']:.4f}", f"[dim]{shown}[/dim]")
+        gain = [_gain(row)] if "far_gain" in record else []
+        shown = f"[dim]{bar(row['bpb'], worst)}[/dim]"
+        table.add_row(history, f"{row['bpb']:.4f}", f"{row['loss']:.4f}", *gain, shown)
     console.print(table)
+    if "far_gain" in record:
+        console.print(
+            f"The far part brings {_gain(record)} bpb: so much higher would the loss of the same "
+            f"tokens be\nif keys beyond the window were masked (± standard error).\n"
+        )
+
+
+def _gain(row: dict[str, Any]) -> str:
+    """What the far part brings, with its error: "+0.0123 ± 0.0040"."""
+    error = "" if row["far_gain_error"] is None else f" ± {row['far_gain_error']:.4f}"
+    return f"{row['far_gain']:+.4f}{error}"

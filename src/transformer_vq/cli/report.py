@@ -20,7 +20,8 @@ class Report:
     """Write one HTML page about a run: curves, speed, codebooks, samples, configuration.
 
     The page needs nothing but a browser, offline, and may be made while the run is going on. For
-    the loss by position in context, the newest checkpoint scores the start of the validation split.
+    the loss by position in context, and what the far part of the model brings there, the newest
+    checkpoint scores the start of the validation split.
     """
 
     examples: ClassVar[str] = """
@@ -69,11 +70,14 @@ class Report:
 
     def _evaluate(self) -> "Evaluation":
         from transformer_vq.cli.evaluate import score
+        from transformer_vq.ops.evaluate import has_far_part
         from transformer_vq.run.folder import load_run
 
         model, info = load_run(self.run)
         source = run_data(info.data, flat(self.data), run_tokenizer(self.run, info.tokenizer))
-        return score(model, info, source.split("validation"), max_tokens=EVAL_TOKENS)
+        far_gain = has_far_part(model.config)
+        part = source.split("validation")
+        return score(model, info, part, max_tokens=EVAL_TOKENS, far_gain=far_gain)
 
 
 def _environment(path: Path) -> dict[str, Any]:

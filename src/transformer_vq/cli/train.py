@@ -24,6 +24,7 @@ from transformer_vq.data import (
     OnError,
     Source,
     Tokenizer,
+    is_task,
     load_tokenizer,
     require_length,
     run_tokenizer,
@@ -67,6 +68,7 @@ class Train:
   tvq train --data pictures/ --image-size 32 --out runs/pictures
   tvq train --data enwik8.gz --out runs/e8 --preset small --config.d-model 384 \\
       --train.batch-size 16 --train.sequence-len 4096 --train.update-len 1024
+  tvq train --data recall:pairs=6,filler=32 --out runs/recall --config.window-len 4
   tvq train --preset enwik8 --dry-run
   srun tvq train --distributed --data enwik8.gz --out runs/e8 --preset enwik8 --mesh.fsdp 8
 """
@@ -78,7 +80,8 @@ class Train:
         DataPaths,
         option(
             "files or folders: text, .jsonl, .parquet, pictures (.png, .jpg and the like, "
-            "idx3-ubyte, .npz); compressed too (.gz, .bz2, .xz, .zst, .zip of one file)",
+            "idx3-ubyte, .npz); compressed too (.gz, .bz2, .xz, .zst, .zip of one file); or a task "
+            "of memory: recall:pairs=6,filler=32 (also updates:, copy:, passkey:)",
             "PATH",
             default="those of the run",
         ),
@@ -277,12 +280,13 @@ class Train:
             raise as_usage(error, "--mesh.", MeshConfig) from None
 
     def _sequences(self, train: TrainConfig, source: Source) -> TrainConfig:
-        """A new run, now that the data are known: a sequence is a picture, if they are pictures."""
+        """A new run, now that the data are known: of whole documents, a sequence is one of them."""
         length = source.sequence_len or train.sequence_len
         if length != train.sequence_len and "sequence_len" in self.train:
             shape = " x ".join(map(str, source.image_shape or ()))
+            what = f"pictures of {shape}" if shape else f"episodes of {source.path}"
             raise UsageError(
-                f"--train.sequence-len is {train.sequence_len}, and pictures of {shape} are "
+                f"--train.sequence-len is {train.sequence_len}, and {what} are "
                 f"sequences of {length}: leave it out"
             )
         usual = TRAIN_PRESETS.get(self.preset, {}) if length == train.sequence_len else {}
@@ -310,7 +314,7 @@ class Train:
     def _data(self, saved: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
         """Paths, and how to read them: as given, or as the saved run did."""
         given = flat(self.data) or [saved["path"], *saved.get("more_paths", ())]
-        paths = [str(Path(path).resolve()) for path in given]
+        paths = [path if is_task(path) else str(Path(path).resolve()) for path in given]
         how = {
             "text_column": self.text_column,
             "image_size": self.image_size,

@@ -8,6 +8,7 @@ from transformer_vq.data.files import find_files
 from transformer_vq.data.loader import Batch, Batches, EvalChunk, eval_chunks, row_starts
 from transformer_vq.data.prepare import OnError, open_source
 from transformer_vq.data.source import Source, as_source
+from transformer_vq.data.tasks import Task, is_task
 from transformer_vq.data.text import (
     DataError,
     bundled_corpus,
@@ -33,6 +34,7 @@ __all__ = [
     "OnError",
     "Source",
     "StreamDecoder",
+    "Task",
     "Tokenizer",
     "as_source",
     "bundled_corpus",
@@ -42,6 +44,7 @@ __all__ = [
     "fingerprint",
     "free_memory",
     "is_compressed",
+    "is_task",
     "keep_tokenizer",
     "load_bytes",
     "load_tokenizer",

@@ -15,12 +15,15 @@ if TYPE_CHECKING:  # grain takes over half a second to import: only those who tr
     import grain
 
 
+UNASKED = -1  # in place of a target that is read later, but need not be foretold
+
+
 class Batch(NamedTuple):
     """Rows to train on."""
 
     inputs: np.ndarray  # int32 [B, T]
-    targets: np.ndarray  # int32 [B, T]: the token after each input
-    loss_mask: np.ndarray  # bool [B, T]: which targets count
+    targets: np.ndarray  # int32 [B, T]: the token after each input; UNASKED: it does not count
+    loss_mask: np.ndarray  # bool [B, T]: which targets there are; the rest is padding
     document_ids: np.ndarray  # int32 [B, T]: which document of the data; never falling along a row
     starts: np.ndarray | None = None  # bool [B]: rows that do not go on where they were; None: all
 
@@ -45,9 +48,11 @@ class Batches:
       span epochs, so none is dropped.
     - `streaming`: the text is cut evenly into `batch_size` streams, and row r of a batch continues
       row r of the one before, but at the end of its stream, where it begins anew (`starts`).
-    - `whole_documents`: a row is a document (a picture), each once an epoch, in a new order.
+    - `whole_documents`: a row is a document (a picture, an episode of a task), each once an epoch,
+      in a new order.
 
     A row that is shorter than `sequence_len` is padded with zeros, which the loss mask leaves out.
+    Of targets that are not `counted` (bool `[N]`; by default all are), UNASKED stands in place.
 
     `tokens` is an integer array `[N]`, memory-mapped or not; `starts`, integers `[documents]`, says
     where documents begin in it, the first at 0. `batch_size` is global: of several processes, each
@@ -62,6 +67,7 @@ class Batches:
     sequence_len: int
     seed: int
     starts: np.ndarray | None = None
+    counted: np.ndarray | None = None
     streaming: bool = False
     whole_documents: bool = False
     process_index: int = 0
@@ -115,14 +121,18 @@ class Batches:
         first = self.process_index * count
         rows = [self._row(index, row) for row in range(first, first + count)]
         windows = np.zeros((count, self.sequence_len + 1), np.int32)
-        for window, (start, stop) in zip(windows, rows, strict=True):
+        targets = np.zeros((count, self.sequence_len), np.int32)
+        for window, target, (start, stop) in zip(windows, targets, rows, strict=True):
             window[: stop - start] = self.tokens[start:stop]
+            target[: stop - start - 1] = self.tokens[start + 1 : stop]
+            if self.counted is not None:
+                target[: stop - start - 1][~self.counted[start + 1 : stop]] = UNASKED
         places = np.arange(self.sequence_len)
         starts, stops = np.array(rows)[:, :, None].transpose(1, 0, 2)
         documents = np.searchsorted(self._starts, starts + places, side="right") - 1
         return Batch(
             inputs=np.ascontiguousarray(windows[:, :-1]),
-            targets=np.ascontiguousarray(windows[:, 1:]),
+            targets=targets,
             loss_mask=places + 1 < stops - starts,
             document_ids=documents.astype(np.int32),
             starts=np.full(count, not self.streaming or index % self.num_windows == 0),

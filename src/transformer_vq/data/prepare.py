@@ -24,6 +24,7 @@ from transformer_vq.data.files import SPLIT_FOLDERS, Files, find_files, kind_of
 from transformer_vq.data.images import LARGEST_SIDE, Look, common_shape, look_at, read_images
 from transformer_vq.data.records import read_documents
 from transformer_vq.data.source import Source, Span
+from transformer_vq.data.tasks import Task, is_task
 from transformer_vq.data.text import SPLITS, DataError
 from transformer_vq.data.tokenizer import ByteTokenizer, Tokenizer
 
@@ -57,7 +58,12 @@ def open_source(
       cache: folder that keeps what took time to make. Without, it is made in a temporary one.
 
     Raises `DataError`, naming file and line, for what cannot be read; for no data at all too.
+
+    A task (`recall:pairs=6`, see `Task`) stands alone in place of a path.
     """
+    tasks = [path for path in paths if is_task(path)]
+    if tasks:
+        return _task_source(tasks, paths, image_size, tokenizer)
     if not 0 <= image_size <= LARGEST_SIDE:
         raise DataError(
             f"the image size is {image_size}: it must be from 1 to {LARGEST_SIDE:,}, or 0 for as "
@@ -84,6 +90,22 @@ def open_source(
         return _source(scratch_tokens(build), tokenizer, label)
     key = _key(files, [tokenizer.name, text_column, image_size, channels, on_error])
     return _source(kept_tokens(cache, key, build), tokenizer, label)
+
+
+def _task_source(
+    tasks: Sequence[str | Path],
+    paths: Sequence[str | Path],
+    image_size: int,
+    tokenizer: Tokenizer | None,
+) -> Source:
+    """Episodes of the one task. Raises `DataError` for what does not go with it."""
+    if len(paths) > 1:
+        raise DataError(f"{tasks[0]} is a task, and stands alone: leave out the other data")
+    if image_size:
+        raise DataError(f"{tasks[0]} is a task, and --image-size is for pictures: leave it out")
+    if tokenizer is not None and not isinstance(tokenizer, ByteTokenizer):
+        raise DataError(f"{tasks[0]} is a task, of bytes: train without a vocabulary")
+    return Task.named(str(tasks[0])).source()
 
 
 def _one_file(path: Path, label: str, files: Files, on_error: OnError) -> Source:

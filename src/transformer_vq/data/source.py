@@ -29,8 +29,12 @@ class Source:
     """Tokens and what they are: all of the data, or one split of it.
 
     Where there are several documents, each begins with `tokenizer.eos_id`, which is also what
-    ends the one before. A single document has no such token. Pictures are documents of their own:
-    each is that start token and then its bytes, and is never predicted from another.
+    ends the one before. A single document has no such token.
+
+    With `whole_documents` each stands for itself, as pictures do, and episodes of a task: it is a
+    row of training, its first token is given and never predicted, and no document is predicted
+    from another. With `counted` some tokens count and the others are only read: the loss is that
+    of the tokens that count, and so are bits and accuracy.
     """
 
     tokens: np.ndarray  # integers [N], memory-mapped or not
@@ -42,6 +46,17 @@ class Source:
     image_shape: tuple[int, int, int] | None = None  # height, width, channels; None for text
     notes: tuple[str, ...] = ()  # what was left out, a sentence each
     digest: str = ""  # SHA-256 of the tokens, if it is known
+    whole_documents: bool = False  # pictures always are
+    counted: np.ndarray | None = None  # bool [N]: tokens whose prediction counts; None: all
+
+    def __post_init__(self) -> None:
+        if self.image_shape:
+            object.__setattr__(self, "whole_documents", True)
+        if self.counted is not None and self.counted.shape != self.tokens.shape:
+            raise DataError(
+                f"counted has shape {self.counted.shape}: it must be {self.tokens.shape}, that of "
+                f"the tokens"
+            )
 
     @classmethod
     def of(cls, tokens: np.ndarray, path: str = "", tokenizer: Tokenizer | None = None) -> "Source":
@@ -58,14 +73,19 @@ class Source:
     def bytes_per_token(self) -> float:
         """Turns bits per token into bits per byte of the original data.
 
-        Exactly 1 for bytes of one document, and for pictures, whose start tokens are not predicted.
+        Exactly 1 for bytes of one document, and for bytes of whole documents, whose start tokens
+        are not predicted.
         """
-        return 1.0 if self.image_shape else self.num_bytes / max(len(self.tokens), 1)
+        given = len(self.starts) if self.whole_documents else 0
+        return self.num_bytes / max(len(self.tokens) - given, 1)
 
     @property
     def sequence_len(self) -> int | None:
-        """The tokens of a picture, which are a training sequence; None for text."""
-        return int(np.prod(self.image_shape)) if self.image_shape else None
+        """How many tokens of a whole document are predicted, at most: they are a training
+        sequence. None for text."""
+        if not self.whole_documents:
+            return None
+        return int(np.diff(self.starts, append=len(self.tokens)).max()) - 1
 
     @property
     def start_id(self) -> int:
@@ -103,6 +123,7 @@ class Source:
             num_bytes=num_bytes,
             spans={},
             digest="",
+            counted=None if self.counted is None else self.counted[start:stop],
         )
 
 

@@ -1,7 +1,6 @@
 """Stateful evaluation: every token is predicted from the entire history before it."""
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from transformer_vq.config import ModelConfig
 from transformer_vq.data import (
+    DataError,
     EvalChunk,
     Source,
     as_source,
@@ -23,29 +23,13 @@ from transformer_vq.errors import UserError, require_kind
 from transformer_vq.fields import require_count
 from transformer_vq.nn.forward import forward
 from transformer_vq.nn.model import Model, State, init_state
-from transformer_vq.ops.loss import token_nll
+from transformer_vq.ops.loss import token_hits, token_nll
+from transformer_vq.ops.scores import Evaluation as Evaluation
+from transformer_vq.ops.scores import Gains, Scores, Sums
 from transformer_vq.sharding import replicated, rows_or_whole, traced_on
 from transformer_vq.types import PerRow, Tokens
 
 Scored = TypeVar("Scored")
-
-# Where the bins of positions begin: 0, 64, 128, 256, ...
-BIN_STARTS = np.concatenate([[0], 64 << np.arange(48)])
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """How well a model predicts a text."""
-
-    loss: float  # nats per token
-    tokens: int  # that were predicted
-    by_position: list[tuple[int, int, float]]  # (start, end, loss): with start <= history < end
-    bytes_per_token: float = 1.0  # of the original data
-
-    @property
-    def bpb(self) -> float:
-        """Bits per byte of the original data."""
-        return self.loss / math.log(2.0) / self.bytes_per_token
 
 
 def evaluate(
@@ -56,13 +40,15 @@ def evaluate(
     rows: int = 1,
     max_tokens: int | None = None,
     context_len: int | None = None,
+    far_gain: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Score `tokens`, a chunk at a time, with the state carried through all of them.
 
     Up to float rounding, the numbers depend neither on `chunk_len` nor on `config.block_len`.
-    Where the model resets at documents, and for pictures in any case, a token's history begins
-    with its document. The start tokens of pictures are given, and not predicted.
+    Where the model resets at documents, and for whole documents (pictures, episodes of a task) in
+    any case, a token's history begins with its document. The start tokens of whole documents are
+    given, and not predicted. Where some tokens count (`Source.counted`), the numbers are of those.
 
     Args:
       model: neither changed nor donated. If it lives on a mesh, so does the work: rows are spread
@@ -72,47 +58,70 @@ def evaluate(
       chunk_len: tokens of each row in one call: more need more memory.
       rows: streams that the tokens are cut into and that are scored side by side, each with a
         history of its own.
-      max_tokens: how many to predict, from the beginning on; all by default.
+      max_tokens: how many to predict, from the beginning on; all by default. Where some tokens
+        count, to the end of the document.
       context_len: forget everything after so many tokens, again and again; a multiple of
         `chunk_len`. Never, by default; full attention must, for more tokens than it can hold.
+      far_gain: also score every token with the far part masked, so that keys beyond the window
+        weigh nothing, which takes twice the time: what the far part brings is the difference.
       on_progress: called with the number of tokens scored, and of all. What it raises ends it.
 
     Raises:
-      DataError: for fewer than two tokens in a row.
-      ValueError: for a token outside of the vocabulary, and for sizes that make no sense.
+      DataError: for fewer than two tokens in a row, or none that counts.
+      ValueError: for a token outside of the vocabulary, for sizes that make no sense, and for
+        `far_gain` of a model without a far part.
     """
     require_kind("model", model, Model, "from init_model or of a run (load)")
+    if far_gain and not has_far_part(model.config):
+        raise UserError(
+            "far_gain is true, and the model has no far part: it has full attention, or no cache"
+        )
     source = as_source(tokens)
     streams = Streams.of(source, rows, max_tokens)
     check_tokens(streams.tokens, model.config.vocab_size)
     if streams.alone:
         model = Model(model.params, model.codebook, model.config.replace(reset_at_document=True))
         if model.config.attention == "full":
-            chunk_len = context_len = streams.longest_document
+            chunk_len = context_len = streams.document_len
     chunks = streams.chunks(chunk_len)
     context_len = _check_context(model.config, context_len, chunk_len, streams.longest_row)
-    losses = LossByPosition()
+    resets = model.config.reset_at_document and (streams.alone or len(streams.documents) > 1)
+    room = min(context_len, streams.longest_row)
+    reader = _Reader(model, rows, room, hits=streams.counts is not None)
+    masked = _Reader(_far_masked(model), rows, room, hits=False) if far_gain else None
+    sums, gains = Sums(), Gains()
 
-    def scored() -> Iterator[tuple[int, np.ndarray, jax.Array]]:
-        """Where each chunk begins in its row, how much of it is real, and its losses."""
-        resets = model.config.reset_at_document and (streams.alone or len(streams.documents) > 1)
-        mesh = _mesh_of(model)
-        new_state = _state_maker(model, rows, min(context_len, streams.longest_row), mesh)
-        state = new_state()
+    def scored() -> Iterator[tuple[int, np.ndarray, Scores, Scores | None]]:
+        """Where each chunk begins in its row, how much of it is real, and its scores."""
         for i, chunk in enumerate(chunks):
             start = i * chunk_len
             if i and start % context_len == 0:
-                state = new_state()
+                for each in filter(None, (reader, masked)):
+                    each.forget()
             ids = streams.document_ids(start, chunk.inputs.shape[1]) if resets else None
-            nll, state = _score(model, state, *chunk, ids, mesh)
-            yield start, chunk.lengths, nll
+            scores = reader.read(chunk, ids)
+            yield start, chunk.lengths, scores, masked.read(chunk, ids) if masked else None
 
-    for start, lengths, nll in _one_behind(scored()):
-        history, counted = streams.look(start, lengths, nll.shape[1], context_len)
-        losses.add(np.asarray(nll, np.float64), history, counted)
+    for start, lengths, scores, without in _one_behind(scored()):
+        history, counted = streams.look(start, lengths, scores.nll.shape[1], context_len)
+        sums.add(scores, history, counted)
+        if without is not None:
+            gain = np.asarray(without.nll, np.float64) - np.asarray(scores.nll, np.float64)
+            gains.add(gain, history, counted, streams.positions(start, gain.shape[1]))
         if on_progress is not None:
-            on_progress(losses.tokens, streams.total)
-    return losses.result(min(context_len, streams.longest_history), source.bytes_per_token)
+            on_progress(sums.tokens, streams.total)
+    result = sums.result(min(context_len, streams.longest_history), source.bytes_per_token)
+    return gains.added_to(result) if far_gain else result
+
+
+def has_far_part(config: ModelConfig) -> bool:
+    """Whether a model attends keys beyond its window by their codes."""
+    return config.attention == "vq" and config.use_cache
+
+
+def _far_masked(model: Model) -> Model:
+    """The same model, but that no query sees a key beyond its window."""
+    return Model(model.params, model.codebook, model.config.replace(use_cache=False))
 
 
 @dataclass(frozen=True)
@@ -122,29 +131,41 @@ class Streams:
     tokens: np.ndarray  # [N]
     documents: np.ndarray  # [documents]: where each begins
     rows: np.ndarray  # [rows]: where each begins
-    alone: bool  # a history begins with each document, whose first token is given (pictures)
+    alone: bool  # a history begins with each document, whose first token is given
+    counts: np.ndarray | None  # bool [N]: tokens that count; None: all
 
     @classmethod
     def of(cls, source: Source, rows: int, max_tokens: int | None) -> "Streams":
         """`rows` streams of a source, or of its first tokens, of which `max_tokens` are predicted.
 
-        Raises `UserError` for `rows` or `max_tokens` below 1.
+        Raises `UserError` for `rows` or `max_tokens` below 1, `DataError` if no token counts.
         """
         require_count("rows", rows)
-        tokens, documents = source.tokens, source.starts
-        alone = source.image_shape is not None
+        tokens, documents, counts = source.tokens, source.starts, source.counted
+        alone = source.whole_documents
         if max_tokens is not None:
             require_count("max_tokens", max_tokens)
-            tokens = tokens[: max_tokens + rows]
+            size = max_tokens + rows
+            if counts is not None:  # what counts may come last
+                later = documents[documents >= size]
+                size = int(later[0]) if len(later) else len(tokens)
+                counts = counts[:size]
+            tokens = tokens[:size]
             documents = documents[documents < len(tokens)]
         # Rows of text are cut anywhere.
         first = row_starts(len(tokens), rows, documents if alone else None)
-        return cls(tokens, documents, first, alone)
+        streams = cls(tokens, documents, first, alone, counts)
+        if counts is not None and not streams.total:
+            raise DataError(f"no token of {source.path or 'the data'} counts that is predicted")
+        return streams
 
-    @property
+    @functools.cached_property
     def total(self) -> int:
-        """How many tokens are predicted."""
-        return len(self.tokens) - len(self.documents if self.alone else self.rows)
+        """How many tokens are predicted, of those that count."""
+        given = self.documents if self.alone else self.rows
+        if self.counts is None:
+            return len(self.tokens) - len(given)
+        return int(self.counts.sum() - self.counts[given].sum())
 
     @property
     def longest_row(self) -> int:
@@ -159,6 +180,17 @@ class Streams:
     def longest_history(self) -> int:
         return self.longest_document - 1 if self.alone else self.longest_row
 
+    @property
+    def document_len(self) -> int:
+        """The tokens of each document. Raises `UserError` if they differ."""
+        lengths = np.diff(self.documents, append=len(self.tokens))[:-1]
+        if lengths.min(initial=self.longest_document) < self.longest_document:
+            raise UserError(
+                f"the documents have {lengths.min():,} to {self.longest_document:,} tokens: full "
+                f"attention scores whole documents of one length only"
+            )
+        return self.longest_document
+
     def _longest(self, starts: np.ndarray) -> int:
         return int(np.diff(starts, append=len(self.tokens)).max())
 
@@ -171,7 +203,7 @@ class Streams:
 
     def document_ids(self, start: int, width: int) -> np.ndarray:
         """Which document each token is of, `[rows, width]`, of the chunk that begins at `start`."""
-        return self._document_of(self._positions(start, width)).astype(np.int32)
+        return self._document_of(self.positions(start, width)).astype(np.int32)
 
     def look(
         self, start: int, lengths: np.ndarray, width: int, context_len: int
@@ -181,50 +213,42 @@ class Streams:
         Both are `[rows, width]`; `lengths` `[rows]` says how much of each row is real.
         """
         columns = np.arange(width)
-        real = columns < lengths[:, None]
+        counted = columns < lengths[:, None]
+        positions = self.positions(start, width)
+        if self.counts is not None:
+            counted = counted & self.counts[np.minimum(positions + 1, len(self.tokens) - 1)]
         if not self.alone:
-            return np.broadcast_to(start % context_len + columns, real.shape), real
-        positions = self._positions(start, width)
+            return np.broadcast_to(start % context_len + columns, counted.shape), counted
         document = self._document_of(positions)
         inside = document == self._document_of(positions + 1)  # the next one is not a given token
-        return positions - self.documents[document], real & inside
+        return positions - self.documents[document], counted & inside
 
-    def _positions(self, start: int, width: int) -> np.ndarray:
+    def positions(self, start: int, width: int) -> np.ndarray:
+        """Where the tokens of a chunk are among all, `[rows, width]`."""
         return self.rows[:, None] + start + np.arange(width)
 
     def _document_of(self, positions: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.documents, positions, side="right") - 1
 
 
-class LossByPosition:
-    """Sums of losses, and how many there are, by how much history they had."""
+class _Reader:
+    """A model that reads chunk after chunk, and what it remembers of them."""
 
-    def __init__(self) -> None:
-        self._sums = np.zeros(len(BIN_STARTS))
-        self._counts = np.zeros(len(BIN_STARTS), np.int64)
+    def __init__(self, model: Model, rows: int, room: int, *, hits: bool):
+        """`room`: tokens of a row that are read before all is forgotten."""
+        self._model, self._hits, self._mesh = model, hits, _mesh_of(model)
+        self._new_state = _state_maker(model, rows, room, self._mesh)
+        self.forget()
 
-    @property
-    def tokens(self) -> int:
-        return int(self._counts.sum())
+    def forget(self) -> None:
+        self._state = self._new_state()
 
-    def add(self, nll: np.ndarray, history: np.ndarray, counted: np.ndarray) -> None:
-        """Add the losses `[rows, width]` where they count, each with so much history."""
-        bins = (np.searchsorted(BIN_STARTS, history, side="right") - 1)[counted]
-        self._sums += np.bincount(bins, nll[counted], len(BIN_STARTS))
-        self._counts += np.bincount(bins, minlength=len(BIN_STARTS))
-
-    def result(self, longest: int, bytes_per_token: float) -> Evaluation:
-        """The means; no history was longer than `longest`."""
-        ends = np.minimum(BIN_STARTS[1:], longest)
-        return Evaluation(
-            loss=float(self._sums.sum() / self._counts.sum()),
-            tokens=self.tokens,
-            by_position=[
-                (int(BIN_STARTS[i]), int(ends[i]), float(self._sums[i] / self._counts[i]))
-                for i in np.flatnonzero(self._counts)
-            ],
-            bytes_per_token=bytes_per_token,
+    def read(self, chunk: EvalChunk, document_ids: np.ndarray | None) -> Scores:
+        """The scores of the next chunk, given all before it."""
+        scores, self._state = _score(
+            self._model, self._state, *chunk, document_ids, mesh=self._mesh, hits=self._hits
         )
+        return scores
 
 
 def _one_behind(items: Iterable[Scored]) -> Iterator[Scored]:
@@ -244,7 +268,7 @@ def _mesh_of(model: Model) -> Mesh | None:
     return None
 
 
-@functools.partial(jax.jit, donate_argnames="state", static_argnames="mesh")
+@functools.partial(jax.jit, donate_argnames="state", static_argnames=("mesh", "hits"))
 def _score(
     model: Model,
     state: State,
@@ -252,16 +276,19 @@ def _score(
     targets: Tokens,
     lengths: PerRow,
     document_ids: Tokens | None,
+    *,
     mesh: Mesh | None,
-) -> tuple[jax.Array, State]:
-    """Losses `[rows, chunk_len]` in nats, meaningless beyond the length of a row; the new state."""
+    hits: bool,
+) -> tuple[Scores, State]:
+    """The scores of a chunk, with `hits` if they are asked for, and the new state."""
     with traced_on(mesh):
         out = forward(model, state, inputs, lengths=lengths, document_ids=document_ids)
         nll = token_nll(model, out.features, targets)
+        scores = Scores(nll, token_hits(model, out.features, targets) if hits else None)
     if mesh is None:
-        return nll, out.state
+        return scores, out.state
     shardings = (replicated(mesh), rows_or_whole(mesh, len(inputs)))
-    return jax.lax.with_sharding_constraint((nll, out.state), shardings)
+    return jax.lax.with_sharding_constraint((scores, out.state), shardings)
 
 
 def _check_context(

@@ -154,14 +154,17 @@ def make_train_step(
     The metrics are means over the chunks, and over the whole batch:
 
     - loss: negative log-likelihood in nats per target that counts
-    - commitment: |k - C_z|^2 per token that counts, summed over units and heads
+    - commitment: |k - C_z|^2 per token that is no padding, summed over units and heads
     - grad_norm: global norm of the gradient, before clipping
     - learning_rate
     - codebook_used: fraction of the codewords that got a key in the update
     - codebook_perplexity: exp of the entropy of their use; both are means over units and heads
     - codebook_used_by_unit, codebook_perplexity_by_unit: the same, `[N]`, means over heads
+    - far_mass: log(1 + mass of the keys beyond the window), mean over units, rows and heads, at the
+      end of the batch
 
-    Those of the codebook are not there for full attention, which has none.
+    Those of the codebook and the far mass are not there for full attention, which has neither; nor
+    is the far mass of a model without a cache.
     """
     update = make_update(config, train)
 
@@ -180,7 +183,10 @@ def make_train_step(
         (train_state, state), metrics = jax.lax.scan(body, (train_state, state), chunks)
         if train.streaming:
             train_state = replace(train_state, stream=jax.tree.leaves(state))
-        return train_state, _mean(metrics)
+        metrics = _mean(metrics)
+        if config.attention == "vq" and config.use_cache:
+            metrics["far_mass"] = far_mass(state)
+        return train_state, metrics
 
     if mesh is None:
         return jax.jit(train_step, donate_argnums=0)
@@ -327,19 +333,28 @@ def codebook_metrics(counts: jax.Array) -> Metrics:
     }
 
 
+def far_mass(state: State) -> jax.Array:
+    """Mean over units, rows and heads of log(1 + mass), the mass of all keys beyond the window."""
+    masses = [unit.counts.sum(-1) for unit in state.units if isinstance(unit, AttentionState)]
+    return jnp.mean(jnp.log1p(jnp.stack(masses).astype(jnp.float32)))
+
+
 def _loss_metrics(terms: LossTerms, size: int) -> Metrics:
     """Sums over a chunk of `size` tokens, which `_mean` divides by the tokens of all chunks."""
     return {
         "loss": terms.nll * size,
         "commitment": terms.commitment * size,
         "tokens": terms.tokens,
+        "real": terms.real,
     }
 
 
 def _mean(metrics: Metrics) -> Metrics:
     """The metrics of the chunks `[chunks]` as one: per token, or per chunk."""
-    tokens = jnp.maximum(metrics.pop("tokens").sum(), 1)
-    per_token = {name: metrics.pop(name).sum() / tokens for name in ("loss", "commitment")}
+    sizes = {"loss": metrics.pop("tokens"), "commitment": metrics.pop("real")}
+    per_token = {
+        name: metrics.pop(name).sum() / jnp.maximum(size.sum(), 1) for name, size in sizes.items()
+    }
     per_chunk = {name: values.mean(0) for name, values in metrics.items()}
     return {name: jnp.float32(value) for name, value in (per_token | per_chunk).items()}
 

@@ -107,8 +107,10 @@ class Health:
         """The loss of a model on the first sequences of the training text."""
         length = self.train.sequence_len
         most = LOOK_SEQUENCES * length
+        # Whole documents begin anew by themselves.
+        context_len = None if self.source.whole_documents else length
         return evaluate(
-            model, self.source, chunk_len=length, context_len=length, max_tokens=most
+            model, self.source, chunk_len=length, context_len=context_len, max_tokens=most
         ).loss
 
     def diverged(self, problem: str, advice: str = LOWER) -> RunError:

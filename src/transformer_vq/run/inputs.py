@@ -49,7 +49,8 @@ class Inputs:
         batches = Batches(
             self.source.tokens,
             starts=self.source.starts,
-            whole_documents=self.source.image_shape is not None,
+            counted=self.source.counted,
+            whole_documents=self.source.whole_documents,
             streaming=train.streaming,
             batch_size=train.batch_size,
             sequence_len=train.sequence_len,

@@ -342,12 +342,14 @@ class _Training:
                 self.files.samples.write(self.step, model, self.stop.check)
         except Interrupted:
             return False
+        accuracy = {} if result.accuracy is None else {"validation_accuracy": result.accuracy}
         self.tell(
             {
                 "step": self.step,
                 "validation_loss": result.loss,
                 "validation_bpb": result.bpb,
                 "validation_tokens": result.tokens,
+                **accuracy,
                 "seconds": self.seconds(),
             }
         )

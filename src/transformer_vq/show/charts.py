@@ -8,7 +8,7 @@ its attribute `data-points`, for a script that reads out the nearest.
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 WIDTH, HEIGHT = 460, 250
@@ -27,6 +27,11 @@ class Series:
     points: Points
     color: str = "c1"
     dots: bool = False  # marks at the points: for few of them
+    errors: Sequence[float] = ()  # standard errors of the points: bars of two of them either way
+
+    def spread(self) -> list[tuple[float, float]]:
+        """The values with their errors; none if there are none."""
+        return [(y, e) for (_, y), e in zip(self.points, self.errors, strict=False)]
 
 
 def line_chart(
@@ -42,13 +47,14 @@ def line_chart(
 
     `log_x` leaves out x <= 0. `cut`: a few values far above the others may leave the frame.
     """
-    thinned = [Series(s.label, _thin(s.points, log_x), s.color, s.dots) for s in series]
+    thinned = [replace(s, points=_thin(s.points, log_x)) for s in series]
     shown = [s for s in thinned if s.points]
     xs = [x for s in shown for x, _ in s.points]
     ys = [y for s in shown for _, y in s.points]
+    ys += [y + side * 2 * e for s in shown for y, e in s.spread() for side in (-1, 1)]
     if not xs:
         return ""
-    low, high = (min(0.0, *ys) if from_zero else min(ys)), max(ys)
+    low, high = (min(0.0, *ys), max(0.0, *ys)) if from_zero else (min(ys), max(ys))
     if cut and len(ys) > 20:
         high = max(
             sorted(ys)[int(0.98 * len(ys))],
@@ -56,7 +62,8 @@ def line_chart(
             low,
         )
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
-    low, high = (low if from_zero and low == 0 else low - margin), high + margin
+    low = low if from_zero and low == 0 else low - margin
+    high = high + margin
     x_axis = _Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT, log=log_x)
     y_axis = _Axis(low, high, HEIGHT - BOTTOM, TOP)
 
@@ -67,12 +74,16 @@ def line_chart(
         parts.append(_text(LEFT - 6, y + 4, compact(value), "end"))
     for value in x_axis.ticks(6):
         parts.append(_text(x_axis(value), HEIGHT - BOTTOM + 16, compact(value), "middle"))
-    parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
+    zero = y_axis(0.0) if from_zero else HEIGHT - BOTTOM
+    parts.append(f'<path class="axis" d="M{LEFT} {zero:.1f}H{WIDTH - RIGHT}"/>')
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_label, "middle", "label"))
     places = []
     for s in shown:
         at = [(x_axis(x), max(y_axis(y), TOP - 20)) for x, y in s.points]
         line = "L".join(f"{x:.1f} {y:.1f}" for x, y in at)
+        for (x, _), (y, error) in zip(at, s.spread(), strict=False):
+            ends = [y_axis(y + side * 2 * error) for side in (-1, 1)]
+            parts.append(f'<path class="bar {s.color}" d="M{x:.1f} {ends[0]:.1f}V{ends[1]:.1f}"/>')
         parts.append(f'<path class="line {s.color}{" marked" if s.dots else ""}" d="M{line}"/>')
         if s.dots:
             parts += [

@@ -79,7 +79,9 @@ class Progress(Observer):
         if "validation_loss" in record:
             self._note_validation(record)
             loss, bpb = record["validation_loss"], record["validation_bpb"]
-            self.say(f"step {step}: validation loss {loss:.4f}, {bpb:.4f} bpb")
+            right = record.get("validation_accuracy")
+            accuracy = "" if right is None else f", {right:.1%} of the answers right"
+            self.say(f"step {step}: validation loss {loss:.4f}, {bpb:.4f} bpb{accuracy}")
             return
         self._newest = record
         late = time.monotonic() - self._last_line >= PLAIN_SECONDS
@@ -143,6 +145,7 @@ def _shown(record: Record) -> list[tuple[str, str]]:
         "mfu": ("MFU", "{:.0%}"),
         "codebook_used": ("codes", "{:.0%}"),
         "codebook_perplexity": ("perplexity", "{:.3g}"),
+        "far_mass": ("far mass", "{:.2f}"),
     }
     return [
         (label, form.format(record[name]))

@@ -145,7 +145,13 @@ def _codebooks(run: Mapping[str, Any], records: Sequence[Record]) -> str:
         charts.append(
             heat_map(f"{title}, by unit", columns, x_label="step", row_label="unit", top=top)
         )
-    text = "Means over all units and heads of the codewords that got a key in an update."
+    mass = [Series("far mass", _points(records, "far_mass"))]
+    title = "Keys beyond the window, log(1 + mass)"
+    charts.append(line_chart(title, mass, x_label="step", from_zero=True))
+    text = (
+        "Means over all units and heads of the codewords that got a key in an update, and of the "
+        "mass of keys beyond the window at the end of a batch."
+    )
     return f'<p class="soft">{text}</p>{_cards(charts)}' if any(charts) else ""
 
 
@@ -161,16 +167,54 @@ def _positions(run: Mapping[str, Any], evaluation: Evaluation | str) -> str:
         x_label="tokens before (logarithmic)",
         log_x=True,
     )
-    rows = "".join(
-        f"<tr><td>{start:,} to {end - 1:,}</td><td>{bits:.4f}</td></tr>"
-        for start, end, bits in bins
+    gains = [
+        (gain.nats / byte, None if gain.error is None else gain.error / byte)
+        for gain in evaluation.far_gain_by_position or []
+    ]
+    gain_chart = line_chart(
+        f"What the far part brings, {_bits(run)}",
+        [
+            Series(
+                "gain",
+                [(x, gain) for (x, _), (gain, _) in zip(points, gains, strict=False)],
+                "c2",
+                dots=True,
+                errors=[error or 0.0 for _, error in gains],
+            )
+        ],
+        x_label="tokens before (logarithmic)",
+        log_x=True,
+        from_zero=True,
     )
-    table = f"<table><tr><td>tokens before</td><td>{_bits(run)}</td></tr>{rows}</table>"
+    table = _position_table(run, bins, gains)
     text = (
         f"{evaluation.tokens:,} tokens of the validation split in one stream, by the newest "
         f"checkpoint: {evaluation.bpb:.4f} {_bits(run)}."
     )
-    return f'<p class="soft">{escape(text)}</p>{_cards([chart, table])}'
+    if evaluation.accuracy is not None:
+        text += f" {evaluation.accuracy:.1%} of the answers are right."
+    if evaluation.far_gain is not None:
+        gain, error = evaluation.far_gain.nats / byte, evaluation.far_gain.error
+        spread = "" if error is None else f" ± {error / byte:.4f}"
+        text += (
+            f" With keys beyond the window masked, the same tokens take {gain:+.4f}{spread} more: "
+            f"that is what the far part brings (bars: two standard errors)."
+        )
+    return f'<p class="soft">{escape(text)}</p>{_cards([chart, gain_chart, table])}'
+
+
+def _position_table(
+    run: Mapping[str, Any],
+    bins: Sequence[tuple[int, int, float]],
+    gains: Sequence[tuple[float, float | None]],
+) -> str:
+    """Bits by history, and what the far part brings if it is known."""
+    head = ["tokens before", _bits(run)] + ["far part brings"] * bool(gains)
+    rows = [[f"{start:,} to {end - 1:,}", f"{bits:.4f}"] for start, end, bits in bins]
+    for row, (gain, error) in zip(rows, gains, strict=False):
+        row.append(f"{gain:+.4f}" + ("" if error is None else f" ± {error:.4f}"))
+    cells = ("".join(f"<td>{cell}</td>" for cell in row) for row in (head, *rows))
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
 
 def _samples(samples: Sequence[Record], records: Sequence[Record]) -> str:

@@ -1,0 +1,173 @@
+"""Tasks: what an episode tells and asks, what counts, and names that are none."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from transformer_vq.data import (
+    Batches,
+    ByteTokenizer,
+    DataError,
+    Source,
+    Task,
+    bundled_corpus,
+    open_source,
+)
+from transformer_vq.data.loader import UNASKED
+from transformer_vq.data.tasks import NEAREST, QUESTION, TOLD
+from transformer_vq.errors import UserError
+
+EPISODES = 20
+
+
+def episodes(task: Task, split: str = "all") -> list[tuple[bytes, bytes, np.ndarray]]:
+    """The text of each, its answers, and where those are."""
+    source = task.source().split(split)
+    found = []
+    for start in source.starts:
+        text = source.tokens[start : start + task.length + 1]
+        places = np.flatnonzero(source.counted[start : start + task.length + 1])
+        assert text[0] == ByteTokenizer().eos_id and not source.counted[start]
+        found.append((text[1:].tobytes(), text[places].tobytes(), places - 1))
+    return found
+
+
+@given(
+    kind=st.sampled_from(["far", "updates"]),
+    letters=st.integers(2, 26),
+    pairs=st.integers(1, 26),
+    filler=st.integers(0, 9),
+    writes=st.integers(1, 4),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_an_answer_is_the_value_last_written(kind, letters, pairs, filler, writes, seed):
+    pairs = min(letters, pairs)
+    task = Task(kind, pairs, letters, filler, writes, EPISODES, seed)
+    told = 2 * pairs * (writes if kind == "updates" else 1)
+    for text, answers, places in episodes(task):
+        assert text[told : told + filler].isdigit() or not filler
+        written, times = {}, {}
+        for key, value in zip(text[:told:2], text[1:told:2], strict=True):
+            written[key], times[key] = value, times.get(key, 0) + 1
+        asked = text[told + filler :: 2]
+        assert bytes(written).isupper() and bytes(written.values()).islower()
+        assert sorted(asked) == sorted(written) and set(times.values()) == {told // pairs // 2}
+        assert answers == bytes(written[key] for key in asked) and len(answers) == pairs
+        assert places.tolist() == list(range(told + filler + 1, task.length, 2))
+        # What was told of a key is at least as far back as the filler is long.
+        last = [max(i for i in range(0, told, 2) if text[i] == key) for key in asked]
+        assert all(place - at > filler for place, at in zip(places, last, strict=True))
+
+
+def test_orders_and_values_are_drawn():
+    """Control for the test above: what is asked first, and what it is worth, nobody can know."""
+    found = episodes(Task("updates", pairs=3, filler=0, episodes=400))
+    last = [text[:12].rindex(text[12]) // 2 for text, *_ in found]
+    assert set(last) == set(range(1, 6))  # of six writes, any but the first
+    first = {text[12] for text, *_ in found}
+    assert len(first) == 16 and len({answers for _, answers, _ in found}) > 350
+
+
+@given(pairs=st.integers(1, 26), letters=st.integers(2, 26), filler=st.integers(0, 9))
+def test_copy(pairs, letters, filler):
+    pairs = min(pairs, letters)
+    for text, answers, places in episodes(Task("copy", pairs, letters, filler, episodes=EPISODES)):
+        assert len(set(answers)) == pairs  # so each is known from the one before
+        assert answers == text[:pairs] and answers.islower() and max(answers) < ord("a") + letters
+        assert text[pairs:].startswith(text[pairs : pairs + filler] + b"=")
+        assert places.tolist() == list(range(pairs + filler + 1, len(text)))
+
+
+@pytest.mark.parametrize(("filler", "nearest"), [(1800, NEAREST), (40, 40)])
+def test_passkey(filler, nearest):
+    book = bundled_corpus().read_bytes()
+    task, distances = Task("passkey", 5, filler=filler, episodes=100), []
+    for split, (low, high) in (("train", (0, 0.9)), ("test", (0.95, 1))):
+        for text, answers, places in episodes(task, split):
+            before, _, rest = text.partition(TOLD)
+            assert rest[:7] == answers + b". " and answers.isdigit() and text.endswith(answers)
+            after = rest[7 : -len(QUESTION) - 5]
+            at = book.index(before + after)
+            assert low * len(book) - 1 <= at < high * len(book)  # of the same split of the text
+            assert places.tolist() == list(range(len(text) - 5, len(text)))
+            distances.append(len(after))
+    assert nearest <= min(distances) <= max(distances) <= filler
+    assert (len(set(distances)) > 50) == (filler > nearest)
+
+
+def test_a_task_is_its_fields():
+    task = Task(pairs=3, filler=4, episodes=EPISODES)
+    assert str(task) == "recall:pairs=3,letters=16,filler=4,episodes=20,seed=0"
+    assert Task.named(str(task)) == task and Task.named("recall:").episodes == 100_000
+    assert Task.named("passkey:pairs=5").filler == 1800
+    source, again = task.source(), open_source([str(task)])
+    assert source.fingerprint == again.fingerprint and again.path == str(task)
+    prints = {dataclasses.replace(task, seed=seed).source().fingerprint for seed in range(3)}
+    assert len(prints) == 3 and source.fingerprint in prints
+    # Of raw bits, so that a NumPy that draws otherwise changes no run.
+    assert source.tokens[:17].tobytes() == b"\0DhNcLp6962DhNcLp"
+    parts = [source.split(name) for name in ("train", "validation", "test")]
+    assert [len(part.starts) for part in parts] == [18, 1, 1]
+    assert [part.num_bytes for part in parts] == [18 * 16, 16, 16]
+    assert {part.bytes_per_token for part in parts} == {1.0} and source.sequence_len == 16
+
+
+def test_a_row_is_an_episode_of_which_the_answers_are_asked():
+    task = Task(pairs=2, filler=5, episodes=EPISODES)
+    source = task.source().split("train")
+    options = dict(batch_size=6, sequence_len=16, seed=1, starts=source.starts,
+                   counted=source.counted, whole_documents=source.whole_documents)  # fmt: skip
+    rows = [Batches(source.tokens, **options).batch(i) for i in range(3)]  # an epoch
+    known = {text: answers for text, answers, _ in episodes(task, "train")}
+    for batch in rows:
+        assert batch.loss_mask.tolist() == [[True] * 13 + [False] * 3] * 6  # the rest is padding
+        assert (batch.targets[:, 13:] == 0).all()
+        for inputs, targets in zip(batch.inputs, batch.targets[:, :13], strict=True):
+            asked = targets != UNASKED
+            text = inputs[1:14].copy()
+            assert asked.sum() == 2 and (text[asked] == targets[asked])[:-1].all()
+            text[-1] = targets[-1]  # the last one is asked, and read by nobody
+            answers = targets[asked].astype(np.uint8).tobytes()
+            assert known.pop(text.astype(np.uint8).tobytes()) == answers
+    assert not known
+    shares = [Batches(source.tokens, **options, process_index=i, process_count=2) for i in (0, 1)]
+    targets = np.concatenate([share.batch(2).targets for share in shares])
+    np.testing.assert_array_equal(targets, rows[2].targets)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("riddle:", "'riddle' is no task: the tasks are recall, updates, copy, passkey"),
+        ("recall:rows=3", "has 'rows=3': give FIELD=NUMBER, once for each of the fields of recall, "
+         "pairs .1 to 1,024., letters .2 to 26., filler"),
+        ("recall:pairs", "has 'pairs': give FIELD=NUMBER"),
+        ("copy:writes=2", "has 'writes=2'.*the fields of copy, pairs"),
+        ("recall:pairs=1,pairs=2", "has 'pairs=2'.*once for each"),
+        ("recall:pairs=17", "pairs is 17, and there are 16 letters to choose from, each once: "
+         "lower pairs, or raise letters"),
+        ("recall:letters=27", "letters is 27: it must be a whole number from 2 to 26"),
+        ("passkey:filler=50001", "filler is 50,001: of passkey it must be at most 50,000"),
+        ("copy:filler=1000000,episodes=2000", "episodes is 2,000, .* 1.9 GiB, and 1 GiB is the"),
+    ],
+)  # fmt: skip
+def test_names_that_are_no_task(name, says):
+    with pytest.raises(UserError, match=says):
+        Task.named(name)
+
+
+def test_a_task_stands_alone(tmp_path):
+    with pytest.raises(DataError, match="recall: is a task, and stands alone"):
+        open_source(["recall:", tmp_path])
+    with pytest.raises(DataError, match="--image-size is for pictures"):
+        open_source(["recall:"], image_size=8)
+    (tmp_path / "recall:x").write_bytes(b"a file of that name")
+    assert len(open_source([tmp_path / "recall:x"]).tokens) == 19
+
+
+def test_what_counts_must_fit_the_tokens():
+    with pytest.raises(DataError, match=r"counted has shape \(3,\): it must be \(4,\)"):
+        Source(np.zeros(4, np.uint8), np.zeros(1, np.int64), 4, counted=np.ones(3, bool))
