@@ -2,6 +2,7 @@
 
 import gc
 import signal
+import sys
 import time
 
 import pytest
@@ -33,8 +34,12 @@ def interrupted_in_a_callback(seconds: float) -> None:
 def test_an_interrupt_that_is_lost_comes_again(monkeypatch):
     monkeypatch.setattr(interrupts, "AGAIN", 0.05)
     interrupted_in_a_callback(0.2)  # control: Python loses it
+    lost = []
+    monkeypatch.setattr(sys, "unraisablehook", lost.append)
     with pytest.raises(KeyboardInterrupt), Interrupts():
         interrupted_in_a_callback(30)
+    assert not lost  # nothing is printed of it
+    assert sys.unraisablehook == lost.append
     time.sleep(0.1)  # and it does not come any more
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

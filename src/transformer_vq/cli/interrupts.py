@@ -15,12 +15,13 @@ class Interrupts:
     """While it is open, Ctrl-C raises `KeyboardInterrupt` until that has ended what is in it.
 
     Python raises it once, and where that happens in a callback of a library, as JAX's at a garbage
-    collection, it is printed or lost, and the work goes on.
+    collection, it is printed or lost, and the work goes on. (Here it is not printed, either.)
     """
 
     def __init__(self) -> None:
         self._ours = False
         self._alarm: Any = None  # the handler that was there
+        self._hook: Any = None
 
     def __enter__(self) -> Self:
         main = threading.current_thread() is threading.main_thread()
@@ -31,6 +32,8 @@ class Interrupts:
 
     def __exit__(self, *_exception: object) -> None:
         if self._ours:
+            if self._hook is not None:
+                sys.unraisablehook = self._hook
             if self._alarm is not None:
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 signal.signal(signal.SIGALRM, self._alarm)
@@ -40,7 +43,13 @@ class Interrupts:
         if self._alarm is None and hasattr(signal, "setitimer"):  # not on Windows
             self._alarm = signal.signal(signal.SIGALRM, signal.default_int_handler)
             signal.setitimer(signal.ITIMER_REAL, AGAIN, AGAIN)
+        if self._hook is None:
+            self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
         raise KeyboardInterrupt
+
+    def _unraisable(self, lost: Any) -> None:
+        if lost.exc_type is not KeyboardInterrupt:
+            self._hook(lost)
 
 
 def leave(status: int) -> NoReturn:
