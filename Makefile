@@ -1,6 +1,7 @@
 # Everything runs in .venv, made on first use; a stamp in it says what is installed.
 #
 #   make demo                  train on Moby-Dick, evaluate, sample: at most five minutes of training
+#   make serve                 serve the model of the demo (it is trained first, if need be)
 #   make test                  the test suite, without the slow tests
 #   make lint                  style, types, import rules
 #   make docs                  the docs as a site, in site/
@@ -10,13 +11,14 @@ VENV        ?= .venv
 PYTHON      ?= python3.13 python3.12 python3.11 python3
 JOBS        ?= 2
 DEMO_ARGS   ?=
+SERVE_ARGS  ?=
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 # True for an interpreter that can make the environment and that we support.
 SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: help demo test test-slow test-newest lint docs format hooks clean
+.PHONY: help demo serve test test-slow test-newest lint docs format hooks clean
 .NOTPARALLEL:
 
 help: ## list what can be made
@@ -24,6 +26,10 @@ help: ## list what can be made
 
 demo: $(VENV)/.installed-run ## train on the bundled Moby-Dick, evaluate it, sample from it
 	$(BIN)/tvq demo $(DEMO_ARGS)
+
+serve: $(VENV)/.installed-serve ## serve the model of the demo, at http://127.0.0.1:8000; SERVE_ARGS: more options
+	[ -d runs/demo/checkpoints ] || $(BIN)/tvq demo $(DEMO_ARGS)
+	$(BIN)/tvq serve --run runs/demo $(SERVE_ARGS)
 
 test: $(VENV)/.installed-test ## run the tests, without the slow ones
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" --durations=15 $(PYTEST_ARGS)
@@ -54,7 +60,7 @@ test-newest: ## run a quick part of the tests with the newest JAX, on Python 3.1
 	[ -x $(NEWEST)/bin/python ] || $$found -m venv $(NEWEST); \
 	echo "JAX $(NEWEST_JAX) on $$($(NEWEST)/bin/python --version)"; \
 	$(NEWEST)/bin/python -m pip install -qq --disable-pip-version-check \
-	  --constraint $(NEWEST)/constraints.txt --editable '.[test,text,parquet,tensorboard]'; \
+	  --constraint $(NEWEST)/constraints.txt --editable '.[test,text,parquet,tensorboard,serve]'; \
 	$(NEWEST)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" -p no:cacheprovider $(NEWEST_ARGS)
 
 docs: $(VENV)/.installed-docs ## build the docs as a site, in site/
@@ -83,8 +89,9 @@ clean: ## remove the environment and the caches; runs/ stays
 # ---------------------------------------------------------------- the environment
 
 $(VENV)/.installed-run:  EXTRAS :=
-$(VENV)/.installed-test: EXTRAS := [test,text,parquet,tensorboard]
-$(VENV)/.installed-dev:  EXTRAS := [test,text,parquet,tensorboard,dev]
+$(VENV)/.installed-serve: EXTRAS := [serve]
+$(VENV)/.installed-test: EXTRAS := [test,text,parquet,tensorboard,serve]
+$(VENV)/.installed-dev:  EXTRAS := [test,text,parquet,tensorboard,serve,dev]
 $(VENV)/.installed-docs: EXTRAS := [docs]
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python

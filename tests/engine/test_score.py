@@ -13,6 +13,7 @@ from transformer_vq import (
 )
 from transformer_vq.engine import prefill
 from transformer_vq.engine.score import score_chunks
+from transformer_vq.ops import decode
 
 
 def plain(model, text, state=None):
@@ -35,6 +36,19 @@ def test_scores_of_ragged_texts(monkeypatch):
         np.testing.assert_allclose(np.array(scores[1:], float), plain(MODEL, text)[1:], atol=2e-5)
     wrong = score(MODEL, [text[::-1] for text in texts])[3]  # control
     assert max(abs(a - b) for a, b in zip(wrong[1:], scores[1:], strict=True)) > 0.1
+
+
+def test_scores_with_alternatives_in_parts(monkeypatch):
+    """Logits of some positions at a time: as all at once, and the likeliest tokens of each."""
+    monkeypatch.setattr(decode, "_SCORED_AT_ONCE", 4)
+    text = np.random.default_rng(6).integers(0, VOCAB, 16)
+    tokens, lengths = text[None].astype(np.int32), np.array([16], np.int32)
+    _, found = decode.prefill_scored(MODEL, init_state(MODEL.config, 1), tokens, lengths)
+    np.testing.assert_allclose(found.logprobs[0, 1:], plain(MODEL, text)[1:], atol=2e-5)
+    logits, _ = extend(MODEL, init_state(MODEL.config, 1), tokens)
+    best = np.argsort(-np.asarray(logits[0]), axis=-1)[:, : decode.TOP_LOGPROBS]
+    assert np.array_equal(found.top_tokens[0, 1:], best[:-1])
+    assert not np.array_equal(found.top_tokens[0, :-1], best[:-1])  # control: one place off
 
 
 def test_scores_continue_a_state():

@@ -116,6 +116,20 @@ def test_a_newer_state_takes_the_place_of_the_older(tmp_path):
     assert_equal(load_state(tmp_path / "state", MODEL), newer)
 
 
+def test_notes_go_with_a_state(good):
+    """Texts beside the arrays; who reads the state alone does not meet them."""
+    notes = {"seen": "[1, 2]", "é": "x" * 1000}
+    data = state_io.pack_state(STATE, MODEL, notes=notes)
+    state, found = state_io.unpack_state(data, MODEL)
+    assert_equal(state, STATE)
+    assert found == notes and state_io.unpack_state(good, MODEL)[1] == {}
+    changed = data.replace(b"[1, 2]", b"[1, 3]")
+    with pytest.raises(StateError, match="the file is damaged"):
+        state_io.unpack_state(changed, MODEL, name="the file")
+    with pytest.raises(state_io.OtherModel, match="the state is the state of another model"):
+        state_io.unpack_state(data, make_model(seed=1))
+
+
 # ---------------------------------------------------------------- another model
 
 

@@ -29,6 +29,7 @@ COMMANDS = {
     "eval": ("evaluate", "Evaluate", "how well a model predicts a text: bits per byte"),
     "score": ("score", "Score", "how probable a model finds a text, its lines and its tokens"),
     "sample": ("sample", "Sample", "write text"),
+    "serve": ("serve", "Serve", "serve a model: OpenAI's API, and a page to play on"),
     "draw": ("draw", "Draw", "draw pictures"),
     "tokenizer": ("tokenizer", "Tokenizer", "make a vocabulary from text"),
     "prefill": ("prefill", "Prefill", "read a long prompt once and keep the state it leaves"),

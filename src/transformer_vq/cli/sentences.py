@@ -18,6 +18,7 @@ SMALLER = {  # what to make smaller where memory runs out
     "eval": "--rows or --chunk-len",
     "sample": "--num-samples or the prompt",
     "prefill": "the prompt",
+    "serve": "--slots or --state-cache",
     "score": "the text",
     "tokenizer": "--vocab-size or the data",
     "bench": "--batch, --length or the model (--config.*)",

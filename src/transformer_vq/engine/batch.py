@@ -22,9 +22,8 @@ from transformer_vq.engine.prefill import (
     first_rows,
     read_chunks,
 )
-from transformer_vq.engine.request import SamplingParams, Token
+from transformer_vq.engine.request import SamplingParams, Token, check_params
 from transformer_vq.engine.slots import num_rows
-from transformer_vq.engine.tokens import check_vocabulary
 from transformer_vq.errors import UserError, shown
 from transformer_vq.fields import MOST
 from transformer_vq.nn.model import Model, State
@@ -231,22 +230,5 @@ def _one_each(
     if len(given) != count:
         raise UserError(f"there are {len(given)} params for {count} prompts: give one, or {count}")
     for p in {id(p): p for p in given}.values():
-        _check_params(p, vocab_size)
+        check_params(p, vocab_size)
     return given
-
-
-def _check_params(params: SamplingParams, vocab_size: int) -> None:
-    """Raise `ValueError` for tokens that the model does not have, or if none can be drawn."""
-    for stop in params.stop_sequences():
-        check_vocabulary("stop", stop, vocab_size)
-    check_vocabulary("logit_bias", list(params.logit_bias), vocab_size)
-    check_vocabulary("banned_tokens", params.banned_tokens, vocab_size)
-    allowed = set(range(vocab_size))
-    if params.allowed_tokens is not None:
-        check_vocabulary("allowed_tokens", params.allowed_tokens, vocab_size)
-        allowed = set(params.allowed_tokens)
-    allowed -= set(params.banned_tokens)
-    if not allowed or (params.min_tokens and not allowed - set(params.stop_tokens())):
-        raise UserError(
-            "no token can be drawn: allow one that is not banned, nor a stop before min_tokens"
-        )

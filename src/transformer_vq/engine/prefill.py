@@ -179,7 +179,7 @@ def prompt_chunks(
     """
     left = list(prompts)
     while any(map(len, left)):
-        sizes = [_chunk_size(len(prompt)) for prompt in left]
+        sizes = [chunk_size(len(prompt)) for prompt in left]
         size = max(sizes)
         tokens, lengths = np.zeros((batch, size), np.int32), np.zeros(batch, np.int32)
         for row, prompt in enumerate(left):
@@ -189,11 +189,11 @@ def prompt_chunks(
         yield tokens, lengths
 
 
-def _chunk_size(length: int) -> int:
+def chunk_size(length: int, largest: int = PREFILL_SIZES[-1]) -> int:
     """Size of the next chunk of a prompt of which so many tokens are left; 0 for none."""
     if not length:
         return 0
-    return next((size for size in PREFILL_SIZES if size >= length), PREFILL_SIZES[-1])
+    return next((size for size in PREFILL_SIZES if size >= min(length, largest)), largest)
 
 
 def _next_power_of_two(n: int) -> int:

@@ -5,7 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformer_vq.engine.tokens import text_tokens, token_list, whole_token
+from transformer_vq.engine.tokens import (
+    check_vocabulary,
+    text_tokens,
+    token_list,
+    whole_token,
+)
 from transformer_vq.errors import ConfigError, UserError, shown
 from transformer_vq.fields import check, free, real, refusal, switch, whole
 
@@ -82,6 +87,23 @@ class SamplingParams:
     def stop_tokens(self) -> list[int]:
         """Stop sequences of one token: these stop on the device."""
         return [entry[0] for entry in self.stop_sequences() if len(entry) == 1]
+
+
+def check_params(params: SamplingParams, vocab_size: int) -> None:
+    """Raise `ValueError` for tokens that the model does not have, or if none can be drawn."""
+    for stop in params.stop_sequences():
+        check_vocabulary("stop", stop, vocab_size)
+    check_vocabulary("logit_bias", list(params.logit_bias), vocab_size)
+    check_vocabulary("banned_tokens", params.banned_tokens, vocab_size)
+    allowed = set(range(vocab_size))
+    if params.allowed_tokens is not None:
+        check_vocabulary("allowed_tokens", params.allowed_tokens, vocab_size)
+        allowed = set(params.allowed_tokens)
+    allowed -= set(params.banned_tokens)
+    if not allowed or (params.min_tokens and not allowed - set(params.stop_tokens())):
+        raise UserError(
+            "no token can be drawn: allow one that is not banned, nor a stop before min_tokens"
+        )
 
 
 def _stop_sequence(entry: Any) -> tuple[int, ...]:

@@ -5,7 +5,9 @@ import hashlib
 import json
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +24,15 @@ MEMORY_FIELDS = FOR_CODES | dict.fromkeys(("key_shift", "score_gain", "sink"), F
 VERSION = 2  # 1 had no spare rows in its tables
 FORMAT = "transformer-vq state"
 _MOST_HEADER = 1 << 24  # bytes of a header: a line for each array
+_NOTE = "note."  # what the names of notes begin with, in the header
 
 
 class StateError(UserError):
     """A state file that cannot be used, and why, in one sentence."""
+
+
+class OtherModel(StateError):
+    """A state of another model."""
 
 
 def model_hash(model: Model) -> str:
@@ -55,22 +62,11 @@ def save_state(path: str | os.PathLike, state: State, model: Model) -> None:
     if not path.name or (os.path.exists(path) and not os.path.isfile(path)):
         kind = "a directory" if os.path.isdir(path) else "a pipe or a device"
         raise StateError(f"cannot write the state to {path}, {kind}: give the name of a file")
-    _require_fit(state, model)
-    arrays = {
-        jax.tree_util.keystr(key): _as_bits(np.asarray(jax.device_get(array)))
-        for key, array in jax.tree.leaves_with_path(state)
-    }
-    header = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "model": model_hash(model),
-        "state_dtype": _dtype(state),
-    }
-    header["hash"] = _hash(header, arrays)
+    data = pack_state(state, model)
     partial = path.with_name(f".{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
-            file.write(save(arrays, metadata=header))
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -88,16 +84,51 @@ def load_state(path: str | os.PathLike, model: Model) -> State:
     """
     path = as_path("path", path)
     require_kind("model", model, Model)
-    damaged = StateError(f"{path} is damaged or not a state file: make it again with save_state")
     try:
-        data, header = _read(path)
+        data = _read(path)
     except OSError as error:
         raise StateError(f"cannot read the state {path}: {error.strerror or error}") from None
-    if header.get("format") != FORMAT:
+    return unpack_state(data, model, name=str(path))[0]
+
+
+def pack_state(
+    state: State, model: Model, *, digest: str | None = None, notes: Mapping[str, str] = {}
+) -> bytes:
+    """The content of a state file. Raises `StateError` if the state is of another model.
+
+    `digest`: `model_hash(model)`, where it is known. `notes`: texts by name that go with the state.
+    """
+    _require_fit(state, model)
+    arrays = {
+        jax.tree_util.keystr(key): _as_bits(np.asarray(jax.device_get(array)))
+        for key, array in jax.tree.leaves_with_path(state)
+    }
+    header = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "model": digest or model_hash(model),
+        "state_dtype": _dtype(state),
+        **{_NOTE + name: text for name, text in notes.items()},
+    }
+    header["hash"] = _hash(header, arrays)
+    return save(arrays, metadata=header)
+
+
+def unpack_state(
+    data: bytes, model: Model, *, digest: str | None = None, name: str = "the state"
+) -> tuple[State, dict[str, str]]:
+    """The state in the content of a file (`name` in errors), and its notes.
+
+    Raises `StateError` for what is damaged or foreign, or of another model. `digest`: as above.
+    """
+    damaged = StateError(f"{name} is damaged or not a state file: make it again with save_state")
+    size = int.from_bytes(data[:8], "little")
+    header, end = _metadata(data[8 : 8 + size]) if size <= _MOST_HEADER else ({}, 0)
+    if header.get("format") != FORMAT or end != len(data) - 8 - size:
         raise damaged
     if header.get("version") != str(VERSION):
         raise StateError(
-            f"{path} has version {header.get('version')} of the format, and this program reads "
+            f"{name} has version {header.get('version')} of the format, and this program reads "
             f"version {VERSION}: make it again"
         )
     try:
@@ -106,28 +137,24 @@ def load_state(path: str | os.PathLike, model: Model) -> State:
         raise damaged from None
     if header.pop("hash", "") != _hash(header, arrays):
         raise damaged
-    if header.get("model") != model_hash(model):
-        raise StateError(
-            f"{path} is the state of another model: use the one it was made with, with the same "
+    if header.get("model") != (digest or model_hash(model)):
+        raise OtherModel(
+            f"{name} is the state of another model: use the one it was made with, with the same "
             f"far_decay and far_cap"
         )
     positions = arrays.get(".position", np.zeros(1))
     keys = arrays.get(".units[0].keys")  # of full attention: as long as the state's capacity
     room = None if keys is None else keys.shape[2]
-    like = init_state(model.config, len(positions), header["state_dtype"], room=room)
-    leaves, tree = jax.tree.flatten_with_path(like)
-    names = [jax.tree_util.keystr(key) for key, _ in leaves]
-    if sorted(names) != sorted(arrays):
+    expected, tree = _expected(model, len(positions), header["state_dtype"], room)
+    if sorted(key for key, _, _ in expected) != sorted(arrays):
         raise damaged
-    restored = [
-        jnp.asarray(arrays[name].view(leaf.dtype))
-        for name, (_, leaf) in zip(names, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(tree, restored)
+    restored = [jax.device_put(arrays[key].view(dtype)) for key, _, dtype in expected]
+    notes = {key.removeprefix(_NOTE): x for key, x in header.items() if key.startswith(_NOTE)}
+    return jax.tree.unflatten(tree, restored), notes
 
 
-def _read(path: Path) -> tuple[bytes, dict[str, str]]:
-    """The bytes of a file and its metadata, which is empty if it is no state.
+def _read(path: Path) -> bytes:
+    """The bytes of a file, or as many as tell that it is no state.
 
     Whatever the file is, no more is read than its header says. Raises `StateError` for what is no
     regular file (a pipe or a device may never end), and `OSError`.
@@ -139,30 +166,51 @@ def _read(path: Path) -> tuple[bytes, dict[str, str]]:
     with path.open("rb") as file:
         size = int.from_bytes(start := file.read(8), "little")
         if size > _MOST_HEADER:
-            return b"", {}
+            return start
         start += (text := file.read(size))
-        try:
-            header = json.loads(text)
-            metadata = header.pop("__metadata__")
-            end = max(array["data_offsets"][1] for array in header.values())
-            if metadata["format"] != FORMAT or end != os.fstat(file.fileno()).st_size - len(start):
-                return b"", {}
-            return start + file.read(end), metadata
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-            return b"", {}
+        metadata, end = _metadata(text)
+        if metadata.get("format") != FORMAT or end != os.fstat(file.fileno()).st_size - len(start):
+            return start
+        return start + file.read(end)
+
+
+def _metadata(text: bytes) -> tuple[dict[str, str], int]:
+    """What the header of a file says beside its arrays, and how many bytes those have.
+
+    Nothing, if it is no header.
+    """
+    try:
+        header = json.loads(text)
+        metadata = header.pop("__metadata__")
+        metadata["format"]
+        return metadata, max(array["data_offsets"][1] for array in header.values())
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        return {}, 0
 
 
 def _require_fit(state: State, model: Model) -> None:
     """Raise `StateError` unless the state has the structure and shapes of the model's states."""
-    other = StateError("the state is of another model: save it with the one that made it")
-    like = init_state(model.config, state.position.shape[0], _dtype(state), room=state.capacity)
+    rows, dtype, room = state.position.shape[0], _dtype(state), state.capacity
+    leaves = jax.tree.leaves_with_path(state)
+    described = [(jax.tree_util.keystr(key), x.shape, x.dtype) for key, x in leaves]
+    if described != _expected(model, rows, dtype, room)[0]:
+        raise StateError("the state is of another model: save it with the one that made it")
 
-    def described(tree: State) -> list:
-        leaves = jax.tree.leaves_with_path(tree)
-        return [(jax.tree_util.keystr(key), x.shape, x.dtype) for key, x in leaves]
 
-    if described(state) != described(like):
-        raise other
+def _expected(
+    model: Model, rows: int, dtype: str, room: int | None
+) -> tuple[list[tuple[str, tuple[int, ...], Any]], Any]:
+    """Path, shape and dtype of every array of the model's states, and their tree. Makes none."""
+    found: Any = None
+
+    def leaves() -> list[jax.Array]:
+        nonlocal found
+        pairs, tree = jax.tree.flatten_with_path(init_state(model.config, rows, dtype, room=room))
+        found = [(jax.tree_util.keystr(key), x.shape, x.dtype) for key, x in pairs], tree
+        return [x for _, x in pairs]
+
+    jax.eval_shape(leaves)
+    return found
 
 
 def _dtype(state: State) -> str:

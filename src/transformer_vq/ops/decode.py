@@ -12,11 +12,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
 from transformer_vq import sharding
 from transformer_vq.config import ModelConfig
 from transformer_vq.nn import prob
 from transformer_vq.nn.decode import Decoder, decode_step, prepare
+from transformer_vq.nn.embedding import to_logits
 from transformer_vq.nn.forward import forward
 from transformer_vq.nn.model import Model, State, init_state
 
@@ -53,6 +55,13 @@ class Rows:
     generated: jax.Array  # int32 [B]
     remaining: jax.Array  # int32 [B]: tokens left to generate
     active: jax.Array  # bool [B]
+
+
+class Pause(NamedTuple):
+    """Where a dispatch ends before its rows do. Traced, so that no value causes a compilation."""
+
+    steps: ArrayLike  # int32: after so many
+    at_end: ArrayLike  # bool: as soon as one row ends
 
 
 class Generated(NamedTuple):
@@ -111,6 +120,7 @@ def generate_tokens(
     *,
     steps: int,
     with_logprobs: bool,
+    pause: Pause | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Rows, Generated]:
     """Up to `steps` tokens for every active row, in one program; ends early when none is left.
@@ -118,6 +128,9 @@ def generate_tokens(
     A row ends at `remaining` tokens, or at a stop token, which is neither returned nor consumed.
     All other tokens are consumed, so `rows.state` is ready for what comes after them. On a mesh,
     every device does this with its own rows, and ends when it has none left.
+
+    With `pause` (on one device) a dispatch ends where it says, and a row also ends, without a
+    token, where its logits are not numbers: then they still are, after the dispatch (`unsound`).
     """
     if mesh is not None:
         alone = functools.partial(generate_tokens, steps=steps, with_logprobs=with_logprobs)
@@ -139,6 +152,8 @@ def generate_tokens(
         token = draw_at(controls.key, state.position, logits)
         stops = jnp.any(token[:, None] == controls.stop_tokens, axis=1)
         taken = rows.active & ~stops
+        if pause is not None:
+            taken &= ~unsound(state)
         one = taken.astype(jnp.int32)  # or none
         out = out._replace(tokens=out.tokens.at[:, i].set(token), lengths=out.lengths + one)
         if with_logprobs:
@@ -163,10 +178,19 @@ def generate_tokens(
 
     def unfinished(carry: tuple[jax.Array, Rows, Generated]) -> jax.Array:
         i, rows, _ = carry
-        return (i < steps) & jnp.any(rows.active)
+        more = (i < steps) & jnp.any(rows.active)
+        if pause is not None:
+            more &= (i < pause.steps) & ~(pause.at_end & jnp.any(started & ~rows.active))
+        return more
 
+    started = rows.active
     _, rows, out = jax.lax.while_loop(unfinished, step, (jnp.int32(0), rows, out))
     return rows, out
+
+
+def unsound(state: State) -> jax.Array:
+    """Rows whose next token has no probabilities, bool `[B]`: some logit is not a number."""
+    return jnp.any(jnp.isnan(state.logits), axis=1)
 
 
 @functools.partial(jax.jit, static_argnames="mesh", donate_argnames="state")
@@ -179,6 +203,53 @@ def prefill(
     state = forward(model, state, tokens, lengths=lengths).state
     return state
 
+
+class Scored(NamedTuple):
+    """How probable the tokens of a piece were, and the likeliest in their places; in nats."""
+
+    logprobs: jax.Array  # float32 [B, T]
+    top_tokens: jax.Array  # int32 [B, T, TOP_LOGPROBS or fewer]
+    top_logprobs: jax.Array  # float32, same shape
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def prefill_scored(
+    model: Model, state: State, tokens: jax.Array, lengths: jax.Array
+) -> tuple[State, Scored]:
+    """`prefill`, with the probability of every token given all before it, and alternatives.
+
+    A token and the alternatives in its place come from the same array: where the token is the
+    likeliest, the two numbers are equal to the bit.
+    """
+    batch, length = tokens.shape
+    part = min(length, _SCORED_AT_ONCE)
+    tops = min(TOP_LOGPROBS, model.config.vocab_size)
+
+    def scored(logits: jax.Array, tokens: jax.Array) -> Scored:
+        logprobs = jax.nn.log_softmax(logits).astype(jnp.float32)
+        chosen = jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
+        top_logprobs, top_tokens = jax.lax.top_k(logprobs, tops)
+        return Scored(chosen, top_tokens, top_logprobs)
+
+    def parts(x: jax.Array) -> jax.Array:  # [B, T, ...] to [T / part, B, part, ...]
+        return jnp.moveaxis(x.reshape(batch, -1, part, *x.shape[2:]), 1, 0)
+
+    def joined(x: jax.Array) -> jax.Array:  # the inverse
+        return jnp.moveaxis(x, 0, 1).reshape(batch, length, *x.shape[3:])
+
+    def score_part(features_tokens: tuple[jax.Array, jax.Array]) -> Scored:
+        features, tokens = features_tokens
+        return scored(to_logits(model.params, features, model.config), tokens)
+
+    first = scored(state.logits[:, None], tokens[:, :1])
+    out = forward(model, state, tokens, lengths=lengths)
+    following = jnp.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1)  # the last predicts nothing
+    rest = jax.lax.map(score_part, (parts(out.features), parts(following)))
+    rest = jax.tree.map(lambda x: joined(x)[:, :-1], rest)
+    return out.state, jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), first, rest)
+
+
+_SCORED_AT_ONCE = 128  # positions whose logits are in memory together
 
 prepare_decoder = jax.jit(prepare)
 

@@ -17,14 +17,16 @@ class TextStops:
             raise UserError("a stop text is empty: give at least one character")
         self._held = ""
         self.found = False
+        self.stop = ""  # the one that was found
 
     def push(self, text: str) -> str:
         """The text that is certain to come before any stop text."""
         self._held += text
-        starts = [start for stop in self._stops if (start := self._held.find(stop)) >= 0]
+        starts = [(start, s) for s in self._stops if (start := self._held.find(s)) >= 0]
         if starts:
+            start, self.stop = min(starts, key=lambda found: found[0])
             self.found = True
-            ready, self._held = self._held[: min(starts)], ""
+            ready, self._held = self._held[:start], ""
             return ready
         keep = max(map(self._overlap, self._stops), default=0)
         ready = self._held[: len(self._held) - keep]

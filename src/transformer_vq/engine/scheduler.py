@@ -1,0 +1,392 @@
+"""Continuous batching: requests join and leave a batch of rows that is being decoded. No JAX here.
+
+A `Scheduler` does one thing after another, a `step` at a time: it takes the oldest request, reads a
+chunk of its prompt alone, at one row, puts it into free slots, and decodes all slots for a while.
+So the state of a prompt does not depend on what else runs, and rows that run are not touched by it.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from transformer_vq.engine.output import Output
+from transformer_vq.engine.request import SamplingParams, Token
+
+STREAMING, ALONE = 0.06, 0.25  # seconds of a dispatch, where somebody reads along and where nobody
+NARROW_AFTER = 1.0  # seconds that a request is alone in many slots before it gets a batch of one
+MOST_STEPS = 128  # of a dispatch
+
+Finish = Literal["stop", "length", "error"]
+NO_NUMBERS = "the model gives no probabilities here but not-a-number (NaN)"
+
+
+class Scores(NamedTuple):
+    """How probable the tokens of a prompt were, in nats, and the likeliest in their places."""
+
+    logprobs: np.ndarray  # float32 [T]; of the first token of all, without meaning
+    top_tokens: np.ndarray  # int32 [T, alternatives]
+    top_logprobs: np.ndarray  # float32, same shape
+
+
+class Dispatch(NamedTuple):
+    """What `Device.decode` has done: `ops.decode.Generated`, and what became of the rows."""
+
+    tokens: np.ndarray  # int32 [B, steps]
+    lengths: np.ndarray  # int32 [B]
+    logprobs: np.ndarray  # float32 [B, steps]
+    top_tokens: np.ndarray  # int32 [B, steps, alternatives]
+    top_logprobs: np.ndarray
+    active: np.ndarray  # bool [B]: rows that go on
+    unsound: np.ndarray  # bool [B]: rows that ended because their logits are not numbers
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """All that a sequence has left: its state, and what penalties count. It never changes."""
+
+    state: Any  # nn.model.State of one row
+    seen: np.ndarray  # bool [vocab]: tokens of its prompts
+    counts: np.ndarray  # int32 [vocab]: how often each token was written
+
+    @property
+    def position(self) -> int:
+        """How many tokens were consumed."""
+        return int(np.asarray(self.state.position)[0])
+
+
+class Device(Protocol):
+    """What a scheduler asks of `engine.device.Device`."""
+
+    widths: tuple[int, ...]
+    largest: int
+    vocab_size: int
+
+    def begin(self, start: Snapshot | None) -> Any: ...
+    def copy(self, state: Any) -> Any: ...
+    def read(self, state: Any, tokens: Sequence[int]) -> Any: ...
+    def read_scored(self, state: Any, tokens: Sequence[int]) -> tuple[Any, Scores]: ...
+    def is_sound(self, state: Any) -> bool: ...
+    def insert(self, width: int, slot: int, start: Snapshot, params: SamplingParams) -> None: ...
+    def move(self, width: int, slot: int, to_width: int, to_slot: int) -> None: ...
+    def snapshot(self, width: int, slot: int) -> Snapshot: ...
+    def decode(
+        self, width: int, keep: np.ndarray, *, steps: int, at_end: bool, with_logprobs: bool
+    ) -> Dispatch: ...
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt, and how to go on from it: once for each of `params`.
+
+    `prompt` and `params` have been checked: tokens of the vocabulary, and not both a `start` and a
+    prompt missing. What a request is given stays as it is; the rest is the scheduler's.
+    """
+
+    prompt: Sequence[int]
+    params: Sequence[SamplingParams]  # none: the prompt is read, and that is all
+    start: Snapshot | None = None  # what came before the prompt
+    known: int = 0  # `start` is the state of so many tokens of the prompt, which came after nothing
+    written: int = 0  # so many tokens at the end of the prompt count as written, not as read
+    scored: bool = False  # with the probabilities of the prompt's tokens
+    streams: bool = False  # somebody reads along
+    keep: frozenset[int] = frozenset()  # ends of chunks, in tokens of the prompt: their snapshots
+    keep_answers: bool = False  # snapshots after what was written, where it ended by itself
+    live: int = field(default=0, init=False)  # answers that have not ended
+
+    @property
+    def rows(self) -> int:
+        """How many rows it takes, all in all."""
+        return max(1, len(self.params))
+
+
+@dataclass(frozen=True)
+class Event:
+    """News of a request: its prompt was read (`choice` is None), or an answer grew or ended."""
+
+    request: Request
+    choice: int | None
+    tokens: Sequence[Token] = ()
+    finish: Finish | None = None
+    scores: Scores | None = None
+    snapshots: dict[int, Snapshot] = field(default_factory=dict)  # by tokens of the prompt
+    snapshot: Snapshot | None = None  # after the answer
+    error: str = ""  # why it ended, where `finish` is error
+    last: bool = False  # nothing more will come of the request
+
+
+@dataclass
+class _Reading:
+    """The request whose prompt is being read, or has been and waits for slots."""
+
+    request: Request
+    state: Any
+    done: int  # tokens of the prompt
+    scores: list[Scores] = field(default_factory=list)
+    snapshots: dict[int, Snapshot] = field(default_factory=dict)
+    ready: Snapshot | None = None  # the prompt is read
+    inserted: int = 0  # samples that have got a slot
+
+
+@dataclass
+class _Running:
+    """A request in a slot."""
+
+    request: Request
+    choice: int
+    params: SamplingParams
+    output: Output
+    written: int = 0
+
+
+class Scheduler:
+    """Requests over the rows of a device.
+
+    Args:
+      device: of `engine.device`; rows of one of its widths run at a time.
+      exact: always the largest width: what a request gives then does not depend, to the bit, on
+        what else there is.
+      clock: seconds that go on. It decides how long a dispatch is, and never what is in it.
+    """
+
+    def __init__(
+        self, device: Device, *, exact: bool = False, clock: Callable[[], float] = time.monotonic
+    ):
+        self.device, self._clock = device, clock
+        self._wide = max(device.widths)
+        self._narrow = self._wide if exact else min(device.widths)
+        self._width = self._narrow
+        self._slots: list[_Running | None] = [None] * self._width
+        self._waiting: deque[Request] = deque()
+        self._reading: _Reading | None = None
+        self._owed = 0.0  # seconds of reading that decoding has not had yet
+        self._alone_since: float | None = None
+        self.step_seconds = dict.fromkeys(device.widths, 0.002)  # of one step, as measured
+        self.prompt_tokens = self.written_tokens = self.dispatches = 0  # so far
+
+    @property
+    def running(self) -> int:
+        """Rows that are being decoded."""
+        return sum(slot is not None for slot in self._slots)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a slot, that whose prompt is being read included."""
+        return len(self._waiting) + (self._reading is not None)
+
+    @property
+    def idle(self) -> bool:
+        """Whether a step would do nothing."""
+        return not self.waiting and not self.running
+
+    def add(self, request: Request) -> None:
+        """Queue a request; first come, first served."""
+        request.live = request.rows
+        self._waiting.append(request)
+
+    def cancel(self, request: Request, choice: int | None = None) -> bool:
+        """Forget a request, or one of its answers: nothing more comes of it.
+
+        Wherever it is, its row is free before the next thing is done on the device. Whether the
+        request has ended by this.
+        """
+        if not request.live:
+            return False
+        for i, slot in enumerate(self._slots):
+            if slot and slot.request is request and choice in (None, slot.choice):
+                self._slots[i] = None
+                request.live -= 1
+        if choice is None:
+            request.live = 0
+            if request in self._waiting:
+                self._waiting.remove(request)
+            if self._reading and self._reading.request is request:
+                self._reading = None
+        return not request.live
+
+    def step(self) -> list[Event]:
+        """Read a chunk, fill slots, decode for a while: what came of it."""
+        events: list[Event] = []
+        if self._reading is None and self._waiting:
+            request = self._waiting.popleft()
+            self._reading = _Reading(request, self.device.begin(request.start), request.known)
+        if self._reading and self._reading.ready is None:
+            self._read(self._reading, events)
+        if self._reading and self._reading.ready:
+            self._insert(self._reading)
+        self._fit_width()
+        if self.running:
+            self._decode(events)
+        return events
+
+    # Prompts.
+
+    def _read(self, reading: _Reading, events: list[Event]) -> None:
+        """One chunk of the prompt, unless decoding has had less than half of the time."""
+        request = reading.request
+        left = request.prompt[reading.done : reading.done + self.device.largest]
+        if len(left):
+            if self.running and self._owed > 0:
+                return
+            began = self._clock()
+            if request.scored:
+                reading.state, scores = self.device.read_scored(reading.state, left)
+                reading.scores.append(scores)
+            else:
+                reading.state = self.device.read(reading.state, left)
+            reading.done += len(left)
+            self.prompt_tokens += len(left)
+            self._owed = self._clock() - began if self.running else 0.0
+        ends = reading.done == len(request.prompt)
+        if reading.done in request.keep:
+            state = reading.state if ends else self.device.copy(reading.state)
+            reading.snapshots[reading.done] = self._snapshot(request, reading.done, state)
+        if ends:
+            self._end_prompt(reading, events)
+
+    def _snapshot(self, request: Request, done: int, state: Any) -> Snapshot:
+        """The state after so many tokens of a prompt, with what penalties are to count."""
+        seen = np.zeros(self.device.vocab_size, bool)
+        tokens = np.asarray(request.prompt[:done], np.int64)
+        first_written = len(request.prompt) - request.written
+        seen[tokens[:first_written]] = True
+        counts = np.bincount(tokens[first_written:], minlength=len(seen)).astype(np.int32)
+        if request.start and not request.known:
+            seen, counts = seen | request.start.seen, counts + request.start.counts
+        return Snapshot(state, seen, counts)
+
+    def _end_prompt(self, reading: _Reading, events: list[Event]) -> None:
+        """The prompt is read: it says so, and may have answers now."""
+        request = reading.request
+        if not self.device.is_sound(reading.state):
+            self._reading, request.live = None, 0
+            events.append(Event(request, None, finish="error", error=NO_NUMBERS, last=True))
+            return
+        scores = None
+        if reading.scores:
+            scores = Scores(*map(np.concatenate, zip(*reading.scores, strict=True)))
+        if not request.params:
+            self._reading, request.live = None, 0
+        reading.ready = self._snapshot(request, reading.done, reading.state)
+        last = not request.params
+        events.append(Event(request, None, scores=scores, snapshots=reading.snapshots, last=last))
+
+    # Slots.
+
+    def _insert(self, reading: _Reading) -> None:
+        """As many samples of the prompt that is read as slots are free."""
+        assert reading.ready
+        params = reading.request.params
+        wanted = self.running + len(params) - reading.inserted
+        if not self.running or wanted > len(self._slots):
+            self._change_width(self._narrow if wanted <= self._narrow else self._wide)
+        for slot, running in enumerate(self._slots):
+            if running is None and reading.inserted < len(params):
+                i = reading.inserted
+                reading.inserted += 1
+                self.device.insert(self._width, slot, reading.ready, params[i])
+                output = Output(params[i])
+                self._slots[slot] = _Running(reading.request, i, params[i], output)
+        if reading.inserted == len(params):
+            self._reading = None
+
+    def _fit_width(self) -> None:
+        """Back to the batch of one, once at most one request has been there for a while."""
+        if self._width == self._narrow or not 0 < self.running <= self._narrow or self.waiting:
+            self._alone_since = None
+            return
+        now = self._clock()
+        if self._alone_since is None:
+            self._alone_since = now
+        if now - self._alone_since >= NARROW_AFTER:
+            self._change_width(self._narrow)
+
+    def _change_width(self, width: int) -> None:
+        """All that runs goes on in the slots of another width."""
+        if width == self._width:
+            return
+        slots: list[_Running | None] = [None] * width
+        for slot, running in enumerate(self._slots):
+            if running is not None:
+                free = slots.index(None)
+                self.device.move(self._width, slot, width, free)
+                slots[free] = running
+        self._width, self._slots, self._alone_since = width, slots, None
+
+    # Decoding.
+
+    def _decode(self, events: list[Event]) -> None:
+        """One dispatch, and what it brought to each request."""
+        running = [slot for slot in self._slots if slot is not None]
+        seconds = STREAMING if any(r.request.streams for r in running) else ALONE
+        began = self._clock()
+        new = self.device.decode(
+            self._width,
+            np.array([slot is not None for slot in self._slots]),
+            steps=max(1, min(MOST_STEPS, int(seconds / self.step_seconds[self._width]))),
+            at_end=self.waiting > 0,
+            with_logprobs=any(r.params.logprobs for r in running),
+        )
+        took = self._clock() - began
+        self._owed = max(0.0, self._owed - took)
+        self._measure(took / max(1, int(new.lengths.max())))
+        self.dispatches += 1
+        for slot, row in enumerate(self._slots):
+            if row is not None:
+                self._take(slot, row, new, events)
+
+    def _measure(self, seconds: float) -> None:
+        """A moving average of the time of a step."""
+        old = self.step_seconds[self._width]
+        self.step_seconds[self._width] = 0.7 * old + 0.3 * max(seconds, 1e-6)
+
+    def _take(self, slot: int, row: _Running, new: Dispatch, events: list[Event]) -> None:
+        """What a dispatch wrote in one slot; the slot is free if the answer has ended."""
+        length = int(new.lengths[slot])
+        row.written += length
+        self.written_tokens += length
+        tokens: list[Token] = []
+        for step in range(length):
+            tokens += row.output.push(_token(new, slot, step, row))
+        finish: Finish | None = None
+        snapshot = None
+        if row.output.ended:
+            finish = "stop"
+        elif not new.active[slot]:
+            tokens += row.output.flush()
+            if row.written == row.params.max_tokens:
+                finish = "length"
+            else:
+                finish = "error" if new.unsound[slot] else "stop"
+            if row.request.keep_answers and finish != "error":
+                snapshot = self.device.snapshot(self._width, slot)
+        if finish:
+            self._slots[slot] = None
+            row.request.live -= 1
+        if tokens or finish:
+            last = not row.request.live
+            events.append(
+                Event(
+                    row.request,
+                    row.choice,
+                    tokens,
+                    finish,
+                    snapshot=snapshot,
+                    error=NO_NUMBERS if finish == "error" else "",
+                    last=last,
+                )
+            )
+
+
+def _token(new: Dispatch, slot: int, step: int, row: _Running) -> Token:
+    """A token of a dispatch as `generate` yields it."""
+    token = int(new.tokens[slot, step])
+    if not row.params.logprobs:
+        return Token(token, row.choice)
+    best = zip(new.top_tokens[slot, step], new.top_logprobs[slot, step], strict=True)
+    return Token(
+        token, row.choice, float(new.logprobs[slot, step]), {int(t): float(p) for t, p in best}
+    )

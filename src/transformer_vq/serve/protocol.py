@@ -1,0 +1,178 @@
+"""The API as types: what a request may say, what is checked of it, and how errors look."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MOST_SAMPLES = 128  # of one prompt
+MOST_PROMPTS = 256  # of one request
+MOST_ALTERNATIVES = 20  # ops.decode.TOP_LOGPROBS
+MOST_SEED = 2**53 - 1 - MOST_SAMPLES  # JSON's numbers are exact up to there
+NAME = r"^[A-Za-z0-9_-]{1,64}$"  # of a state
+
+Text = Annotated[str, Field(min_length=1, max_length=1000)]
+Token = Annotated[int, Field(ge=0)]
+Name = Annotated[str, Field(pattern=NAME)]
+Prompt = str | list[str] | list[Token] | list[list[Token]]
+
+
+class ApiError(Exception):
+    """An answer with an error, as OpenAI's API gives it."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+    ):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+    @property
+    def content(self) -> dict[str, Any]:
+        kinds = {401: "authentication_error", 429: "rate_limit_error", 404: "not_found_error"}
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {
+            "error": {
+                "message": self.message,
+                "type": kinds.get(self.status, kind),
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+class Strict(BaseModel):
+    """No field that is not known, no value of another type; null is as if it were left out."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class StreamOptions(Strict):
+    """What a stream has beside the answer."""
+
+    include_usage: bool = False
+
+
+class CompletionRequest(Strict):
+    """`POST /v1/completions`: OpenAI's fields but `suffix`, and some more."""
+
+    model: str | None = Field(None, description="the id of the model, as /v1/models has it")
+    prompt: Prompt = Field("", description="text, texts, tokens, or lists of tokens")
+    max_tokens: int = Field(16, ge=0, le=2**31 - 1, description="tokens to write; 0: none")
+    n: int = Field(1, ge=1, le=MOST_SAMPLES, description="answers to each prompt")
+    best_of: int | None = Field(
+        None, ge=1, le=MOST_SAMPLES, description="answers of which the n most probable are given"
+    )
+    echo: bool = Field(False, description="the prompt comes before the answer")
+    logprobs: int | None = Field(
+        None, ge=0, le=MOST_ALTERNATIVES, description="log-probabilities, with so many alternatives"
+    )
+    stop: Text | list[Text] = Field([], description="texts before which an answer ends")
+    seed: int | None = Field(None, ge=0, le=MOST_SEED, description="the n-th answer has seed + n")
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
+    top_p: float = Field(1.0, gt=0, le=1)
+    logit_bias: dict[str, float] = Field({}, description="by token id, from -100 to 100")
+    presence_penalty: float = Field(0.0, ge=-100, le=100)
+    frequency_penalty: float = Field(0.0, ge=-100, le=100)
+    user: str | None = Field(None, description="has no effect")
+    top_k: int = Field(0, ge=0, le=2**31 - 1)
+    min_p: float = Field(0.0, ge=0, le=1)
+    typical_p: float = Field(1.0, gt=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0, le=1e6)
+    stop_token_ids: list[Token] = Field([], max_length=7)
+    ignore_eos: bool = Field(False, description="go on where the model ends a document")
+    min_tokens: int = Field(0, ge=0, le=2**31 - 1)
+    return_token_ids: bool = False
+    include_stop_str_in_output: bool = False
+    state: Name | None = Field(None, description="a state that the prompt goes on from")
+    save_state: Name | None = Field(None, description="keep the state after the answer")
+    cache: Literal["exact", "any", "off"] | None = Field(
+        None, description="which states of known prompts may be used"
+    )
+
+    @property
+    def samples(self) -> int:
+        """How many answers are written for each prompt."""
+        return max(self.n, self.best_of or 0)
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    @model_validator(mode="after")
+    def _together(self) -> "CompletionRequest":
+        if self.best_of is not None and self.best_of < self.n:
+            raise ValueError(f"best_of is {self.best_of}, and n is {self.n}: it must be n or more")
+        if self.best_of is not None and self.best_of > self.n and self.stream:
+            raise ValueError("best_of is larger than n: then nothing can be streamed")
+        if len(self.stops) > 16:
+            raise ValueError(f"stop has {len(self.stops)} texts: at most 16 are allowed")
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens is {self.min_tokens}: it must be at most max_tokens, {self.max_tokens}"
+            )
+        if self.save_state is not None and self.samples > 1:
+            raise ValueError("save_state keeps one state: n and best_of must be 1")
+        for token, bias in self.logit_bias.items():
+            if not (token.isascii() and token.isdecimal()):
+                raise ValueError(f"logit_bias has {token!r}: its keys are token ids")
+            if not -100 <= bias <= 100:
+                raise ValueError(f"logit_bias is {bias} for {token}: it must be from -100 to 100")
+        return self
+
+
+class TokenizeRequest(Strict):
+    """`POST /tokenize`."""
+
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool = Field(True, description="has no effect: there are none to add")
+
+
+class DetokenizeRequest(Strict):
+    """`POST /detokenize`."""
+
+    model: str | None = None
+    tokens: list[Token]
+
+
+class StateRequest(Strict):
+    """`POST /v1/states`: read a prompt, after a state or after nothing, and keep what it leaves."""
+
+    name: Name
+    prompt: str | list[Token] = ""
+    state: Name | None = None
+
+
+def validation_error(error: dict[str, Any]) -> ApiError:
+    """The first thing that pydantic finds wrong, as a sentence that names the field."""
+    where = [str(part) for part in error["loc"] if part != "body"]
+    param = where[0] if where else None
+    if error["type"] == "json_invalid":
+        return ApiError(400, "the body is not JSON", code="invalid_json")
+    if error["type"] == "extra_forbidden":
+        return ApiError(
+            400,
+            f"there is no field {'.'.join(where)}: leave it out",
+            param=param,
+            code="unknown_field",
+        )
+    if error["type"] == "missing":
+        name = param or "a body"
+        return ApiError(400, f"{name} is missing", param=param, code="missing")
+    if error["type"] == "value_error":
+        text = str(error["ctx"]["error"])
+        known = text.split(" ", 1)[0]
+        return ApiError(400, text, param=param or known, code="invalid_value")
+    if param == "prompt":
+        text = "prompt must be text, a list of texts, tokens, or a list of lists of tokens"
+        return ApiError(400, text, param=param, code="invalid_value")
+    said = error["msg"][0].lower() + error["msg"][1:]
+    return ApiError(400, f"{param or 'the body'}: {said}", param=param, code="invalid_value")

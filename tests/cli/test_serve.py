@@ -1,0 +1,62 @@
+"""`tvq serve` where it cannot: one sentence. What it does where it can: tests/serve."""
+
+import builtins
+import socket
+
+import pytest
+
+from tests.helpers import fails, make_run
+
+pytest.importorskip("fastapi", reason="NOT TESTED: the extra serve is not installed")
+
+
+def test_without_its_libraries(capsys, monkeypatch, tmp_path):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "uvicorn":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    said = fails(capsys, 1, "serve", "--run", str(tmp_path))
+    assert "tvq serve needs uvicorn, which is not installed: pip install" in said
+    assert "transformer-vq[serve]" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "words"),
+    [
+        (["--port", "70000"], 2, "--port is 70000: it must be a whole number from 0 to 2^16 - 1"),
+        (["--slots", "0"], 2, "--slots is 0: it must be"),
+        (["--prompt-chunk", "17"], 2, "--prompt-chunk is '17': it must be one of 16, 128, 1024"),
+        (["--drain", "nan"], 2, "--drain is nan: it must be a number of seconds"),
+        (["--far-cap", "-1"], 2, "--far-cap is -1"),
+        (["--host", "192.0.2.1"], 1, "cannot listen at 192.0.2.1, port 8000"),
+        (["--api-key-file", "EMPTY"], 1, "has no usable key: write one a line"),
+        (["--api-key-file", "nothing"], 1, "nothing: No such file"),
+    ],
+)
+def test_wrong_options(capsys, tmp_path, monkeypatch, options, status, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EMPTY").write_text("\n \n")
+    make = ["--run", "run"] if "--far-cap" not in options else ["--run", make_run(tmp_path / "r")]
+    (tmp_path / "run").mkdir()
+    port = ["--port", "0"] if "--far-cap" in options else []
+    assert words in fails(capsys, status, "serve", *make, *port, *options)
+
+
+def test_a_port_that_is_taken(capsys, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        said = fails(capsys, 1, "serve", "--run", str(tmp_path), "--port", port)
+    assert f"cannot listen at 127.0.0.1, port {port}: Address already in use" in said
+
+
+def test_runs_that_cannot_be_served(capsys, tmp_path):
+    """Found while the server listens already; it ends by itself."""
+    said = fails(capsys, 1, "serve", "--run", str(tmp_path / "nothing"))
+    assert "there is no run folder" in said
+    pictures = make_run(tmp_path / "pictures", image_shape=(4, 4, 1))
+    said = fails(capsys, 1, "serve", "--run", pictures, "--port", "0")
+    assert f"the run in {pictures} draws pictures: tvq draw" in said

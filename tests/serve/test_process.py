@@ -1,0 +1,128 @@
+"""How a server ends, without a model: its engine fails, or is still loading."""
+
+import os
+import signal
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("fastapi", reason="NOT TESTED: the extra serve is not installed")
+
+import httpx
+
+from tests.serve.test_states import make_store
+from transformer_vq.data import ByteTokenizer
+from transformer_vq.engine.engine import Engine
+from transformer_vq.errors import UserError
+from transformer_vq.serve.process import listen, run
+from transformer_vq.serve.server import make_app
+from transformer_vq.serve.service import Loaded, Service
+
+
+class Failing:
+    """A scheduler that fails at its first step."""
+
+    device = SimpleNamespace(widths=(1,))
+    idle = True
+    running = waiting = prompt_tokens = written_tokens = dispatches = 0
+    step_seconds = {1: 0.0}  # noqa: RUF012
+
+    def add(self, request):
+        self.idle = False
+
+    def step(self):
+        raise RuntimeError("the device has gone")
+
+
+class Client(threading.Thread):
+    """Does something with the server's address, beside it."""
+
+    def __init__(self, act, sock):
+        super().__init__(daemon=True)
+        self._act, self._url = act, f"http://127.0.0.1:{sock.getsockname()[1]}"
+        self.found = []
+
+    def run(self):
+        self._act(self._url, self.found)
+
+
+def serve(make, act):
+    """Run a server in this thread: its status and what the client found."""
+    service, sock = Service(), listen("127.0.0.1", 0)
+    engine = Engine(lambda: make(service), service.deliver)
+    client = Client(act, sock)
+    app = make_app(service)
+    try:
+        status = run(app, service, engine, sock, drain=5, ready=client.start)
+    except Exception as error:
+        status = error
+    if client.ident:
+        client.join(30)
+    return status, client.found
+
+
+def loaded(service):
+    parts = dict(name="m", tokenizer=ByteTokenizer(), vocab_size=256, ends_documents=False)
+    service.loaded = Loaded(**parts, capacity=9, store=make_store(), cache="any")
+    return Failing()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_fails(stream):
+    """Who waits is told, and the error comes out of `run`."""
+
+    def ask(url, found):
+        body = {"prompt": "x", "stream": stream, "max_tokens": 8}
+        found.append(httpx.post(f"{url}/v1/completions", json=body, timeout=30))
+
+    status, (response,) = serve(loaded, ask)
+    assert isinstance(status, RuntimeError) and str(status) == "the device has gone"
+    assert "the engine has ended" in response.text
+    assert response.status_code == (200 if stream else 500)
+    if stream:
+        assert response.text.startswith('data: {"error"')
+        assert response.text.endswith("data: [DONE]\n\n")
+
+
+def test_what_full_attention_cannot_hold_and_a_signal():
+    """Nothing of it reaches the engine; then SIGTERM ends a server that has nothing to do."""
+
+    def ask(url, found):
+        body = {"prompt": "123", "max_tokens": 7}
+        found.append(httpx.post(f"{url}/v1/completions", json=body).json()["error"])
+        found.append(httpx.get(url).headers["content-security-policy"])
+        found.append(httpx.get(f"{url}/page.js").status_code)
+        found.append(httpx.get(f"{url}/metrics").text)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    status, (error, policy, page, metrics) = serve(loaded, ask)
+    assert status == 0 and page == 200
+    assert "would have 10 tokens" in error["message"] and "takes 9" in error["message"]
+    assert error["code"] == "context_length_exceeded"
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    assert 'tvq_responses_total{status="400"} 1.0' in metrics
+
+
+def test_before_it_is_ready():
+    """`/health` answers at once, nothing else; and what loading finds comes out."""
+
+    def make(service):
+        url = f"http://127.0.0.1:{port[0]}"
+        for path in ("/health", "/ready", "/v1/models"):
+            found.append(httpx.get(url + path, timeout=30))
+        raise UserError("there is no such run")
+
+    found, port = [], []
+    service, sock = Service(), listen("127.0.0.1", 0)
+    port.append(sock.getsockname()[1])
+    engine = Engine(lambda: make(service), service.deliver)
+    with pytest.raises(UserError, match="there is no such run"):
+        run(make_app(service), service, engine, sock, drain=5, ready=lambda: None)
+    assert [response.status_code for response in found] == [200, 503, 503]
+    assert "the model is being loaded" in found[1].text and found[0].json()["model"] is None
+
+
+def test_addresses_that_cannot_be_used():
+    with pytest.raises(UserError, match=r"cannot listen at 192\.0\.2\.1, port 80: "):
+        listen("192.0.2.1", 80)

@@ -1,0 +1,115 @@
+"""States that are kept: never above their bytes, what was used least recently goes."""
+
+import random
+
+import numpy as np
+import pytest
+
+pytest.importorskip("pydantic", reason="NOT TESTED: the extra serve is not installed")
+
+from transformer_vq.engine.scheduler import Snapshot
+from transformer_vq.errors import UserError
+from transformer_vq.serve.states import StateStore, StoreFull
+
+ROW = 10
+
+
+class State:
+    """A state that only knows how long its text was."""
+
+    def __init__(self, position):
+        self.position = [position]
+
+
+def snapshot(position):
+    return Snapshot(State(position), np.zeros(2, bool), np.zeros(2, np.int32))
+
+
+def unpack(data, name):
+    if not data.isdigit():
+        raise UserError(f"{name} is damaged")
+    return snapshot(int(data))
+
+
+def make_store(folder=None, most=5 * ROW, grid=4):
+    pack = lambda s: str(s.position).encode()  # noqa: E731
+    return StateStore(ROW, most, folder, grid=grid, pack=pack, unpack=unpack)
+
+
+def known(store, tokens, mode="any", owner=""):
+    found = store.find(owner, tokens, mode)
+    return found.length if found else 0
+
+
+def test_the_longest_prefix():
+    store = make_store()
+    for length in (3, 8, 5):
+        store.keep("", range(length), snapshot(length), exact=True)
+    assert known(store, range(20)) == 8 and known(store, range(7)) == 5
+    assert store.find("", range(6), "any").snapshot.position == 5
+    assert known(store, range(2)) == 0 and known(store, [9, *range(1, 20)]) == 0
+    assert known(store, range(20), "off") == 0 and known(store, range(20), owner="x") == 0
+    # Of the others, reading the prompt itself would make another state, up to rounding.
+    assert known(store, range(20), "exact") == 8  # the end of a chunk
+    assert known(store, range(7), "exact") == 0 and known(store, range(5), "exact") == 5
+    store.keep("", range(12), snapshot(12), exact=False)  # the end of an answer
+    assert (known(store, range(20)), known(store, range(20), "exact")) == (12, 8)
+
+
+def test_what_is_worth_keeping():
+    """The end, the last chunk, and where prompts part."""
+    store = make_store()
+    assert store.worth_keeping("", range(10), 0) == {10, 8}
+    assert store.worth_keeping("", [*range(5), *range(50, 70)], 0) == {25, 24, 4}
+    assert store.worth_keeping("", range(10), 3) == {10}
+    assert store.worth_keeping("x", range(10), 0) == {10, 8}
+
+
+def test_never_above_its_bytes():
+    store, rng = make_store(), random.Random(0)
+    recent = []
+    for i in range(1000):
+        tokens = (i, rng.randrange(5))
+        store.keep("", tokens, snapshot(2), exact=True)
+        recent = [*recent, tokens][-5:]
+        assert store.num_bytes <= store.most_bytes
+        if i > 5:  # used, so it stays
+            assert known(store, recent[0]) == 2
+            recent = [*recent[1:], recent[0]]
+    assert store.num_bytes == 5 * ROW and all(known(store, tokens) == 2 for tokens in recent)
+    assert make_store(most=ROW - 1).keep("", [1], snapshot(1), exact=True) is None
+
+
+def test_names_stay_and_prompts_go():
+    store = make_store()
+    for i in range(5):
+        store.keep("", [i], snapshot(1), exact=True)
+    for name in "abcde":
+        store.save("", name, snapshot(7))
+    assert store.num_bytes == 5 * ROW and known(store, [4]) == 0
+    with pytest.raises(StoreFull, match="take 50 of 50 bytes of memory: delete some"):
+        store.save("", "f", snapshot(7))
+    store.save("", "a", snapshot(8))  # in place of the older one
+    assert store.load("", "a").position == 8 and store.names("") == list("abcde")
+    assert store.delete("", "a") and not store.delete("", "a") and store.load("", "a") is None
+    assert store.names("x") == [] and store.load("x", "b") is None
+
+
+def test_files_are_shared(tmp_path):
+    """Another process, another owner, a file that was replaced, damaged or deleted."""
+    one, two = make_store(tmp_path), make_store(tmp_path)
+    for i in range(20):
+        one.save("", f"s{i}", snapshot(i))
+    assert one.num_bytes <= one.most_bytes and len(one.names("")) == 20
+    assert [two.load("", f"s{i}").position for i in range(20)] == list(range(20))
+    assert two.load("x", "s1") is None
+    one.save("", "s19", snapshot(99))
+    assert two.load("", "s19").position == 99
+    assert two.data("", "s19") == b"99"
+    one.delete("", "s19")
+    assert two.load("", "s19") is None and two.data("", "s19") is None
+    next(tmp_path.rglob("s3.tvq")).write_bytes(b"x")
+    with pytest.raises(UserError, match="the state s3 is damaged"):
+        two.load("", "s3")
+    with pytest.raises(UserError, match="the name of a state is"):
+        two.load("", "../s3")
