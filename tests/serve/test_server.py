@@ -78,6 +78,8 @@ def test_completions(server):
         assert choice.text == text_of(server, prompt=prompt, seed=7 + i % 3)
     drawn = client.completions.create(prompt="x", model="run")
     assert text_of(server, prompt="x", max_tokens=16, seed=drawn.seed) == drawn.choices[0].text
+    many = client.completions.create(prompt=["It was"] * 9, **SETTINGS)  # more than the queue takes
+    assert [choice.text for choice in many.choices] == [expected] * 9
     ids = complete(server, **SETTINGS, prompt="It was", return_token_ids=True).json()
     assert bytes(ids["choices"][0]["token_ids"]).decode(errors="replace") == expected
     nothing = complete(server, prompt="It was", max_tokens=0, echo=True).json()

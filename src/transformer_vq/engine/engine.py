@@ -1,5 +1,6 @@
 """A scheduler in a thread of its own: requests from any thread, news of them as they come."""
 
+import functools
 import threading
 from collections.abc import Callable
 
@@ -60,26 +61,30 @@ class Engine:
             self._thread.join(timeout)
         return not self._thread.is_alive()
 
-    def submit(self, request: Request) -> None:
-        """Queue a request. Raises `QueueFull` or `EngineDead` at once."""
+    def submit(self, *requests: Request) -> None:
+        """Queue requests, all or none. Raises `QueueFull` or `EngineDead` at once.
+
+        Where nothing else is to be done, any number is taken: waiting would not help.
+        """
         with self._changed:
             if self._dead or self._closing or self.scheduler is None:
                 raise EngineDead("the engine takes no requests: it is starting or has ended")
             slots = max(self.scheduler.device.widths)
             rows = sum(live.rows for live in self._live)
-            if self._live and rows + request.rows > slots + self._max_queue:
+            if self._live and rows + sum(r.rows for r in requests) > slots + self._max_queue:
                 raise QueueFull(
                     f"{rows} answers are being written or waiting, and {slots} + "
                     f"{self._max_queue} are the most: try again later"
                 )
-            tokens = sum(len(live.prompt) for live in self._live) + len(request.prompt)
+            tokens = sum(len(r.prompt) for r in (*self._live, *requests))
             if self._live and tokens > MOST_TOKENS:
                 raise QueueFull(
                     f"the prompts of all requests would have {tokens:,} tokens, and "
                     f"{MOST_TOKENS:,} are the most: try again later"
                 )
-            self._live.add(request)
-            self._inbox.append(lambda scheduler: scheduler.add(request))
+            self._live.update(requests)
+            for request in requests:
+                self._inbox.append(functools.partial(_add, request))
             self._changed.notify()
 
     def cancel(self, request: Request, choice: int | None = None) -> None:
@@ -133,3 +138,7 @@ class Engine:
         if events:
             self._deliver(events)
         return True
+
+
+def _add(request: Request, scheduler: Scheduler) -> None:
+    scheduler.add(request)

@@ -67,6 +67,10 @@ class Completion:
             for p, prompt in enumerate(prompts)
             for i in range(body.samples)
         ]
+        self._choices_of = {
+            prompt.request: self._choices[p * body.samples : (p + 1) * body.samples]
+            for p, prompt in enumerate(prompts)
+        }
         self._changed = asyncio.Event()
         self._unread: deque[tuple[_Choice, Piece, Finish | None]] = deque()
         self._unread_tokens = 0
@@ -102,10 +106,7 @@ class Completion:
         elif event.choice is None:
             self._take_prompt(prompt, event)
         else:
-            choice = next(
-                c for c in self._choices if c.prompt is prompt and c.sample == event.choice
-            )
-            self._take_tokens(choice, event)
+            self._take_tokens(self._choices_of[event.request][event.choice], event)
         self._changed.set()
 
     def _take_prompt(self, prompt: Prompt, event: Event) -> None:
@@ -117,9 +118,7 @@ class Completion:
             if prompt.cached:
                 exact = prompt.exact and prompt.request.known % grid == 0
                 self._loaded.store.keep(self._owner, tokens[:length], snapshot, exact=exact)
-        for choice in self._choices:
-            if choice.prompt is not prompt:
-                continue
+        for choice in self._choices_of[prompt.request]:
             piece = Piece()
             if self._body.echo:
                 first = not prompt.follows_unknown
@@ -158,7 +157,7 @@ class Completion:
         choice.entries += piece.entries
         choice.finish = finish
         # An answer that ended at a stop text may have been the last: the engine says no more of it.
-        if all(c.finish for c in self._choices if c.prompt is choice.prompt):
+        if all(c.finish for c in self._choices_of[choice.prompt.request]):
             self._service.forget(choice.prompt.request)
         if self._body.stream:
             self._unread.append((choice, piece, finish))

@@ -101,15 +101,7 @@ class Service:
         mode = body.cache or loaded.cache
         prompts = [self._prompt(body, owner, tokens, start, mode, seed) for tokens in given]
         completion = Completion(self, body, owner, prompts, seed)
-        begun: list[Request] = []
-        try:
-            for prompt in prompts:
-                self._submit(prompt.request, completion)
-                begun.append(prompt.request)
-        except ApiError:
-            for request in begun:
-                self.forget(request)
-            raise
+        self._submit(completion, *(prompt.request for prompt in prompts))
         self.cached_tokens += completion.cached_tokens
         return completion
 
@@ -212,17 +204,17 @@ class Service:
             raise ApiError(400, str(error), param=getattr(error, "field", None) or None) from None
         return params
 
-    def _submit(self, request: Request, follower: "Completion | asyncio.Future[Event]") -> None:
+    def _submit(self, follower: "Completion | asyncio.Future[Event]", *requests: Request) -> None:
+        """To the engine; the follower gets the events. Raises `ApiError` if it takes none."""
         assert self.engine is not None
-        self._followers[request] = follower
         try:
-            self.engine.submit(request)
+            self.engine.submit(*requests)
         except QueueFull as error:
-            del self._followers[request]
             raise ApiError(429, str(error), code="queue_full") from None
         except EngineDead as error:
-            del self._followers[request]
             raise ApiError(503, str(error), code="engine_failed") from None
+        # Events come through this thread's loop, so none was missed.
+        self._followers.update(dict.fromkeys(requests, follower))
 
     def forget(self, request: Request, choice: int | None = None) -> None:
         """Nobody wants what would come of a request, or of one of its answers."""
@@ -240,7 +232,7 @@ class Service:
     async def read(self, request: Request) -> Event:
         """Read a prompt without an answer: the event at its end."""
         done: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
-        self._submit(request, done)
+        self._submit(done, request)
         try:
             event = await done
         except asyncio.CancelledError:
