@@ -1,0 +1,209 @@
+"""Completions over a scheduler without a model: whose answer it is, what is counted, who waits."""
+
+import asyncio
+import json
+import time
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("fastapi", reason="NOT TESTED: the extra serve is not installed")
+
+import httpx
+
+from tests.serve.test_process import loaded
+from transformer_vq.engine.engine import Engine
+from transformer_vq.engine.request import Token
+from transformer_vq.engine.scheduler import Event
+from transformer_vq.serve import completion
+from transformer_vq.serve.server import make_app
+from transformer_vq.serve.service import Service
+
+
+class Alphabet:
+    """Answers a prompt with the letters that follow it; sample i begins i letters later.
+
+    A letter's log-probability is minus the seed. Three letters are written at a step.
+    """
+
+    device = SimpleNamespace(widths=(2,))
+    running = waiting = prompt_tokens = written_tokens = dispatches = 0
+    step_seconds = {1: 0.0}  # noqa: RUF012
+
+    def __init__(self):
+        self.requests, self.cancelled = [], []
+
+    @property
+    def idle(self):
+        return not self.requests
+
+    def add(self, request):
+        request.live = request.rows
+        request.written_so_far = {i: 0 for i in range(len(request.params))}
+        self.requests.append((request, [*request.written_so_far]))
+
+    def cancel(self, request, choice=None):
+        self.cancelled.append(choice)
+        for i, (known, choices) in enumerate(self.requests):
+            if known is request:
+                choices[:] = [] if choice is None else [c for c in choices if c != choice]
+                if not choices:
+                    del self.requests[i]
+                    return True
+        return False
+
+    def step(self):
+        time.sleep(0.001)
+        events = []
+        for request, choices in list(self.requests):
+            for i in list(choices):
+                params, done = request.params[i], request.written_so_far[i]
+                first = request.prompt[-1] + 1 + i + done
+                count = min(3, params.max_tokens - done)
+                logprob = -float(params.seed)
+                tokens = [
+                    Token((first + k) % 256, i, logprob, {(first + k) % 256: logprob})
+                    for k in range(count)
+                ]
+                request.written_so_far[i] += count
+                finish = "length" if done + count == params.max_tokens else None
+                if finish:
+                    choices.remove(i)
+                last = not choices
+                events.append(Event(request, i, tokens, finish, last=last))
+            if not choices:
+                self.requests = [r for r in self.requests if r[0] is not request]
+        return events
+
+
+async def until(true):
+    for _ in range(10_000):
+        if true():
+            return
+        await asyncio.sleep(0.001)
+    raise AssertionError("it did not come")
+
+
+def served(act, **options):
+    """What `act(client, service, scheduler)` gives, with a client of the application."""
+    service, scheduler = Service(), Alphabet()
+
+    def make():
+        loaded(service)
+        service.loaded = service.loaded.__class__(**{**vars(service.loaded), "capacity": None})
+        return scheduler
+
+    engine = service.engine = Engine(make, service.deliver, **options)
+
+    async def go():
+        transport = httpx.ASGITransport(make_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            service.bind()
+            engine.start()
+            await until(lambda: engine.scheduler)
+            return await act(client, service, scheduler)
+
+    try:
+        return asyncio.run(go())
+    finally:
+        engine.close()
+
+
+def ask(**body):
+    async def act(client, service, scheduler):
+        response = await client.post("/v1/completions", json=body)
+        assert response.status_code == 200, response.text
+        assert not service.busy
+        return response.json() if not body.get("stream") else response.text
+
+    return served(act)
+
+
+def test_whose_answer_it_is():
+    """Choices are numbered prompt * n + i; any number of prompts is taken where nothing waits."""
+    prompts = [chr(65 + i % 20) for i in range(200)]
+    found = ask(prompt=prompts, n=2, max_tokens=4, seed=1)
+    assert [choice["index"] for choice in found["choices"]] == list(range(400))
+    for i, choice in enumerate(found["choices"]):
+        first = ord(prompts[i // 2]) + 1 + i % 2
+        assert choice["text"] == "".join(chr(first + k) for k in range(4))
+        assert choice["finish_reason"] == "length" and choice["logprobs"] is None
+    assert found["usage"]["prompt_tokens"] == 200
+    assert found["usage"]["completion_tokens"] == 1600
+
+
+def test_the_most_probable_of_several():
+    """Sample i has seed + i and so, here, a smaller log-probability."""
+    found = ask(prompt=["A", "K"], n=2, best_of=4, max_tokens=3, seed=5, logprobs=1)
+    assert [choice["text"] for choice in found["choices"]] == ["BCD", "CDE", "LMN", "MNO"]
+    assert found["choices"][1]["logprobs"]["token_logprobs"] == [-6.0] * 3
+    assert found["choices"][1]["logprobs"]["text_offset"] == [1, 2, 3]
+    assert found["usage"]["completion_tokens"] == 24
+
+
+def test_a_stop_ends_one_answer():
+    """The engine is told, and the others go on."""
+
+    async def act(client, service, scheduler):
+        body = dict(prompt="A", n=2, max_tokens=12, stop="EF", return_token_ids=True)
+        found = (await client.post("/v1/completions", json=body)).json()
+        assert not service.busy
+        await until(lambda: {0, 1} <= set(scheduler.cancelled))
+        return found["choices"]
+
+    first, second = served(act)
+    assert (first["text"], second["text"]) == ("BCD", "CD")
+    assert first["finish_reason"] == second["finish_reason"] == "stop"
+    assert first["token_ids"] == [66, 67, 68]
+
+
+def test_streams_are_the_answers():
+    body = dict(prompt=["A", "a"], n=2, max_tokens=7, seed=3, echo=True)
+    whole = [choice["text"] for choice in ask(**body, stream=False)["choices"]]
+    lines = ask(**body, stream=True, stream_options={"include_usage": True}).split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    *chunks, usage = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+    texts = [""] * 4
+    for chunk in chunks:
+        (choice,) = chunk["choices"]
+        texts[choice["index"]] += choice["text"]
+        assert chunk["seed"] == 3 and chunk["usage"] is None
+    assert len(chunks) > 8 and usage["choices"] == []
+    assert usage["usage"]["completion_tokens"] == 28
+    # This scheduler does not say that a prompt is read, so nothing is echoed: the rest is equal.
+    assert texts == whole == ["BCDEFGH", "CDEFGHI", "bcdefgh", "cdefghi"]
+
+
+def test_a_full_queue_takes_all_prompts_or_none():
+    async def act(client, service, scheduler):
+        long = asyncio.ensure_future(
+            client.post("/v1/completions", json={"prompt": ["A", "B"], "max_tokens": 3000})
+        )
+        await until(lambda: service.busy)
+        full = await client.post("/v1/completions", json={"prompt": ["C"] * 3, "max_tokens": 1})
+        fits = await client.post("/v1/completions", json={"prompt": ["C"] * 2, "max_tokens": 1})
+        assert (await long).status_code == 200
+        return full, fits
+
+    full, fits = served(act, max_queue=2)
+    assert full.status_code == 429 and "2 answers are being written" in full.text
+    assert full.headers["retry-after"] == "1"
+    assert [choice["text"] for choice in fits.json()["choices"]] == ["D", "D"]
+
+
+def test_a_stream_that_nobody_reads_ends(monkeypatch):
+    """What waits for the reader is bounded."""
+    monkeypatch.setattr(completion, "MOST_UNREAD", 50)
+
+    async def act(client, service, scheduler):
+        from transformer_vq.serve.protocol import ApiError, CompletionRequest
+
+        body = CompletionRequest(prompt="A", max_tokens=10**6, stream=True)
+        slow = await service.complete(body, "", 1)
+        await until(lambda: scheduler.idle and scheduler.cancelled)
+        with pytest.raises(ApiError, match="the stream is not read"):
+            async for _ in slow.chunks():
+                pass
+        assert not service.busy
+
+    served(act)
