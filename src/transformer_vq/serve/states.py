@@ -12,9 +12,9 @@ from typing import Literal
 
 import numpy as np
 
+from transformer_vq.atomic import write_whole
 from transformer_vq.engine.scheduler import Snapshot
 from transformer_vq.errors import UserError
-from transformer_vq.io.files import write_whole
 from transformer_vq.serve.protocol import NAME
 
 CacheMode = Literal["exact", "any", "off"]
