@@ -420,6 +420,7 @@ addEventListener("DOMContentLoaded", () => {
   });
   $("base-drop").addEventListener("click", () => { read(); remember(); base = null; show(); });
   $("key").addEventListener("change", () => { keep(); connect(); });
+  $("key-row").addEventListener("submit", (event) => event.preventDefault());
   $("save").addEventListener("submit", (event) => { event.preventDefault(); save().catch(complain); });
   $("text").addEventListener("input", () => { if (!running) { read(); keep(); } });
   $("text").addEventListener("beforeinput", (event) => { if (running) event.preventDefault(); });
