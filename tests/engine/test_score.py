@@ -45,7 +45,7 @@ def test_scores_with_alternatives_in_parts(monkeypatch):
     tokens, lengths = text[None].astype(np.int32), np.array([16], np.int32)
     _, found = decode.prefill_scored(MODEL, init_state(MODEL.config, 1), tokens, lengths)
     np.testing.assert_allclose(found.logprobs[0, 1:], plain(MODEL, text)[1:], atol=2e-5)
-    logits, _ = extend(MODEL, init_state(MODEL.config, 1), tokens)
+    logits, _ = EXTEND(MODEL, init_state(MODEL.config, 1), tokens)
     best = np.argsort(-np.asarray(logits[0]), axis=-1)[:, : decode.TOP_LOGPROBS]
     assert np.array_equal(found.top_tokens[0, 1:], best[:-1])
     assert not np.array_equal(found.top_tokens[0, :-1], best[:-1])  # control: one place off

@@ -19,6 +19,7 @@ from transformer_vq.nn.vq import SamplePositions
 from transformer_vq.ops.loss import token_nll
 from transformer_vq.ops.train import make_train_step, start_codebook
 from transformer_vq.run import loop
+from transformer_vq.run.inputs import Inputs
 from transformer_vq.run.log import read_metrics
 from transformer_vq.sharding import by_rows, data_mesh
 
@@ -219,8 +220,8 @@ def test_streaming_wants_vq():
 def test_all_that_lives_resumes_bit_for_bit(tmp_path, monkeypatch):
     """Streams, averages, revival and a first codebook from data: 8 updates, or 6 and 2."""
 
-    def batches(info, source, mesh):
-        yield from map(streams, range(info.step // 2, 100))
+    def batches(inputs, train, step, mesh):
+        yield from map(streams, range(step // 2, 100))
 
     class Once:  # compiled once for all sessions: the schedule does not ask how long the run is
         def __init__(self, config, train, mesh):
@@ -234,7 +235,7 @@ def test_all_that_lives_resumes_bit_for_bit(tmp_path, monkeypatch):
 
     make_once = functools.cache(make_train_step)
     monkeypatch.setattr(loop, "make_train_step", Once)
-    monkeypatch.setattr(loop, "_batches", batches)
+    monkeypatch.setattr(Inputs, "batches", batches)
     train = replace(
         STREAMING,
         revive_below=0.5,
