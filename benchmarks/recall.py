@@ -2,8 +2,9 @@
 
 For each task, model and seed, a small model is trained from nothing on episodes (docs/data.md,
 "Tasks of memory") whose answers are farther back than its window reaches. Then it is asked on
-held-out ones, with as much filler as it was trained with, 4 and 16 times as much. Models are as
-configured (vq), without the far part (no-cache: what a window alone gives), and of full attention.
+held-out ones, with as much filler as it was trained with, 4 and 16 times as much. Models are with
+key shift, gain and soft writes (vq), the same without the far part (no-cache: what a window alone
+gives), and of full attention.
 Evaluation carries the state through chunks, so it takes linear time (full attention does not).
 
 `reading` trains on text (Moby-Dick), and then reads 2,000 bytes of held-out text, other text, and
@@ -13,7 +14,7 @@ Prints a markdown table of means over seeds, or with --json a line for each seed
 seed, filler, accuracy`, and of reading `first, second, gain` in bits per byte.
 
     python benchmarks/recall.py --tasks far,updates,copy --seeds 3 --json
-    python benchmarks/recall.py --tasks far --pairs 16 --updates 2000 --config.far-decay 512
+    python benchmarks/recall.py --tasks far --models vq --config.key-shift False
 """
 
 import dataclasses
@@ -51,19 +52,31 @@ READING = "reading"
 MODELS: dict[str, dict[str, Any]] = {
     "vq": {},
     "no-cache": {"use_cache": False, "reach": 0, "soft_writes": False},
-    "full": {"attention": "full"},
+    "full": {"attention": "full", "soft_writes": False},
 }
-CONFIG = ModelConfig(d_model=32, d_k=32, num_layers=1, codebook_size=64, block_len=4, window_len=4)
+CONFIG = ModelConfig(
+    d_model=32,
+    d_k=32,
+    num_layers=1,
+    codebook_size=64,
+    block_len=4,
+    window_len=4,
+    codebook_decay=0.95,
+    key_shift=True,
+    score_gain=True,
+    soft_writes=True,
+)
 TRAIN = TrainConfig(
     learning_rate=3e-3,
     warmup_steps=20,
+    schedule="wsd",
     weight_decay=0.0,
     codebook_init="data",
     revive_below=0.1,
 )
 TEXT_CONFIG = CONFIG.replace(d_model=64, d_v=0, codebook_size=128, block_len=64, window_len=64)
 TEXT_LEN, PASSAGE, PASSAGES = 1024, 2000, 8
-ROW_TOKENS = 2048  # of a batch: how many rows it has, if --train.batch-size does not say
+ROW_TOKENS = 4096  # of a batch: how many rows it has, if --train.batch-size does not say
 ASKED, ASKED_TOKENS = 256, 2**20  # held-out episodes of a length, and bytes of them, at most
 ROWS = 16  # scored side by side
 
@@ -82,7 +95,7 @@ class Options:
     tasks: str = "far,updates,copy,passkey,reading"
     models: str = "vq,no-cache,full"
     seeds: int = 1
-    updates: int = 500
+    updates: int = 800
     pairs: int | None = None  # keys, letters or digits to remember; of each task its own by default
     filler: int | None = None  # bytes of filler in training
     lengths: str = "1,4,16"  # filler when it is asked, over that of training
