@@ -1,4 +1,4 @@
-"""The steps of `attend_blocks`, each by itself, against the plain meaning of it."""
+"""The steps of `attend_blocks`, in `blocks.py` and `window.py`, each against the plain meaning."""
 
 import itertools
 from dataclasses import replace
@@ -12,8 +12,16 @@ from jaxtyping import TypeCheckError
 from tests.helpers import close, make_config
 from transformer_vq import init_state
 from transformer_vq.nn.attention import QKV, AttentionWeights, blocks
-from transformer_vq.nn.attention.blocks import Layout, Window
 from transformer_vq.nn.attention.cache import Cache
+from transformer_vq.nn.attention.inputs import Window
+from transformer_vq.nn.attention.window import (
+    Layout,
+    keys_in_reach,
+    ring_in_time,
+    slide,
+    spans,
+    visible_keys,
+)
 from transformer_vq.nn.timeline import KeyDocuments, make_timeline
 
 B, G = 3, 2
@@ -63,7 +71,7 @@ def test_layout_without_gradients_through_the_cache():
 def test_slide(window):
     """As many leave as come, the oldest first; the rest stays, in order."""
     old, new = window_of(range(window)), window_of(range(window, window + 8))
-    leaving, staying = blocks.slide(old, new)
+    leaving, staying = slide(old, new)
     np.testing.assert_array_equal(times_of(leaving), np.arange(8))
     np.testing.assert_array_equal(times_of(staying), 8 + np.arange(window))
 
@@ -72,7 +80,7 @@ def test_slide(window):
 def test_spans(window):
     """Each of two blocks of 4 sees the keys just before it, and its own."""
     old, new = window_of(range(window)), window_of(range(window, window + 8))
-    before, own = blocks.spans(old.keys, new.keys, Layout(window, 4, 2, 1))
+    before, own = spans(old.keys, new.keys, Layout(window, 4, 2, 1))
     for i in range(2):
         start = window + 4 * i
         np.testing.assert_array_equal(before[0, 0, i, :, 0], np.arange(start - window, start))
@@ -84,8 +92,8 @@ def test_visible_keys(use_cache):
     """Own and older keys of the document; without a cache none beyond the window."""
     config, start = SMALL.replace(use_cache=use_cache), 9
     first = np.array([[[-5] * 4, [-5, -5, 21, 22]]])
-    seen = blocks.visible_keys(
-        blocks.keys_in_reach(Layout(config.window_len, 4, 1, 1), config),
+    seen = visible_keys(
+        keys_in_reach(Layout(config.window_len, 4, 1, 1), config),
         jnp.asarray(first),
         jnp.asarray(start),
     )
@@ -111,9 +119,7 @@ def test_ring_in_time(double):
         keys=jnp.asarray(np.broadcast_to(newest[:, None, :, None], (B, 1, 5, 4)), jnp.float32),
     )
     timeline = timeline_of(config, start, [1, 1, 1], 1)
-    ring = blocks.ring_in_time(
-        unit, jnp.zeros((1, 5, 4), jnp.float32), timeline, np.dtype("float32")
-    )
+    ring = ring_in_time(unit, jnp.zeros((1, 5, 4), jnp.float32), timeline, np.dtype("float32"))
     expected = start[:, None] - 5 + np.arange(5)
     np.testing.assert_array_equal(ring.codes[:, 0], expected)
     np.testing.assert_array_equal(ring.keys[:, 0, :, 1], expected)

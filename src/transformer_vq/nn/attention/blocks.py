@@ -25,13 +25,23 @@ from transformer_vq.nn.attention.fading import (
     BlockFades,
     ChunkFades,
     column_offsets,
-    fades_of,
     own_fades,
     since,
 )
 from transformer_vq.nn.attention.inputs import QKV, Attended, AttentionWeights, Window
 from transformer_vq.nn.attention.sink import share_of_keys
-from transformer_vq.nn.attention.state import AttentionState, window_keys
+from transformer_vq.nn.attention.state import AttentionState
+from transformer_vq.nn.attention.window import (
+    Layout,
+    by_block,
+    distances,
+    keys_in_reach,
+    oldest_key,
+    ring_in_time,
+    slide,
+    spans,
+    visible_keys,
+)
 from transformer_vq.nn.layers import iota, wide
 from transformer_vq.nn.timeline import KeyDocuments, Timeline
 from transformer_vq.types import (
@@ -43,28 +53,12 @@ from transformer_vq.types import (
     InReach,
     Mass,
     NearBiases,
-    NearVisible,
     Outputs,
     Timed,
-    TimedBlocks,
 )
 
 SCORES_PER_CHUNK = 2**23  # scores held at once, per unit
 BLOCKS_PER_CHUNK = 64  # where window and block differ, each is a slice of its own
-
-
-class Layout(NamedTuple):
-    """How the T tokens of a row are cut."""
-
-    window: int  # keys before a block that it sees one by one
-    block: int  # tokens of a block
-    blocks_per_chunk: int  # side by side
-    chunks: int  # one after the other
-
-    @property
-    def tokens(self) -> int:
-        """Of a row, in a chunk."""
-        return self.block * self.blocks_per_chunk
 
 
 @jax.tree_util.register_dataclass
@@ -245,29 +239,12 @@ def layout(config: ModelConfig, batch: int, length: int) -> Layout:
     return Layout(window, block, per_chunk, -(-blocks // per_chunk))
 
 
-def oldest_key(cut: Layout, config: ModelConfig) -> int:
-    """Timeline index of the oldest key of the first chunk's window: 1, or less with a reach.
-
-    Key 0, the oldest of the ring, is beyond the window of every query to come, so in the cache with
-    all that are older. Those of the window that are below 1 are not there.
-    """
-    return 1 + config.window_len - cut.window
-
-
-# Axes.
-
-
 def by_chunk(x: Shaped[jax.Array, "B T *any"], cut: Layout) -> Shaped[jax.Array, "i B c *any"]:
     """The tokens of each chunk, padded at the end."""
     batch, length = x.shape[:2]
     pad = cut.chunks * cut.tokens - length
     x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(batch, cut.chunks, cut.tokens, *x.shape[2:]), 1, 0)
-
-
-def by_block(x: Shaped[jax.Array, "B G c *any"], cut: Layout) -> TimedBlocks:
-    """Of the keys of a chunk, those of each block."""
-    return x.reshape(*x.shape[:2], cut.blocks_per_chunk, cut.block, *x.shape[3:])
 
 
 def heads_first(x: Shaped[jax.Array, "B T G *any"]) -> Shaped[jax.Array, "B G T *any"]:
@@ -296,22 +273,7 @@ def block_queries(q: Float[jax.Array, "B t H K"], cut: Layout, groups: int) -> B
     return jnp.moveaxis(q, 3, 2)
 
 
-# The window.
-
-
-def ring_in_time(
-    state: AttentionState, words: Codewords, timeline: Timeline, dtype: jnp.dtype
-) -> Window:
-    """The W keys of the ring, oldest first: what stands before the call's own keys."""
-    ring = state.codes.shape[2]
-    slots = ((timeline.start[:, None] + iota(ring)) % ring)[:, None, :]
-    fades = None
-    if state.ages is not None:
-        fades = fades_of(jnp.take_along_axis(state.ages, slots, axis=2))
-    codes = jnp.take_along_axis(state.codes, slots, axis=2)
-    values = jnp.take_along_axis(state.values, slots[..., None], axis=2).astype(dtype)
-    keys = window_keys(state, words, words.dtype)
-    return Window(codes, jnp.take_along_axis(keys, slots[..., None], axis=2), values, fades)
+# Before and after a call.
 
 
 def before_call(
@@ -370,66 +332,6 @@ def join_oldest(
         cache, oldest, start=start, documents=documents, block=count, fades=fades
     )
     return cache
-
-
-def slide(window: Window, new: Window) -> tuple[Window, Window]:
-    """The window's keys and new ones, in time order, cut in two: as many as are new, which leave
-    the window, and those that stay."""
-    return jax.tree.map(leaving, window, new), jax.tree.map(staying, window, new)
-
-
-def leaving(old: Timed, new: Shaped[jax.Array, "B G c *any"]) -> Shaped[jax.Array, "B G c *any"]:
-    """The oldest c of both."""
-    window, tokens = old.shape[2], new.shape[2]
-    return jnp.concatenate([old[:, :, :tokens], new[:, :, : max(tokens - window, 0)]], axis=2)
-
-
-def staying(old: Timed, new: Shaped[jax.Array, "B G c *any"]) -> Timed:
-    """The newest of both, as many as old ones."""
-    window, tokens = old.shape[2], new.shape[2]
-    return jnp.concatenate([old[:, :, tokens:], new[:, :, max(tokens - window, 0) :]], axis=2)
-
-
-def spans(
-    old: Timed, new: Shaped[jax.Array, "B G c *any"], cut: Layout
-) -> tuple[TimedBlocks, Shaped[jax.Array, "B G n b *any"]]:
-    """The keys that each block sees one by one: those of the window before it, and its own.
-
-    `[B, G, M, ...]` and `[B, G, tokens, ...]` to `[B, G, n, M, ...]` and `[B, G, n, L, ...]`.
-    """
-    window = old.shape[2]
-    if window == cut.block:
-        return by_block(leaving(old, new), cut), by_block(new, cut)
-    both = jnp.concatenate([old, new], axis=2)
-    starts = [i * cut.block for i in range(cut.blocks_per_chunk)]
-    before = jnp.stack([both[:, :, start : start + window] for start in starts], axis=2)
-    return before, by_block(new, cut)
-
-
-def distances(cut: Layout) -> Int[jax.Array, "c j"]:
-    """Of the keys of its span, M + L of them, from the queries of a block."""
-    row, column = iota(cut.block)[:, None], iota(cut.window + cut.block)
-    return row + cut.window - column
-
-
-def keys_in_reach(cut: Layout, config: ModelConfig) -> InReach:
-    """Which keys of its span, M + L of them, the queries of a block see, documents apart."""
-    distance = distances(cut)
-    if config.use_cache:
-        return distance >= 0
-    return (distance >= 0) & (distance <= config.window_len)
-
-
-def visible_keys(
-    in_reach: InReach, first: Int[jax.Array, "B n c"], start: Int[jax.Array, ""]
-) -> NearVisible:
-    """Those in reach that are of the query's document. `start`: index of the first span's first.
-
-    With a reach there are indices below 1, of keys that are not here: `first` is then at least 1.
-    """
-    blocks, block = first.shape[1:]
-    index = start + iota(blocks)[:, None, None] * block + iota(in_reach.shape[1])
-    return in_reach & (index >= first[..., None])
 
 
 @jax.named_scope("state_after")
