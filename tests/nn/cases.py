@@ -9,6 +9,14 @@ from transformer_vq import init_state
 BATCH, LENGTH = 3, 21
 CAPACITY = LENGTH + 3
 
+MEMORY = dict(  # all that has to do with memory, but its bounds and the gradients of far keys
+    forget="gated",
+    forget_horizon=30.0,
+    key_shift=True,
+    score_gain=True,
+    sink=True,
+    sphere_codewords=True,
+)
 CASES = {
     "gated": make_config(window_len=4, block_len=3, absolute_positions=True),
     "gated_heads_documents": make_config(
@@ -27,13 +35,8 @@ CASES = {
         "mqa",
         window_len=3,
         block_len=4,
-        forget="gated",
-        forget_horizon=30.0,
-        key_shift=True,
-        score_gain=True,
-        sink=True,
-        sphere_codewords=True,
         reset_at_document=True,
+        **MEMORY,
     ),
     "full_documents": make_config(
         "mqa",

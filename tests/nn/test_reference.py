@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import SINGLE, close, far, make_config, quick_jit, random_inputs, random_model
+from tests.nn.cases import MEMORY
 from transformer_vq import Model, extend, init_state
 from transformer_vq.nn import vq
 from transformer_vq.nn.embedding import to_logits
@@ -19,14 +20,6 @@ from transformer_vq.nn.reference import reference_logits
 BATCH, LENGTH = 3, 19
 
 
-MEMORY = dict(  # all that has to do with memory, but its bounds and the gradients of far keys
-    forget="gated",
-    forget_horizon=30.0,
-    key_shift=True,
-    score_gain=True,
-    sink=True,
-    sphere_codewords=True,
-)
 CONFIGS = {
     "gated": make_config(window_len=3, block_len=4),
     "decay": make_config(window_len=3, block_len=4, far_decay=5.0),

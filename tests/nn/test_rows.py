@@ -20,7 +20,7 @@ from tests.helpers import (
 from tests.nn.cases import CASES, fresh
 from tests.nn.test_reference import run_reference
 from transformer_vq import Model
-from transformer_vq.nn.attention import blocks, keep_keys
+from transformer_vq.nn.attention import keep_keys, window
 from transformer_vq.nn.dropout import DropoutKeys
 from transformer_vq.nn.embedding import to_logits
 from transformer_vq.nn.forward import Training, forward
@@ -74,11 +74,11 @@ def test_chunks_are_as_the_whole(name, remat, double, monkeypatch):
     close(out, expected)
     close(grads, expected_grads)
     if name == "gated":  # control: without the keys of the state, gradients end where a chunk does
-        monkeypatch.setattr(blocks, "window_keys", cut_off)
+        monkeypatch.setattr(window, "window_keys", cut_off)
         far(run(config, 1, monkeypatch)[1], expected_grads)
 
 
-def cut_off(state, words, dtype, window_keys=blocks.window_keys):
+def cut_off(state, words, dtype, window_keys=window.window_keys):
     return jax.lax.stop_gradient(window_keys(state, words, dtype))
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from transformer_vq.config import ModelConfig
+from transformer_vq.nn import products
 from transformer_vq.nn.layers import iota, wide
 from transformer_vq.nn.timeline import Timeline
 from transformer_vq.types import Fades, Features, Params
@@ -65,7 +66,11 @@ def fades(
     shape = (*x.shape[:2], config.num_kv_heads)
     rate = jnp.zeros(shape, wide(x).dtype)
     if gate is not None:
-        logits = gate.bias if gate.weight is None else wide(x) @ gate.weight + gate.bias
+        logits = (
+            gate.bias
+            if gate.weight is None
+            else products.matmul_exact(wide(x), gate.weight) + gate.bias
+        )
         rate = rate + jax.nn.softplus(-logits).astype(rate.dtype) + 1 / config.forget_horizon
     if config.far_decay:
         rate = rate + 1 / config.far_decay

@@ -48,7 +48,8 @@ def chunking(config: ModelConfig, batch: int, length: int) -> Chunking:
     micro_batches = next(fitting, rows)
     blocks = -(-length // config.block_len)
     per_chunk = max(1, most // (rows // micro_batches * config.block_len))
-    if config.attention == "full" or config.reach or blocks <= per_chunk:
+    whole = config.reach or config.soft_writes  # a state would not take their gradients on
+    if config.attention == "full" or whole or blocks <= per_chunk:
         return Chunking(micro_batches, length, 1)
     count = -(-blocks // per_chunk)
     size = -(-blocks // count) * config.block_len

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
+from transformer_vq.nn import products
 from transformer_vq.nn.layers import iota
 from transformer_vq.types import NearOffsets, RingFades
 
@@ -40,7 +41,7 @@ def own_fades(
 
     `of_document`: which tokens of the block, up to each, are of its document.
     """
-    sums = of_document[:, None].astype(fades.dtype) @ fades[..., None]
+    sums = products.matmul_exact(of_document[:, None].astype(fades.dtype), fades[..., None])
     return sums[..., 0]
 
 
