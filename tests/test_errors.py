@@ -3,12 +3,25 @@
 (Those of another type in `nn` cannot be tried here: the checks of all shapes come before them.)
 """
 
+import math
+
+import jax
 import numpy as np
 import pytest
 
 import transformer_vq as tvq
 from tests.helpers import CONFIG, SINGLE, TOKENS, make_config, random_model
-from transformer_vq import extend, init_state, load, load_state, save_state
+from transformer_vq import (
+    ModelConfig,
+    SampleConfig,
+    SamplingParams,
+    extend,
+    init_model,
+    init_state,
+    load,
+    load_state,
+    save_state,
+)
 from transformer_vq.config import TrainConfig
 from transformer_vq.errors import UserError
 
@@ -46,6 +59,61 @@ STATE = init_state(MODEL.config, 1)
         (lambda: save_state("x", MODEL, STATE), r"state is Model\(.*: it must be a State"),
         (lambda: load_state(5, MODEL), "path is 5: it must be a path"),
         (lambda: load_state("x", STATE), r"model is State\(.*: it must be a Model"),
+        (lambda: load_state("a\0b", MODEL), r"path is 'a\\x00b': no file can have that name"),
+        (lambda: load("a" * 5000), "there is no run folder aaa"),
+        (lambda: load(".", 10**5000), "the checkpoint is .*: it must be latest, best or a step"),
+        (
+            lambda: init_model(CONFIG, [[1, 2], [3]]),
+            r"key is \[\[1, 2\], \[3\]\]: it must be a JAX key",
+        ),
+        (lambda: init_state(CONFIG, 1, "bf16"), "dtype is 'bf16': it must be one of float32, bfl"),
+        (
+            lambda: init_state(CONFIG, 1, np.int8),
+            "dtype is <class 'numpy.int8'>: it must be one of",
+        ),
+        (lambda: train(max_seconds="x"), "max_seconds is 'x': it must be a number of at least 0"),
+        (
+            lambda: train(max_seconds=math.nan),
+            "max_seconds is nan: it must be a number of at least",
+        ),
+        (lambda: train(observers=[print]), "an observer is <built-in function print>: it must be"),
+        (
+            lambda: train(mesh=5),
+            "mesh is 5: it must be one of transformer_vq.sharding.make_mesh or",
+        ),
+        (lambda: train(mesh=jax.make_mesh((8,), ("x",))), r"mesh is Mesh\(.*: it must be one of"),
+        (lambda: train(decode="utf-8"), "decode is 'utf-8': it must be a function of tokens"),
+        (lambda: train(data="x"), "data is 'x': it must be a DataSource"),
+        (lambda: train(resume="yes"), "resume is 'yes': it must be a bool"),
+        (lambda: tvq.generate(MODEL, [[1]], mesh=5), "mesh is 5: it must be one of"),
+        (lambda: tvq.generate(MODEL, np.array(5)), r"prompts is array\(5\): it must be a list of"),
+        (lambda: tvq.generate(MODEL, [[1]], np.array(5)), r"params is array\(5\): give SamplingP"),
+        (lambda: SamplingParams(stop=np.array(5)), r"stop is array\(5\): it must be a list of tok"),
+        (
+            lambda: SamplingParams(banned_tokens=np.int8),
+            "banned_tokens is <class .*: it must be a li",
+        ),
+        (
+            lambda: tvq.evaluate(MODEL, [1, 2], context_len="x"),
+            "context_len is 'x': it must be a wh",
+        ),
+        (lambda: tvq.evaluate(MODEL, TOKENS, far_gain=[]), r"far_gain is \[\]: it must be a bool"),
+        (
+            lambda: tvq.evaluate(MODEL, TOKENS, on_progress=5),
+            "on_progress is 5: it must be a functi",
+        ),
+        (lambda: tvq.sample_op(None, 0, MODEL, 0), "config is None: it must be a SampleConfig"),
+        (lambda: tvq.sample_op(SampleConfig(1, 1), 0, 5, 0), "model is 5: it must be a Model"),
+        (lambda: ModelConfig.preset(["tiny"]), r"unknown preset \['tiny'\]: the presets are"),
+        (
+            lambda: ModelConfig.from_json(None),
+            "the configuration is None: it must be text, in JSON",
+        ),
+        (
+            lambda: ModelConfig.from_dict([1]),
+            r"the configuration is \[1\]: it must be a dictionary",
+        ),
+        (lambda: ModelConfig(compute_dtype="bf16"), "compute_dtype is 'bf16': it must be one of"),
     ],
 )
 def test_a_mistake_is_a_sentence(call, says, tmp_path, monkeypatch):
@@ -54,6 +122,10 @@ def test_a_mistake_is_a_sentence(call, says, tmp_path, monkeypatch):
         call()
     assert len(str(caught.value)) < 400
     assert not list(tmp_path.iterdir())
+
+
+def train(**options):
+    return tvq.train(CONFIG, PLAN, TOKENS, None, "x", **options)
 
 
 def test_extend_takes_lists():

@@ -8,6 +8,7 @@ stands for something else, `also` says for what.
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -181,8 +182,10 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
         """The inverse of `to_dict`. Raises `ConfigError` for a field it does not know."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"the configuration is {shown(values)}: it must be a dictionary")
         known = [f.name for f in dataclasses.fields(cls)]
-        unknown = sorted(set(values) - set(known))
+        unknown = [name for name in values if name not in known]
         if unknown:
             raise ConfigError(
                 f"unknown configuration field {shown(unknown[0])}: the fields are "
@@ -193,6 +196,8 @@ class ModelConfig:
     @classmethod
     def from_json(cls, text: str) -> "ModelConfig":
         """The inverse of `to_json`. Raises `ConfigError` for what is no such text."""
+        if not isinstance(text, str | bytes):
+            raise ConfigError(f"the configuration is {shown(text)}: it must be text, in JSON")
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -321,7 +326,7 @@ class MeshConfig:
 
 
 def _preset(presets: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
-    if name not in presets:
+    if not isinstance(name, str) or name not in presets:
         raise ConfigError(f"unknown preset {shown(name)}: the presets are {', '.join(presets)}")
     return presets[name]
 

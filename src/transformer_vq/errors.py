@@ -35,12 +35,27 @@ def require_kind(name: str, value: Any, kind: type, source: str = "") -> None:
         raise UserError(f"{name} is {shown(value)}: it must be a {kind.__name__}{where}")
 
 
+def is_listed(value: Any) -> bool:
+    """Whether it can be gone through: not the arrays without axes of a library, nor a class."""
+    return (
+        hasattr(value, "__iter__")
+        and getattr(value, "ndim", 1) != 0
+        and not isinstance(value, type)
+    )
+
+
 def as_path(name: str, value: Any) -> Path:
     """An argument that names a file or a folder. Raises `UserError` for what does not."""
     if not isinstance(value, str | os.PathLike):
         raise UserError(f"{name} is {shown(value)}: it must be a path, as text or as a Path")
     if not os.fspath(value):
         raise UserError(f"{name} is empty: give a path")
+    try:
+        named = b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:  # half a character
+        named = False
+    if not named:
+        raise UserError(f"{name} is {shown(value)}: no file can have that name")
     return Path(value)
 
 

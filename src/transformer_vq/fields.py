@@ -113,6 +113,14 @@ def require_count(name: str, value: Any) -> None:
         raise refusal(name, value, "at least 1")
 
 
+def as_amount(name: str, value: Any) -> float:
+    """A number of at least 0, or infinity, as Python's. Raises `ConfigError` for anything else."""
+    number = _float(value)
+    if number is None or not number >= 0:
+        raise refusal(name, value, "a number of at least 0")
+    return number
+
+
 def whole_limit(low: int, high: int) -> str:
     """What a sentence says of the limits of a whole number."""
     return f"a whole number from {low} to {_power(high)}"

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from transformer_vq.config import MeshConfig, ModelConfig
-from transformer_vq.errors import UserError
+from transformer_vq.errors import UserError, shown
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # what the rows of a training batch are spread over
@@ -44,6 +44,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh whose devices differ in their rows only."""
     return make_mesh(MeshConfig(), devices)
+
+
+def as_mesh(mesh: Any) -> Mesh:
+    """The mesh as it is. Raises `UserError` for what is no mesh of these axes."""
+    if not isinstance(mesh, Mesh) or mesh.axis_names != AXES:
+        raise UserError(
+            f"mesh is {shown(mesh)}: it must be one of transformer_vq.sharding.make_mesh or "
+            f"data_mesh"
+        )
+    return mesh
 
 
 # Layouts.

@@ -24,7 +24,7 @@ from transformer_vq.engine.prefill import (
 )
 from transformer_vq.engine.request import SamplingParams, Token, check_params
 from transformer_vq.engine.slots import num_rows
-from transformer_vq.errors import UserError, shown
+from transformer_vq.errors import UserError, is_listed, shown
 from transformer_vq.fields import MOST
 from transformer_vq.nn.model import Model, State
 from transformer_vq.ops.decode import Controls, Generated, Rows, generate_tokens
@@ -220,7 +220,7 @@ def _one_each(
     """The parameters of every request, checked for this vocabulary."""
     if params is None or isinstance(params, SamplingParams):
         given = [params or SamplingParams()] * count
-    elif isinstance(params, str | bytes | Mapping) or not hasattr(params, "__iter__"):
+    elif isinstance(params, str | bytes | Mapping) or not is_listed(params):
         raise UserError(f"params is {shown(params)}: {_PARAMS}")
     else:
         given = list(params)

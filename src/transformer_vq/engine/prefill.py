@@ -93,8 +93,11 @@ def check_prompts(
 
 
 def batch_size(count: int, mesh: Mesh | None) -> int:
-    """Rows of the arrays for so many requests: few compiled shapes serve all batches."""
-    devices = 1 if mesh is None else mesh.size
+    """Rows of the arrays for so many requests: few compiled shapes serve all batches.
+
+    Raises `UserError` for what is no mesh.
+    """
+    devices = 1 if mesh is None else sharding.as_mesh(mesh).size
     return devices * _next_power_of_two(-(-count // devices))
 
 

@@ -11,7 +11,7 @@ from transformer_vq.engine.tokens import (
     token_list,
     whole_token,
 )
-from transformer_vq.errors import ConfigError, UserError, shown
+from transformer_vq.errors import ConfigError, UserError, is_listed, shown
 from transformer_vq.fields import check, free, real, refusal, switch, whole
 
 MAX_STOP_TOKENS = 8  # single tokens that end a request
@@ -79,7 +79,7 @@ class SamplingParams:
         """Every entry of `stop` as tokens; text as its UTF-8 bytes."""
         if isinstance(self.stop, str | bytes):
             return [_stop_sequence(self.stop)]
-        if isinstance(self.stop, Mapping) or not hasattr(self.stop, "__iter__"):
+        if isinstance(self.stop, Mapping) or not is_listed(self.stop):
             limit = "a list of tokens, lists of tokens and texts, or one text"
             raise refusal("stop", self.stop, limit)
         return [_stop_sequence(entry) for entry in self.stop]
@@ -109,7 +109,7 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
 def _stop_sequence(entry: Any) -> tuple[int, ...]:
     if isinstance(entry, str):
         return tuple(text_tokens("stop", entry))
-    if hasattr(entry, "__iter__") and getattr(entry, "ndim", 1):
+    if is_listed(entry):
         return tuple(token_list("stop", entry))
     return (whole_token("stop", entry),)
 

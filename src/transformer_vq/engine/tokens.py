@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from transformer_vq.errors import UserError, shown
+from transformer_vq.errors import UserError, is_listed, shown
 
 BYTES = 256  # the vocabulary of which text is tokens as it is: its bytes in UTF-8
 
@@ -19,10 +19,9 @@ def token_list(name: str, given: Any) -> list[int]:
     """
     if isinstance(given, bytes | bytearray | memoryview):
         return list(bytes(given))
-    tokens = given.tolist() if hasattr(given, "tolist") else given  # NumPy's and JAX's
-    if isinstance(tokens, str | Mapping) or not hasattr(tokens, "__iter__"):
+    if isinstance(given, str | Mapping) or not is_listed(given):
         raise UserError(f"{name} is {shown(given)}: it must be a list of tokens (whole numbers)")
-    tokens = list(tokens)
+    tokens = given.tolist() if hasattr(given, "tolist") else list(given)  # NumPy's and JAX's
     if set(map(type, tokens)) <= {int}:
         return tokens
     return [whole_token(name, token) for token in tokens]
@@ -55,7 +54,7 @@ def prompt_lists(prompts: Any, vocab_size: int, what: str = "prompt") -> list[li
     one = f"{what}s is one {what}, {shown(prompts)}: give a list of them, [{what}]"
     if isinstance(prompts, str | bytes | bytearray | memoryview):
         raise UserError(one)
-    if isinstance(prompts, Mapping | Set) or not hasattr(prompts, "__iter__"):
+    if isinstance(prompts, Mapping | Set) or not is_listed(prompts):
         raise UserError(f"{what}s is {shown(prompts)}: it must be a list of {what}s")
     given = list(prompts)
     if given and all(map(_is_number, given)):

@@ -56,7 +56,7 @@ def save_state(path: str | os.PathLike, state: State, model: Model) -> None:
     Raises `StateError` if the state is of another model, the folder missing or the disk full; an
     older file then stays.
     """
-    path = as_path("path", path if path != "" else ".")
+    path = as_path("path", "." if isinstance(path, str) and not path else path)
     require_kind("state", state, State)
     require_kind("model", model, Model)
     if not path.name or (os.path.exists(path) and not os.path.isfile(path)):

@@ -46,7 +46,10 @@ def as_key(key: Any) -> Key:
         if 0 <= key <= MOST_SEED and not isinstance(key, bool):
             return jax.random.key(int(key))
     else:
-        data = key if isinstance(key, jax.Array) else np.asarray(key)
+        try:
+            data = key if isinstance(key, jax.Array) else np.asarray(key)
+        except (ValueError, TypeError):  # rows of unequal lengths, say
+            data = np.empty(0)
         if _is_key_data(data):
             return jax.random.wrap_key_data(jnp.asarray(data, jnp.uint32))
     raise UserError(

@@ -2,13 +2,13 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 
-from transformer_vq.config import DEFAULT_CAPACITY, ModelConfig
-from transformer_vq.errors import UserError, require_kind
+from transformer_vq.config import DEFAULT_CAPACITY, DType, ModelConfig
+from transformer_vq.errors import UserError, require_kind, shown
 from transformer_vq.fields import require_count
 from transformer_vq.nn import attention, layers, vq
 from transformer_vq.nn.attention import AttentionState, FullAttentionState
@@ -119,6 +119,16 @@ def init_model(config: ModelConfig, key: Any) -> Model:
     )
 
 
+def _state_dtype(dtype: Any) -> Any:
+    try:
+        named = jnp.dtype(dtype)
+    except (TypeError, ValueError):
+        named = None
+    if named is None or named.name not in get_args(DType):
+        raise UserError(f"dtype is {shown(dtype)}: it must be one of {', '.join(get_args(DType))}")
+    return named
+
+
 def init_state(
     config: ModelConfig,
     batch_size: int,
@@ -134,7 +144,8 @@ def init_state(
     vq state takes any number. `capacity` is the same, but refused for vq.
 
     Raises:
-      UserError: for sizes below 1, a `capacity` of a vq state, or both `capacity` and `room`.
+      UserError: for sizes below 1, a dtype that no state has, a `capacity` of a vq state, or both
+        `capacity` and `room`.
     """
     require_kind("config", config, ModelConfig)
     require_count("batch_size", batch_size)
@@ -142,7 +153,7 @@ def init_state(
         raise UserError(f"capacity is {capacity} and room is {room}: give one of them")
     if room is not None:
         require_count("room", room)
-    dtype = dtype or config.state_dtype
+    dtype = config.state_dtype if dtype is None else _state_dtype(dtype)
     if config.attention == "full":
         if capacity is None:
             capacity = DEFAULT_CAPACITY if room is None else room

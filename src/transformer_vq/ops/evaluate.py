@@ -19,7 +19,7 @@ from transformer_vq.data import (
     eval_chunks,
     row_starts,
 )
-from transformer_vq.errors import UserError, require_kind
+from transformer_vq.errors import UserError, require_kind, shown
 from transformer_vq.fields import require_count
 from transformer_vq.nn.forward import forward
 from transformer_vq.nn.model import Model, State, init_state
@@ -72,6 +72,11 @@ def evaluate(
         `far_gain` of a model without a far part.
     """
     require_kind("model", model, Model, "from init_model or of a run (load)")
+    require_kind("far_gain", far_gain, bool)
+    if not (on_progress is None or callable(on_progress)):
+        raise UserError(
+            f"on_progress is {shown(on_progress)}: it must be a function of two numbers"
+        )
     if far_gain and not has_far_part(model.config):
         raise UserError(
             "far_gain is true, and the model has no far part: it has full attention, or no cache"
@@ -303,7 +308,8 @@ def _check_context(
                 f"give a context_len of {most:,} or less"
             )
         return chunk_len * -(-longest // chunk_len)
-    if context_len < 1 or context_len % chunk_len:
+    require_count("context_len", context_len)
+    if context_len % chunk_len:
         raise UserError(
             f"context_len is {context_len}: it must be a multiple of chunk_len, {chunk_len}"
         )

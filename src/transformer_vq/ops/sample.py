@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from transformer_vq import sharding
-from transformer_vq.errors import UserError, shown
+from transformer_vq.errors import UserError, require_kind, shown
 from transformer_vq.fields import check, real, whole
 from transformer_vq.nn import prob
 from transformer_vq.nn.decode import decode_step, prepare
@@ -44,6 +44,8 @@ def sample_op(config: SampleConfig, eos_id: int, model: Model, key: Any) -> jax.
     Raises `ValueError` if the batch is no multiple of the number of devices, `eos_id` no token or
     `key` no key.
     """
+    require_kind("config", config, SampleConfig)
+    require_kind("model", model, Model, "from init_model or of a run (load)")
     mesh = sharding.data_mesh()
     sharding.require_divisible(config.global_batch_size, mesh, "global_batch_size")
     last = model.config.vocab_size - 1

@@ -25,7 +25,7 @@ import numpy as np
 from transformer_vq.atomic import write_whole
 from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.data import OnError, Source, Tokenizer, as_source, run_tokenizer
-from transformer_vq.errors import UserError, as_path, shown
+from transformer_vq.errors import UserError, as_path, cut, shown
 from transformer_vq.io.checkpoint import Checkpoints
 from transformer_vq.nn.layers import wide
 from transformer_vq.nn.model import Model, init_model
@@ -161,8 +161,8 @@ def load_info(folder: str | os.PathLike, step: int | None = None) -> RunInfo:
     checkpoint is damaged.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise RunError(f"there is no run folder {folder}: name one that was trained")
+    if not os.path.isdir(folder):  # whatever the reason
+        raise RunError(f"there is no run folder {cut(str(folder), 300)}: name one that was trained")
     checkpoints = checkpoints_of(folder)
     if checkpoints.latest() is None:
         raise RunError(f"{folder} has no checkpoint: train until one is saved")
@@ -197,7 +197,8 @@ def load(folder: str | os.PathLike, checkpoint: str | int = "latest") -> tuple[M
     run is lost, or is another one.
     """
     folder = as_path("folder", folder)
-    model, info = load_run(folder, find_step(folder, str(checkpoint)))
+    name = shown(checkpoint) if isinstance(checkpoint, int) else str(checkpoint)
+    model, info = load_run(folder, find_step(folder, name))
     return model, run_tokenizer(folder, info.tokenizer)
 
 
@@ -209,7 +210,9 @@ def make_run_folder(folder: Path, *, resume: bool) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"cannot make the run folder {folder}: {error.strerror}") from None
+        raise RunError(
+            f"cannot make the run folder {cut(str(folder), 300)}: {error.strerror}"
+        ) from None
 
 
 def open_run(folder: Path, info: RunInfo, *, resume: bool) -> RunInfo:

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from transformer_vq import costs
 from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.data import Batch, Source
-from transformer_vq.errors import as_path, require_kind
+from transformer_vq.errors import UserError, as_path, require_kind, shown
+from transformer_vq.fields import as_amount
 from transformer_vq.nn.model import Model
 from transformer_vq.ops.evaluate import Evaluation, evaluate
 from transformer_vq.ops.train import (
@@ -38,7 +39,7 @@ from transformer_vq.run.log import Record
 from transformer_vq.run.observer import Observer, Observers
 from transformer_vq.run.peak import peak_flops
 from transformer_vq.run.stop import Interrupted, StopRequests, StopSignals
-from transformer_vq.sharding import data_mesh, shard_rows, traced_on
+from transformer_vq.sharding import as_mesh, data_mesh, shard_rows, traced_on
 
 Status = Literal["done", "out of time", "interrupted"]
 
@@ -101,11 +102,15 @@ def train(
       LogError: if the folder is removed or moved.
       CheckpointError: if a checkpoint cannot be read or written, say for a full disk.
       DataError: if there are too few tokens.
-      UserError: for a token outside of the vocabulary, or a batch that the devices cannot share.
+      UserError: for a token outside of the vocabulary, a batch that the devices cannot share, and
+        whatever else cannot be used.
     """
     require_kind("config", config, ModelConfig)
     require_kind("train", train, TrainConfig)
-    mesh, folder = mesh or data_mesh(), as_path("folder", folder)
+    mesh = data_mesh() if mesh is None else as_mesh(mesh)
+    folder = as_path("folder", folder)
+    _check_options(data, resume, decode)
+    limit = None if max_seconds is None else as_amount("max_seconds", max_seconds)
     require_trainable(config, train, mesh)
     inputs = Inputs.of(tokens, validation, config, train)
     source = inputs.source
@@ -125,13 +130,22 @@ def train(
             files=files,
             inputs=inputs,
             mesh=mesh,
-            stop=StopRequests(signals, mesh, max_seconds),
+            stop=StopRequests(signals, mesh, limit),
             observers=told,
         )
         batches = inputs.batches(train, files.info.step, mesh)
         stack.enter_context(contextlib.closing(batches))
         with training.health.stops_on_full_disk():
             return training.run(batches)
+
+
+def _check_options(data: Any, resume: Any, decode: Any) -> None:
+    """Raise `UserError` for an option of `train` that is none."""
+    if data is not None:
+        require_kind("data", data, DataSource, "of transformer_vq.run.folder")
+    require_kind("resume", resume, bool)
+    if not (decode is None or callable(decode)):
+        raise UserError(f"decode is {shown(decode)}: it must be a function of tokens")
 
 
 @dataclass(frozen=True)

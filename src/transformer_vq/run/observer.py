@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from transformer_vq.errors import UserError, is_listed, require_kind, shown
 from transformer_vq.run.log import Record
 
 
@@ -29,11 +30,15 @@ class Observers(Observer):
     """Several observers as one.
 
     One that raises `BrokenPipeError`, because whoever read it has gone, is told no more;
-    `on_broken_pipe` is called instead.
+    `on_broken_pipe` is called instead. Raises `UserError` for what is no observer.
     """
 
     def __init__(self, observers: Sequence[Observer], on_broken_pipe: Callable[[], None]):
+        if not is_listed(observers):
+            raise UserError(f"observers is {shown(observers)}: give a list of them")
         self._observers, self._on_broken_pipe = list(observers), on_broken_pipe
+        for observer in self._observers:
+            require_kind("an observer", observer, Observer, "of transformer_vq.run.observer")
         self._started: list[Observer] = []
 
     def _tell(self, tell: Callable[[Observer], None]) -> None:
