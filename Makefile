@@ -32,7 +32,7 @@ serve: $(VENV)/.installed-serve ## serve the model of the demo, at http://127.0.
 	$(BIN)/tvq serve --run runs/demo $(SERVE_ARGS)
 
 test: $(VENV)/.installed-test ## run the tests, without the slow ones
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" --durations=15 $(PYTEST_ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" --durations=15 $(PYTEST_ARGS)
 
 # One process: slow tests measure time and memory. Without a slow test there is nothing to run.
 test-slow: $(VENV)/.installed-test ## run the slow tests

@@ -15,23 +15,25 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 assert "jax" not in sys.modules, "jax was imported before tests/conftest.py could set it up"
 
+# Compiling takes more time than running: less of it.
+_QUICK = {"--xla_backend_optimization_level": "0"}
 _XLA_FLAGS = {
     "--xla_force_host_platform_device_count": "8",
-    # Compiling takes more time than running: less of it.
-    "--xla_backend_optimization_level": "0",
     # On a busy machine eight devices on two cores may wait long for each other.
     "--xla_cpu_collective_call_terminate_timeout_seconds": "600",
 }
-if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: one compute thread each
+_workers = "PYTEST_XDIST_WORKER" in os.environ
+if _workers:  # they share the cores: one compute thread each
     _XLA_FLAGS["--xla_cpu_multi_thread_eigen"] = "false"
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     # XLA's older emitter of loops compiles in half the time, one piece in less than many, and the
-    # plain scheduler is quicker too. Without workers (`make test-slow`), and in processes that
-    # tests start, programs are made as users' are.
+    # plain scheduler is quicker too. Without workers (`make test-slow`) programs are made as
+    # users' are.
     if version("jaxlib").startswith("0.10."):  # the last that has the emitter
-        _XLA_FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
-        _XLA_FLAGS["--xla_cpu_parallel_codegen_split_count"] = "1"
-        _XLA_FLAGS["--xla_cpu_enable_concurrency_optimized_scheduler"] = "false"
+        _QUICK["--xla_cpu_use_fusion_emitters"] = "false"
+        _QUICK["--xla_cpu_parallel_codegen_split_count"] = "1"
+        _QUICK["--xla_cpu_enable_concurrency_optimized_scheduler"] = "false"
+_XLA_FLAGS |= _QUICK
 _given = os.environ.get("XLA_FLAGS", "").split()
 _names = {flag.split("=")[0] for flag in _given}
 os.environ["XLA_FLAGS"] = " ".join(
@@ -63,6 +65,9 @@ jax.config.update("jax_enable_compilation_cache", True)
 jax.config.update("jax_compilation_cache_dir", _programs.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# Tracing makes many objects and drops few: looking for garbage took a tenth of all time.
+gc.set_threshold(50_000, 20, 100)
 
 settings.register_profile(
     "tvq",
@@ -109,10 +114,20 @@ def double():
 
 @pytest.fixture
 def user_env() -> dict[str, str]:
-    """The environment for a `tvq` subprocess: one device and all cores, as a user has it."""
-    flags = [f for f in os.environ["XLA_FLAGS"].split() if f.split("=")[0] not in _XLA_FLAGS]
+    """The environment for a `tvq` subprocess: one device and all cores, as a user has it.
+
+    Beside workers its programs are made quickly, as theirs are, and kept for the next process.
+    """
+    ours = _XLA_FLAGS.keys() - (_QUICK if _workers else {})
+    flags = [f for f in os.environ["XLA_FLAGS"].split() if f.split("=")[0] not in ours]
     dropped = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PYTEST_CURRENT_TEST")
     env = {name: value for name, value in os.environ.items() if name not in dropped}
+    if _workers:
+        env |= {
+            "JAX_ENABLE_COMPILATION_CACHE": "true",
+            "JAX_COMPILATION_CACHE_DIR": f"{_programs.name}/processes",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
     return {**env, "XLA_FLAGS": " ".join(flags)}
 
 

@@ -110,6 +110,8 @@ def quiet(output):
 def run_two(env):
     """What both processes print of sampling."""
     program, folder = textwrap.dedent(PROGRAM), str(ROOT)
+    # One must not find what the other has half written.
+    env = {**env, "JAX_ENABLE_COMPILATION_CACHE": "false"}
     with two_processes(env, 4, "-c", program, "INDEX", "PORT", folder) as processes:
         return [json.loads(output.splitlines()[-1]) for output in outputs(processes)]
 
