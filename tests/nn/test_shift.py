@@ -7,7 +7,7 @@ import numpy as np
 
 from tests.helpers import close, far, make_config
 from transformer_vq import init_state
-from transformer_vq.nn.shift import key_mix, shift_keys
+from transformer_vq.nn.shift import key_mix, last_key, shift_keys
 from transformer_vq.nn.timeline import make_timeline
 
 CONFIG = make_config("mha", num_heads=2, key_shift=True, reset_at_document=True)
@@ -22,7 +22,8 @@ def test_shift_keys(double):
     lengths = np.array([6, 4, 0])
     state = replace(init_state(CONFIG, B), position=jnp.full(B, 9, jnp.int32))
     timeline = make_timeline(CONFIG, state, jnp.asarray(lengths, jnp.int32), T, jnp.asarray(ids))[0]
-    found, last = shift_keys(jnp.asarray(keys), jnp.asarray(mix), jnp.asarray(previous), timeline)
+    given = jnp.asarray(keys), jnp.asarray(mix), jnp.asarray(previous)
+    found, last = shift_keys(*given, timeline), last_key(given[0], given[2], timeline.length)
     for b in range(B):
         for t in range(lengths[b]):
             before = previous[b] if t == 0 else keys[b, t - 1]

@@ -298,6 +298,17 @@ def test_a_step_that_may_reset_copies_no_table(unchecked):
     assert temporary_bytes(compiled) < table.nbytes
 
 
+def test_reading_a_few_tokens_copies_no_table(unchecked):
+    """What is written is known before, and still XLA sees that all was read by then."""
+    sizes = dict(vocab_size=64, d_model=64, d_k=16, codebook_size=64, window_len=64)
+    session = Session(make_model(**sizes, **SMALLER), [[1]] * 4, SamplingParams())
+    tokens, lengths = np.zeros((4, 8), np.int32), np.full(4, 8, np.int32)
+    lowered = decode.prefill_few.lower(session._decoder, session._state, tokens, lengths)
+    compiled, table = lowered.compile(), session._state.units[0].values
+    assert "copy" not in uses(compiled, table)
+    assert temporary_bytes(compiled) < table.nbytes
+
+
 def test_a_step_in_parts_copies_no_table(unchecked, monkeypatch):
     """Cut in parts, as large tables are, the table is still read where it lies."""
     jax.clear_caches()  # units that were traced with a product in one
@@ -376,6 +387,7 @@ def test_nothing_is_compiled_again(tmp_path):
     for state in (session.state, load_state(tmp_path / "state", model), one):
         generate(model, [[]] * 7, params, state)
     assert decode.generate_tokens._cache_size() == 1
-    assert decode.prefill._cache_size() == len(PREFILL_SIZES)
+    assert decode.prefill_few._cache_size() == 1
+    assert decode.prefill._cache_size() == len(PREFILL_SIZES) - 1
     list(Session(model, [[1]] * 7, params, steps=5))  # control: this is another program
     assert decode.generate_tokens._cache_size() == 2

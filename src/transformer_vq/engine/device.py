@@ -16,7 +16,7 @@ import numpy as np
 
 from transformer_vq.engine.controls import controls_row
 from transformer_vq.engine.decoders import decoder_for
-from transformer_vq.engine.prefill import PREFILL_SIZES, chunk_size
+from transformer_vq.engine.prefill import FEW, PREFILL_SIZES, chunk_size
 from transformer_vq.engine.request import SamplingParams
 from transformer_vq.engine.scheduler import MOST_STEPS, Dispatch, Scores, Snapshot
 from transformer_vq.engine.slots import put_rows, take_rows
@@ -30,7 +30,9 @@ from transformer_vq.ops.decode import (
     Rows,
     generate_tokens,
     prefill,
+    prefill_few,
     prefill_scored,
+    prefill_scored_few,
     unsound,
 )
 
@@ -89,14 +91,18 @@ class Device:
     def read(self, state: State, tokens: Sequence[int]) -> State:
         """The state after a chunk of a prompt; the given one is no more. Waits for the device."""
         size, *chunk = self._chunk(tokens)
-        state = self._compiled["read", size](self.model, state, *chunk)
+        state = self._compiled["read", size](self._reader(size), state, *chunk)
         return jax.block_until_ready(state)
 
     def read_scored(self, state: State, tokens: Sequence[int]) -> tuple[State, Scores]:
         """`read`, and how probable the tokens were."""
         size, *chunk = self._chunk(tokens)
-        state, scored = self._compiled["score", size](self.model, state, *chunk)
+        state, scored = self._compiled["score", size](self._reader(size), state, *chunk)
         return state, Scores(*(np.asarray(x)[0, : len(tokens)] for x in scored))
+
+    def _reader(self, size: int) -> Model | Decoder:
+        """What reads chunks of this size."""
+        return self._decoder if size <= FEW else self.model
 
     def _chunk(self, tokens: Sequence[int]) -> tuple[int, np.ndarray, np.ndarray]:
         size = chunk_size(len(tokens), self.largest)
@@ -204,9 +210,12 @@ def _compile(
     index, empty = np.zeros(1, np.int32), row[1].state
     programs: dict[Any, Program] = {"copy": Program(take_rows, (empty, index))}
     for size in PREFILL_SIZES[: PREFILL_SIZES.index(largest) + 1]:
-        args = (model, empty, np.zeros((1, size), np.int32), index)
-        programs["read", size] = Program(prefill, args, donate=(1,))
-        programs["score", size] = Program(prefill_scored, args, donate=(1,))
+        few = size <= FEW
+        reader = decoder if few else model
+        args = (reader, empty, np.zeros((1, size), np.int32), index)
+        read, score = (prefill_few, prefill_scored_few) if few else (prefill, prefill_scored)
+        programs["read", size] = Program(read, args, donate=(1,))
+        programs["score", size] = Program(score, args, donate=(1,))
     pause = Pause(np.int32(0), np.bool_(False))
     for width, tree in slots.items():
         programs["take", width] = Program(take_rows, (tree, index))

@@ -15,14 +15,15 @@ from jax.sharding import Mesh
 
 from transformer_vq import costs, sharding
 from transformer_vq.config import ModelConfig
-from transformer_vq.engine.decoders import model_on
+from transformer_vq.engine.decoders import decoder_for, model_on
 from transformer_vq.engine.slots import num_rows, take_rows
 from transformer_vq.engine.tokens import prompt_lists
 from transformer_vq.errors import UserError, require_kind
 from transformer_vq.nn.model import Model, State, init_state
-from transformer_vq.ops.decode import empty_state, prefill
+from transformer_vq.ops.decode import empty_state, prefill, prefill_few
 
 PREFILL_SIZES = (16, 128, 1024)  # tokens a prefill program takes: prompts of any length use these
+FEW = PREFILL_SIZES[0]  # read by `prefill_few`, which rewrites no state
 MIN_CAPACITY = 256  # tokens that a new state of full attention holds at least
 
 Prompts = Sequence[Sequence[int] | str] | np.ndarray | jax.Array  # tokens of each
@@ -161,7 +162,11 @@ def read_chunks(
     for tokens, lengths in prompt_chunks(prompts, num_rows(state)):
         if mesh is not None:
             tokens, lengths = sharding.spread(mesh, (tokens, lengths))
-        state = prefill(model, state, tokens, lengths, mesh=mesh)
+        if tokens.shape[1] <= FEW:
+            decoder = decoder_for(model, state)
+            state = prefill_few(decoder, state, tokens, lengths, mesh=mesh)
+        else:
+            state = prefill(model, state, tokens, lengths, mesh=mesh)
     return state
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from transformer_vq.config import ModelConfig
 from transformer_vq.nn.layers import wide
 from transformer_vq.nn.timeline import Timeline
-from transformer_vq.types import KeyMix, Keys, LastKey, Params
+from transformer_vq.types import KeyMix, Keys, LastKey, Params, PerRow
 
 
 def key_mix(params: Params, config: ModelConfig) -> KeyMix:
@@ -21,10 +21,8 @@ def key_mix(params: Params, config: ModelConfig) -> KeyMix:
 
 
 @jax.named_scope("key_shift")
-def shift_keys(
-    keys: Keys, mix: KeyMix, previous: LastKey, timeline: Timeline
-) -> tuple[Keys, LastKey]:
-    """The keys `[B, T, G, K]`, mixed, in wide; and the last real one as it came.
+def shift_keys(keys: Keys, mix: KeyMix, previous: LastKey, timeline: Timeline) -> Keys:
+    """The keys `[B, T, G, K]`, mixed, in wide.
 
     `previous` `[B, G, K]`: the key before the first of these. There is none before the first key of
     a document: zeros take its place.
@@ -33,8 +31,13 @@ def shift_keys(
     before = jnp.concatenate([previous[:, None].astype(keys.dtype), keys[:, :-1]], axis=1)
     first_before = jnp.concatenate([timeline.first_before[:, None], timeline.first[:, :-1]], axis=1)
     same = timeline.first == first_before
-    mixed = keys + mix.astype(keys.dtype) * (jnp.where(same[..., None, None], before, 0.0) - keys)
-    last = jnp.clip(timeline.length - 1, 0)[:, None, None, None]
+    return keys + mix.astype(keys.dtype) * (jnp.where(same[..., None, None], before, 0.0) - keys)
+
+
+def last_key(keys: Keys, previous: LastKey, length: PerRow) -> LastKey:
+    """The last of the first `length` keys as they came, in wide: what the next one is mixed with.
+    Where there is none, the one before them."""
+    keys = wide(keys)
+    last = jnp.clip(length - 1, 0)[:, None, None, None]
     last = jnp.take_along_axis(keys, last, axis=1)[:, 0]
-    going_on = (timeline.length > 0)[:, None, None]
-    return mixed, jnp.where(going_on, last, previous.astype(keys.dtype))
+    return jnp.where((length > 0)[:, None, None], last, previous.astype(keys.dtype))

@@ -1,6 +1,7 @@
 """One residual unit: attention between projections, and an MLP where the head type has one.
 
 `prepare_unit` makes what does not depend on the tokens; `apply_unit` applies it to some of them.
+`read_unit` does so for a few, of which the state takes in what is to stay (`commit_unit`).
 """
 
 from collections.abc import Callable
@@ -12,14 +13,21 @@ import jax.numpy as jnp
 
 from transformer_vq.config import ModelConfig
 from transformer_vq.nn import attention, layers, vq
-from transformer_vq.nn.attention import QKV, AttentionWeights, FullAttentionState, UnitState
+from transformer_vq.nn.attention import (
+    QKV,
+    AttentionWeights,
+    FullAttentionState,
+    NewFullKeys,
+    NewKeys,
+    UnitState,
+)
 from transformer_vq.nn.forget import ForgetGate, fades
 from transformer_vq.nn.layers import Mlp, iota
 from transformer_vq.nn.products import OutputMajor, computed_once, matmul
-from transformer_vq.nn.shift import key_mix, shift_keys
+from transformer_vq.nn.shift import key_mix, last_key, shift_keys
 from transformer_vq.nn.timeline import Timeline
 from transformer_vq.nn.vq import SamplePositions
-from transformer_vq.types import Features, HeadScore, KeyMix, LastKey, Params
+from transformer_vq.types import Features, HeadScore, KeyMix, Keys, LastKey, Outputs, Params
 
 Layout = Literal["fused", "separate", "decode"]
 
@@ -155,17 +163,73 @@ def apply_unit(
     training: UnitTraining | None = None,
 ) -> UnitOutput:
     """One residual unit on some tokens, which continue the state."""
-    qkv, gate, last = _project_in(unit, x, state.previous, timeline, config)
+    qkv, gate, unmixed = _project_in(unit, x, state.previous, timeline, config)
     out, state, statistics = _attend(unit, qkv, state, timeline, config, training)
-    state = replace(state, previous=last)
-    with jax.named_scope("project_out"):
-        out = out.reshape(*x.shape[:2], -1)
-        if gate is not None:
-            out = out * gate
-        x = x + _dropped(matmul(out, unit.w_o), 0, training)
+    state = _keep_last(state, unmixed, timeline)
+    return UnitOutput(_project_out(unit, x, out, gate, training), state, statistics)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PendingUnit:
+    """What a unit's state has not taken in of a few tokens."""
+
+    new: NewKeys | NewFullKeys
+    unmixed: Keys | None  # [B, T, G, K]: keys before they were mixed, with `key_shift`
+
+
+def read_unit(
+    unit: PreparedUnit, x: Features, state: UnitState, timeline: Timeline, config: ModelConfig
+) -> tuple[Features, PendingUnit]:
+    """`apply_unit` for a few tokens, of which it is not known yet how many will stay."""
+    qkv, gate, unmixed = _project_in(unit, x, state.previous, timeline, config)
+    weights = unit.attention
+    with jax.named_scope("attention"):
+        if isinstance(state, FullAttentionState):
+            qkv = replace(qkv, k=qkv.k.astype(qkv.q.dtype))
+            ring = config.ring_len
+            out, new = attention.attend_full_few(qkv, weights, state, timeline, ring)
+        else:
+            out, new = attention.attend_few(qkv, weights, state, timeline, config)
+    return _project_out(unit, x, out, gate, None), PendingUnit(new, unmixed)
+
+
+def commit_unit(
+    state: UnitState, pending: PendingUnit, timeline: Timeline, config: ModelConfig
+) -> UnitState:
+    """The state of a unit after the first `timeline.length` of the tokens that it has read."""
+    if isinstance(pending.new, NewFullKeys):
+        assert isinstance(state, FullAttentionState)
+        state = attention.commit_full(state, pending.new, timeline)
+    else:
+        assert not isinstance(state, FullAttentionState)
+        state = attention.commit_few(state, pending.new, timeline, config)
+    return _keep_last(state, pending.unmixed, timeline)
+
+
+def _keep_last(state: UnitState, unmixed: Keys | None, timeline: Timeline) -> UnitState:
+    """The state with the key that the next one is mixed with, if keys are mixed."""
+    if unmixed is None or state.previous is None:
+        return state
+    return replace(state, previous=last_key(unmixed, state.previous, timeline.length))
+
+
+@jax.named_scope("project_out")
+def _project_out(
+    unit: PreparedUnit,
+    x: Features,
+    out: Outputs,
+    gate: jax.Array | None,
+    training: UnitTraining | None,
+) -> Features:
+    """x with what the attention, of outputs `[B, T, H, V]`, and the MLP add to it."""
+    out = out.reshape(*x.shape[:2], -1)
+    if gate is not None:
+        out = out * gate
+    x = x + _dropped(matmul(out, unit.w_o), 0, training)
     if unit.mlp is not None:
         x = x + _dropped(layers.mlp(unit.mlp, x), 1, training)
-    return UnitOutput(x, state, statistics)
+    return x
 
 
 def _dropped(added: jax.Array, branch: int, training: UnitTraining | None) -> jax.Array:
@@ -179,9 +243,9 @@ def _project_in(
     previous: LastKey | None,
     timeline: Timeline,
     config: ModelConfig,
-) -> tuple[QKV, jax.Array | None, LastKey | None]:
+) -> tuple[QKV, jax.Array | None, Keys | None]:
     """Queries, keys and values of the tokens; in gated heads the gate `[B, T, H V]`; and with
-    `key_shift` the last key as it was before it was mixed.
+    `key_shift` the keys as they were before they were mixed.
 
     In the dtype of x; only keys stay wide, until their codes are known.
     """
@@ -193,11 +257,12 @@ def _project_in(
     if unit.gain is not None:
         q = q * unit.gain[:, None]
     k = k.reshape(*lead, config.num_kv_heads, d_k)
+    unmixed = None
     if unit.key_mix is not None and previous is not None:
-        k, previous = shift_keys(k, unit.key_mix, previous, timeline)
+        k, unmixed = shift_keys(k, unit.key_mix, previous, timeline), k
     k = layers.rms_norm(k) * d_k**-0.25
     v = v.reshape(*lead, config.num_kv_heads, config.d_v)
-    return QKV(q, k, v, fades(unit.forget, normed, timeline, config)), gate, previous
+    return QKV(q, k, v, fades(unit.forget, normed, timeline, config)), gate, unmixed
 
 
 def _columns(

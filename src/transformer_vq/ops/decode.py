@@ -19,6 +19,7 @@ from transformer_vq.config import ModelConfig
 from transformer_vq.nn import prob
 from transformer_vq.nn.decode import Decoder, decode_step, prepare
 from transformer_vq.nn.embedding import to_logits
+from transformer_vq.nn.few import commit, read_few
 from transformer_vq.nn.forward import forward
 from transformer_vq.nn.model import Model, State, init_state
 
@@ -135,15 +136,9 @@ def generate_tokens(
     if mesh is not None:
         alone = functools.partial(generate_tokens, steps=steps, with_logprobs=with_logprobs)
         return sharding.map_rows(alone, mesh)(decoder, controls, rows)
-    batch, vocab = rows.counts.shape
-    tops = min(TOP_LOGPROBS, vocab) if with_logprobs else 0
-    out = Generated(
-        tokens=jnp.zeros((batch, steps), jnp.int32),
-        lengths=jnp.zeros(batch, jnp.int32),
-        logprobs=jnp.zeros((batch, steps), jnp.float32),
-        top_tokens=jnp.zeros((batch, steps, tops), jnp.int32),
-        top_logprobs=jnp.zeros((batch, steps, tops), jnp.float32),
-    )
+    batch = rows.counts.shape[0]
+    out = empty_output(rows, steps, with_logprobs)
+    tops = out.top_tokens.shape[2]
 
     def step(carry: tuple[jax.Array, Rows, Generated]):
         i, rows, out = carry
@@ -157,9 +152,7 @@ def generate_tokens(
         one = taken.astype(jnp.int32)  # or none
         out = out._replace(tokens=out.tokens.at[:, i].set(token), lengths=out.lengths + one)
         if with_logprobs:
-            logprobs = jax.nn.log_softmax(state.logits).astype(jnp.float32)
-            chosen = jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
-            top_logprobs, top_tokens = jax.lax.top_k(logprobs, tops)
+            chosen, top_tokens, top_logprobs = likeliest(state.logits, token, tops)
             out = out._replace(
                 logprobs=out.logprobs.at[:, i].set(chosen),
                 top_tokens=out.top_tokens.at[:, i].set(top_tokens),
@@ -188,6 +181,19 @@ def generate_tokens(
     return rows, out
 
 
+def empty_output(rows: Rows, steps: int, with_logprobs: bool) -> Generated:
+    """Room for what a dispatch of up to `steps` tokens generates."""
+    batch, vocab = rows.counts.shape
+    tops = min(TOP_LOGPROBS, vocab) if with_logprobs else 0
+    return Generated(
+        tokens=jnp.zeros((batch, steps), jnp.int32),
+        lengths=jnp.zeros(batch, jnp.int32),
+        logprobs=jnp.zeros((batch, steps), jnp.float32),
+        top_tokens=jnp.zeros((batch, steps, tops), jnp.int32),
+        top_logprobs=jnp.zeros((batch, steps, tops), jnp.float32),
+    )
+
+
 def unsound(state: State) -> jax.Array:
     """Rows whose next token has no probabilities, bool `[B]`: some logit is not a number."""
     return jnp.any(jnp.isnan(state.logits), axis=1)
@@ -202,6 +208,21 @@ def prefill(
         return sharding.map_rows(prefill, mesh)(model, state, tokens, lengths)
     state = forward(model, state, tokens, lengths=lengths).state
     return state
+
+
+@functools.partial(jax.jit, static_argnames="mesh", donate_argnames="state")
+def prefill_few(
+    decoder: Decoder,
+    state: State,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    *,
+    mesh: Mesh | None = None,
+) -> State:
+    """`prefill` for a few tokens of every row: the table of a state is read once, not rewritten."""
+    if mesh is not None:
+        return sharding.map_rows(prefill_few, mesh)(decoder, state, tokens, lengths)
+    return commit(decoder.config, state, read_few(decoder, state, tokens, lengths), lengths)
 
 
 class Scored(NamedTuple):
@@ -223,13 +244,6 @@ def prefill_scored(
     """
     batch, length = tokens.shape
     part = min(length, _SCORED_AT_ONCE)
-    tops = min(TOP_LOGPROBS, model.config.vocab_size)
-
-    def scored(logits: jax.Array, tokens: jax.Array) -> Scored:
-        logprobs = jax.nn.log_softmax(logits).astype(jnp.float32)
-        chosen = jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
-        top_logprobs, top_tokens = jax.lax.top_k(logprobs, tops)
-        return Scored(chosen, top_tokens, top_logprobs)
 
     def parts(x: jax.Array) -> jax.Array:  # [B, T, ...] to [T / part, B, part, ...]
         return jnp.moveaxis(x.reshape(batch, -1, part, *x.shape[2:]), 1, 0)
@@ -239,14 +253,36 @@ def prefill_scored(
 
     def score_part(features_tokens: tuple[jax.Array, jax.Array]) -> Scored:
         features, tokens = features_tokens
-        return scored(to_logits(model.params, features, model.config), tokens)
+        return _scored(to_logits(model.params, features, model.config), tokens)
 
-    first = scored(state.logits[:, None], tokens[:, :1])
+    first = _scored(state.logits[:, None], tokens[:, :1])
     out = forward(model, state, tokens, lengths=lengths)
     following = jnp.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1)  # the last predicts nothing
     rest = jax.lax.map(score_part, (parts(out.features), parts(following)))
     rest = jax.tree.map(lambda x: joined(x)[:, :-1], rest)
     return out.state, jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), first, rest)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def prefill_scored_few(
+    decoder: Decoder, state: State, tokens: jax.Array, lengths: jax.Array
+) -> tuple[State, Scored]:
+    """`prefill_few`, with what `prefill_scored` gives."""
+    pending = read_few(decoder, state, tokens, lengths)
+    logits = jnp.concatenate([state.logits[:, None], pending.logits[:, :-1]], axis=1)
+    return commit(decoder.config, state, pending, lengths), _scored(logits, tokens)
+
+
+def _scored(logits: jax.Array, tokens: jax.Array) -> Scored:
+    return likeliest(logits, tokens, min(TOP_LOGPROBS, logits.shape[-1]))
+
+
+def likeliest(logits: jax.Array, tokens: jax.Array, tops: int) -> Scored:
+    """Log-probabilities of the tokens `[...]` under logits `[..., vocab]`, and the best `tops`."""
+    logprobs = jax.nn.log_softmax(logits).astype(jnp.float32)
+    chosen = jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
+    top_logprobs, top_tokens = jax.lax.top_k(logprobs, tops)
+    return Scored(chosen, top_tokens, top_logprobs)
 
 
 _SCORED_AT_ONCE = 128  # positions whose logits are in memory together

@@ -7,13 +7,20 @@ key with score `(q + u) . C_s + log n_s` and value the mean of theirs. The state
 - a ring of W = M + 1 slots (slot = position mod W) with the code and value of the newest keys;
 - for each code, the count and mean value of the keys that have left the ring.
 
-`attend_blocks` takes many tokens at once, `attend_step` one per row; both mean the same.
+`attend_blocks` takes many tokens at once, `attend_step` one per row, `attend_few` a few of which
+only the first may stay (`commit_few`); all mean the same.
 `attend_full` is the quadratic baseline.
 """
 
 from transformer_vq.nn.attention.blocks import attend_blocks
 from transformer_vq.nn.attention.blockwise import SAVED
-from transformer_vq.nn.attention.full import attend_full
+from transformer_vq.nn.attention.few import NewKeys, attend_few, commit_few
+from transformer_vq.nn.attention.full import (
+    NewFullKeys,
+    attend_full,
+    attend_full_few,
+    commit_full,
+)
 from transformer_vq.nn.attention.inputs import QKV, Attended, AttentionWeights
 from transformer_vq.nn.attention.state import (
     AttentionState,
@@ -34,11 +41,17 @@ __all__ = [
     "AttentionState",
     "AttentionWeights",
     "FullAttentionState",
+    "NewFullKeys",
+    "NewKeys",
     "Timeline",
     "UnitState",
     "attend_blocks",
+    "attend_few",
     "attend_full",
+    "attend_full_few",
     "attend_step",
+    "commit_few",
+    "commit_full",
     "init_attention_state",
     "init_full_state",
     "keep_keys",

@@ -2,7 +2,8 @@
 
 Of the keys of each code it holds their mass and the mean of their values. The mass is their number;
 where keys fade (`fading.py`) each counts what is left of it, and so it does in the mean.
-The step takes in one key at a time (`join`), blocks many (`join_blocks`), and a query meets a code
+The step takes in one key at a time (`join`), a few tokens as many (`join_few`), blocks many
+(`join_blocks`), and a query meets a code
 with the logarithm of its mass added to the score (`log_mass`). Nothing else knows what a mass is.
 """
 
@@ -100,6 +101,38 @@ def join(
     rows = products.matmul_exact(mix, rows)
     new_values = ((1 - keep)[..., None] * new_values).astype(rows.dtype)
     return mass, rows.at[:, :, 0].add(new_values)
+
+
+def join_few(
+    codes: Int[jax.Array, "B G j"],
+    masses: Num[jax.Array, "B G j"],
+    rows: Float[jax.Array, "B G two_j V"],
+    new_values: Float[jax.Array, "B G j V"],
+    *,
+    arrives: Bool[jax.Array, "B j"],
+    joins: Bool[jax.Array, "B j"],
+    weights: Float[jax.Array, "B G j"] | None = None,
+) -> tuple[Num[jax.Array, "B G j"], Float[jax.Array, "B G two_j V"]]:
+    """`join` for several keys per row and head: `masses` of the codes of those that leave; `rows`
+    their values, and then the means of their codes.
+
+    Keys of equal codes get equal masses and means, in which all of them are.
+    """
+    count = codes.shape[-1]
+    same = codes[..., :, None] == codes[..., None, :]  # [B, G, j, j]
+    added = joins[:, None].astype(masses.dtype)
+    if weights is not None:
+        added = added * weights.astype(masses.dtype)
+    added = jnp.where(same, added[..., None, :], 0)
+    masses = masses + added.sum(-1, dtype=masses.dtype)
+    steps = added.astype(rows.dtype) / _divisor(masses).astype(rows.dtype)[..., None]
+    one = jnp.eye(count, dtype=rows.dtype)
+    keep = jnp.broadcast_to(~arrives[:, None, :, None], (*codes.shape, 1)).astype(rows.dtype)
+    top = jnp.concatenate([one * keep, jnp.zeros_like(steps)], axis=-1)
+    bottom = jnp.concatenate([steps, one * (1 - steps.sum(-1, keepdims=True))], axis=-1)
+    rows = products.matmul_exact(jnp.concatenate([top, bottom], axis=-2), rows)
+    new_values = ((1 - keep) * new_values).astype(rows.dtype)
+    return masses, rows.at[:, :, :count].add(new_values)
 
 
 @jax.named_scope("join_blocks")

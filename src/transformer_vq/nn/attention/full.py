@@ -4,7 +4,7 @@ Its state is a key/value cache of a capacity fixed when the state is made. Many 
 block (`tiled.py`); with one block for all of them the whole score matrix is there at once.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -61,15 +61,80 @@ def attend_full(
         k, v = (jnp.where(lost[..., None, None], 0, a) for a in (x.k, x.v))
         x = QKV(x.q, k, v)
         out = _attend_many(x, unit, before, timeline.start, relative, config.block_len)
-        state = _write(state, x, positions, real)
+        state = _write(state, x.k, x.v, positions, real)
     else:
-        state = _write(state, x, positions, real)
+        state = _write(state, x.k, x.v, positions, real)
         out = _attend_cache(x.q, unit, state, positions, first)
     return Attended(jnp.where(lost[..., None, None], jnp.nan, out), None, state)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class NewFullKeys:
+    """The keys of a few tokens, as a state takes them in."""
+
+    keys: Keys  # [B, T, G, K]
+    values: Values  # [B, T, G, V]
+
+
+@jax.named_scope("attend_full_few")
+def attend_full_few(
+    x: QKV, unit: AttentionWeights, state: FullAttentionState, timeline: Timeline, ring_len: int
+) -> tuple[Outputs, NewFullKeys]:
+    """`attend_full` for few tokens per row, without the state after them: `commit_full` makes it.
+
+    Scores of the cache and of the new keys, all at once.
+    """
+    batch, length, heads, d_k = x.q.shape
+    groups, capacity = state.keys.shape[1:3]
+    dtype = x.q.dtype
+    positions = timeline.start[:, None] + iota(length)
+    lost = (positions >= capacity) & (iota(length) < timeline.length[:, None])
+    first = timeline.first + (timeline.start - ring_len)[:, None]
+    # As the state would give them back; what is lost, and may be no number, is in no sum.
+    k, v = (
+        jnp.where(lost[..., None, None], 0, new).astype(old.dtype).astype(dtype)
+        for new, old in ((x.k, state.keys), (x.v, state.values))
+    )
+    held = jnp.broadcast_to(iota(capacity), (batch, capacity))
+    key_at = jnp.concatenate([held, positions], axis=1)[:, None]  # [B, 1, capacity + T]
+    real = jnp.concatenate([held < timeline.start[:, None], positions < capacity], axis=1)[:, None]
+    distance = positions[..., None] - key_at
+    q = jnp.moveaxis(x.q.reshape(batch, length, groups, heads // groups, d_k), 1, 3)
+    u, w = (a.reshape(groups, heads // groups, 1, d_k) for a in (unit.u, unit.w))
+    r = unit.r.reshape(-1, groups, heads // groups, d_k)
+    bias = jnp.einsum("bgrtk,dgrk->bgrtd", q + w, r)
+    bias = jnp.take_along_axis(bias, jnp.clip(distance, 0)[:, None, None], axis=4, mode="clip")
+    content = jnp.concatenate(
+        [
+            jnp.einsum("bgrtk,bgjk->bgrtj", q + u, state.keys.astype(dtype)),
+            jnp.einsum("bgrtk,bjgk->bgrtj", q + u, k),
+        ],
+        axis=-1,
+    )
+    seen = real & (distance >= 0) & (key_at >= first[..., None])
+    scores = jnp.where(seen[:, None, None], wide(content + bias), MASKED)
+    old, own = jnp.split(softmax(scores, unit.sink).astype(dtype), [capacity], axis=-1)
+    out = jnp.einsum("bgrtj,bgjv->btgrv", old, state.values.astype(dtype))
+    out = (out + jnp.einsum("bgrtj,bjgv->btgrv", own, v)).reshape(batch, length, heads, -1)
+    return jnp.where(lost[..., None, None], jnp.nan, out), NewFullKeys(x.k, x.v)
+
+
+def commit_full(
+    state: FullAttentionState, new: NewFullKeys, timeline: Timeline
+) -> FullAttentionState:
+    """The state after the first `timeline.length` of the new keys."""
+    index = iota(new.keys.shape[1])
+    real = index < timeline.length[:, None]
+    return _write(state, new.keys, new.values, timeline.start[:, None] + index, real)
+
+
 def _write(
-    state: FullAttentionState, x: QKV, positions: PerToken, real: Bool[jax.Array, "B T"]
+    state: FullAttentionState,
+    keys: Keys,
+    values: Values,
+    positions: PerToken,
+    real: Bool[jax.Array, "B T"],
 ) -> FullAttentionState:
     """The state with the new keys and values at their positions, the real ones."""
     target = jnp.where(real, positions, state.capacity)  # past the end: dropped
@@ -83,7 +148,7 @@ def _write(
         new = jnp.moveaxis(new, 0, 1).astype(cache.dtype)
         return cache.at[:, target].set(new, mode="drop")
 
-    keys, values = put(state.keys, x.k, target), put(state.values, x.v, target)
+    keys, values = put(state.keys, keys, target), put(state.values, values, target)
     return replace(state, keys=keys, values=values)
 
 
