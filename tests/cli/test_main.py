@@ -189,3 +189,10 @@ def test_streams_that_are_closed_or_full(user_env, run, command, status, says):
     done = subprocess.run(["bash", "-c", line], env=user_env, capture_output=True, text=True)
     assert done.returncode == status, done.stderr
     assert done.stderr.startswith(says) and bool(done.stderr) == bool(says)
+
+
+def test_a_full_output_that_is_not_buffered(user_env):
+    line, env = f"{TVQ} --version >/dev/full", {**user_env, "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(["bash", "-c", line], env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "tvq: cannot write the output: No space left on device\n"

@@ -13,7 +13,6 @@ from tests.helpers import make_run
 from transformer_vq import SamplingParams, generate
 from transformer_vq.cli import main
 from transformer_vq.data import (
-    ByteTokenizer,
     bundled_corpus,
     load_tokenizer,
     open_source,
@@ -136,17 +135,16 @@ def test_wrong_options(folder, tmp_path, monkeypatch, capsys, arguments, says):
 
 def test_sample_draws_what_the_vocabulary_has(folder, tmp_path, capsys):
     """Where the model has more tokens than the vocabulary; what cannot be drawn can be shown."""
-    for name in (None, "bpe.json"):
-        tokenizer = load_tokenizer(folder / name) if name else ByteTokenizer()
-        size = tokenizer.vocab_size
-        run = make_run(tmp_path / f"run{name}", tokenizer, vocab_size=2 * size)
-        ask = ["sample", "--run", run, "--prompt", "It", "--max-tokens", "60", "--temperature", "9"]
-        assert main([*ask, "--json"]) == 0
-        (sample,) = json.loads(capsys.readouterr().out)["samples"]
-        assert len(sample["tokens"]) == 60 and max(sample["tokens"]) < size
-        assert sample["text"] == tokenizer.decode_text(sample["tokens"])
-        model, prompt = load_run(run)[0], tokenizer.encode("It")
-        (drawn,) = generate(model, [prompt], SamplingParams(max_tokens=60, temperature=9))
-        assert max(drawn) >= size  # control
-        assert main([*ask, "--logprobs"]) == 0
-        assert re.search(r" <\d{3,}> 0\.", capsys.readouterr().out)
+    tokenizer = load_tokenizer(folder / "bpe.json")
+    size = tokenizer.vocab_size
+    run = make_run(tmp_path / "run", tokenizer, vocab_size=2 * size)
+    ask = ["sample", "--run", run, "--prompt", "It", "--max-tokens", "60", "--temperature", "9"]
+    assert main([*ask, "--json"]) == 0
+    (sample,) = json.loads(capsys.readouterr().out)["samples"]
+    assert len(sample["tokens"]) == 60 and max(sample["tokens"]) < size
+    assert sample["text"] == tokenizer.decode_text(sample["tokens"])
+    model, prompt = load_run(run)[0], tokenizer.encode("It")
+    (drawn,) = generate(model, [prompt], SamplingParams(max_tokens=60, temperature=9))
+    assert max(drawn) >= size  # control
+    assert main([*ask, "--logprobs"]) == 0
+    assert re.search(r" <\d{3,}> 0\.", capsys.readouterr().out)

@@ -100,11 +100,11 @@ def test_a_request_is_alone():
     requests in random places, prompts from one token to several prefill pieces.
     """
     rng = np.random.default_rng(2)
-    requests = [random_request(rng) for _ in range(60)]
+    requests = [random_request(rng) for _ in range(40)]
     filler = ([0], SamplingParams(max_tokens=1))
     alone = [run([request] + [filler] * (BATCH - 1))[0] for request in requests]
-    assert len({tuple(t for t, _ in tokens) for tokens, _ in alone}) > 50  # control
-    for _ in range(200):
+    assert len({tuple(t for t, _ in tokens) for tokens, _ in alone}) > 33  # control
+    for _ in range(80):
         chosen = rng.choice(len(requests), rng.choice([5, 6, 7, 8, 8]))  # 5 to 7 rows are padded
         for i, (tokens, leaves) in zip(chosen, run([requests[i] for i in chosen]), strict=True):
             assert tokens == alone[i][0]

@@ -67,7 +67,10 @@ def test_log_probabilities(case):
 
 
 def test_loss_and_gradients(case):
-    """Through `from_official`, so that gradients carry its own names."""
+    """Through `from_official`, so that gradients carry its own names; and the new codebook.
+
+    Its codebook gradient is the old value minus the moving average: ours is that average.
+    """
 
     def loss(params):
         model = from_official(params, case.config)
@@ -89,14 +92,7 @@ def test_loss_and_gradients(case):
         np.testing.assert_array_less(
             np.abs(np.asarray(grads[path]) - expected).max() / scale, limit, err_msg=path
         )
-
-
-def test_new_codebook(case):
-    """Its codebook gradient is the old value minus the moving average: ours is that average."""
     model = from_official(case.tree("params/"), case.config)
-    state = init_state(model.config, 2)
-    batch = [jnp.asarray(case[k]) for k in ("inputs", "targets", "loss_mask")]
-    _, terms = loss_fn(model.params, model, state, *batch)
     new = vq.update_codebook(model.codebook, terms.codebook, model.config.codebook_decay)
     expected = from_official(
         {

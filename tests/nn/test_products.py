@@ -66,8 +66,11 @@ def test_tuning_is_that_of_the_target(monkeypatch):
         assert products.tuning() == products.CPU
 
 
-@pytest.mark.parametrize(("rows", "large"), [(1, True), (6, True), (6, False)], indirect=["large"])
-@pytest.mark.parametrize("head_type", ["shga", "mha"])
+@pytest.mark.parametrize(
+    ("rows", "large", "head_type"),
+    [(1, True, "shga"), (1, True, "mha"), (6, True, "shga"), (6, False, "mha")],
+    indirect=["large"],
+)
 def test_a_step_in_parts_is_a_step(large, rows, head_type):
     """Logits and state token by token, products in parts, are those of blocks."""
     config = ModelConfig(vocab_size=24, d_model=16, d_k=8, num_layers=1, codebook_size=7,

@@ -44,7 +44,7 @@ def run(config, tokens_per_chunk, monkeypatch, lengths=None, keys=False, remat=F
         units = tuple(keep_keys(unit, config) for unit in state.units)
         state = dataclasses.replace(state, units=units)
 
-    def loss(params):
+    def loss(params, dropout):  # with any keys the same program
         out = forward(
             Model(params, model.codebook, config),
             state,
@@ -57,7 +57,7 @@ def run(config, tokens_per_chunk, monkeypatch, lengths=None, keys=False, remat=F
         loss = (features * probe).sum() + out.statistics.commitment
         return loss, (features, out.state, out.statistics)
 
-    (_, out), grads = quick_jit(jax.value_and_grad(loss, has_aux=True))(model.params)
+    (_, out), grads = quick_jit(jax.value_and_grad(loss, has_aux=True))(model.params, dropout)
     return out, grads
 
 

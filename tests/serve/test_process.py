@@ -1,5 +1,6 @@
 """How a server ends, without a model: its engine fails, or is still loading."""
 
+import errno
 import os
 import signal
 import threading
@@ -121,6 +122,18 @@ def test_before_it_is_ready():
         run(make_app(service), service, engine, sock, drain=5, ready=lambda: None)
     assert [response.status_code for response in found] == [200, 503, 503]
     assert "the model is being loaded" in found[1].text and found[0].json()["model"] is None
+
+
+def test_a_full_output_ends_it():
+    """Nobody would know of its address."""
+
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    service, sock = Service(), listen("127.0.0.1", 0)
+    engine = Engine(lambda: loaded(service), service.deliver)
+    with pytest.raises(OSError, match="No space left on device"):
+        run(make_app(service), service, engine, sock, drain=5, ready=full)
 
 
 def test_addresses_that_cannot_be_used():

@@ -42,7 +42,7 @@ def run(
 ) -> int:
     """Serve until a signal: the exit status. The first signal drains, a second one aborts.
 
-    Raises what made the engine fail, in loading or later.
+    Raises what made the engine fail, in loading or later, and what `ready` raises.
     """
     server = _Server(app, service, drain)
     service.engine = engine
@@ -80,8 +80,8 @@ class _Server(uvicorn.Server):
         """Serve; `ready` is called once requests are taken."""
         self._loop = asyncio.get_running_loop()
         self._service.bind()
-        engine.on_ready = lambda: self._soon(ready)
-        engine.on_end = lambda error: self._soon(self._engine_ended, error)
+        engine.on_ready = lambda: self._soon(self._begin, ready)
+        engine.on_end = lambda error: self._soon(self._failed, error)
         engine.start()
         await self.serve([sock])
 
@@ -89,6 +89,12 @@ class _Server(uvicorn.Server):
         """A call in the loop, from another thread; nothing if the loop has ended."""
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(call, *args)
+
+    def _begin(self, ready: Callable[[], None]) -> None:
+        try:
+            ready()
+        except Exception as error:  # say, the output is full
+            self._failed(error)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal. (Uvicorn would end all connections, and then itself by the same signal.)"""
@@ -113,7 +119,7 @@ class _Server(uvicorn.Server):
         await asyncio.sleep(0.05)  # last words are on their way
         self.should_exit = True
 
-    def _engine_ended(self, error: Exception | None) -> None:
+    def _failed(self, error: Exception | None) -> None:
         if error is None:
             return
         self._service.failed = True

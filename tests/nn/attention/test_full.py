@@ -27,7 +27,6 @@ CASES = {
     "whole": (GATED, WHOLE),
     "one_block": (GROUPED.replace(block_len=64), WHOLE),
     "documents": (GROUPED, WHOLE),
-    "ragged_pieces": (GATED, RAGGED),
     "ragged_pieces_documents": (MANY, RAGGED),
 }
 
