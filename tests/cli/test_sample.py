@@ -68,6 +68,23 @@ def test_a_saved_state_goes_on_as_if_nothing_had_been(capsys, tmp_path, run):
     assert first["tokens"] + rest["tokens"] == whole["tokens"]
 
 
+def test_drafts_change_no_token(capsys, run):
+    """Guesses from the text itself, prompt included, or of a run; how many were right is said."""
+    arguments = ["--prompt", "It was. " * 5, "--max-tokens", "150", "--temperature", "0.2"]
+    plain = sample(capsys, run, *arguments)
+    for draft in ("text", run):
+        command = ["sample", "--run", run, "--json", *arguments, "--draft", draft]
+        assert main(command) == 0
+        printed = capsys.readouterr()
+        record = json.loads(printed.out)
+        assert record["samples"] == [plain]
+        assert 0 < record["right"] <= record["guessed"]
+        share = f"{record['right'] / record['guessed']:.0%} of them right"
+        assert f"{record['guessed']:,} tokens were guessed ahead, {share}" in printed.err
+    sentence = fails(capsys, 1, "sample", "--run", run, "--draft", "nowhere", "--prompt", "a")
+    assert "nowhere" in sentence
+
+
 def test_stop_texts(capsys, tmp_path, run):
     """The output ends before them, and so does the state."""
     whole = sample(capsys, run, "--max-tokens", "40")["tokens"]

@@ -127,12 +127,25 @@ def read(
 
 
 def session(
-    model: "Model", prompt: list[int], params: "SamplingParams", state: "State | None"
+    model: "Model",
+    prompt: list[int],
+    params: "SamplingParams",
+    state: "State | None",
+    draft: "bool | Model" = False,
 ) -> Any:
     """One request being decoded (`engine.batch.Session`)."""
     from transformer_vq.engine.batch import Session
 
-    return Session(model, [prompt], params, state)
+    return Session(model, [prompt], params, state, draft=draft)
+
+
+def open_draft(given: str | None) -> "bool | Model":
+    """What guesses tokens ahead: `text`, or the model of a run in this folder; None: nothing."""
+    if given in (None, "text"):
+        return given is not None
+    from transformer_vq.run.folder import load_run
+
+    return load_run(Path(given))[0]
 
 
 def state_after(

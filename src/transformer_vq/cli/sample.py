@@ -11,6 +11,7 @@ from transformer_vq.cli.models import (
     FarOptions,
     RunFolder,
     check_save_state,
+    open_draft,
     open_model,
     open_run,
     prompt_tokens,
@@ -60,6 +61,7 @@ class Sample:
   tvq sample --run runs/book --prompt-file page.txt --stop '\\n\\n'
   tvq sample --run runs/book --prompt 'It was' --save-state s.tvq
   tvq sample --run runs/book --state s.tvq --prompt ' and so' --json
+  tvq sample --run runs/book --prompt 'It was' --draft text
 """
 
     run: RunFolder
@@ -77,6 +79,15 @@ class Sample:
     ] = None
     save_state: Annotated[
         str | None, option("save the state after what was written", "FILE", default="none")
+    ] = None
+    draft: Annotated[
+        str | None,
+        option(
+            "guess ahead, for the same text in less time: text: from what is written already; or "
+            "the folder of a small run with the same vocabulary",
+            "text|DIR",
+            default="none",
+        ),
     ] = None
     far: FarOptions = field(default_factory=dict)
     json: Annotated[bool, option("print JSON: text, token ids, log-probabilities if asked")] = False
@@ -97,38 +108,45 @@ class Sample:
             raise UsageError(f"the run in {self.run} draws pictures: tvq draw --run {self.run}")
         prompt = prompt_tokens(self.prompt, self.prompt_file, tokenizer)
         model, given = open_model(self.run, info, self.far, self.state)
+        draft = open_draft(self.draft)
         # What is written goes on from the prompt; nobody knows the text of a state.
         decoder = StreamDecoder(tokenizer, prompt or (None if given is not None else ()))
         several = info.data.documents > 1  # then the model knows where a document ends
         if not prompt and given is None:
             prompt = [tokenizer.eos_id if several else tokenizer.start_id]
 
-        # What all samples share is read once, unless penalties need to know what the prompt was.
-        shared = self.sampling.repetition_penalty == 1
+        # What all samples share is read once, unless penalties or drafts need to know the prompt.
+        shared = self.sampling.repetition_penalty == 1 and not draft
         start, unread = given, prompt
         if shared and prompt:
             start = read(model, prompt, given, room=self.sampling.max_tokens, quiet=self.json)
             unread = []
         if start is not None:
             require_probabilities(start, self.run, info.step)
-        records, state = [], None
+        records, state, guessed, right = [], None, 0, 0
         for i in range(self.num_samples):
             seed = self.sampling.seed + i
             params = self._params(seed, tokenizer, model, ends=several)
             if self.num_samples > 1 and not self.json:
                 header = f"── sample {i + 1} of {self.num_samples}, seed {seed} "
                 print(("\n" if i else "") + header.ljust(60, "─"))
-            request = session(model, unread, params, start)
+            request = session(model, unread, params, start, draft)
             if unread:
                 request.read_prompts()
                 require_probabilities(request.state, self.run, info.step)
             tokens, text = self._write(request, tokenizer, decoder)
+            guessed, right = guessed + request.drafted[0], right + request.drafted[1]
             if self.json:
                 records.append(self._record(seed, tokens, text))
             if self.save_state:
                 state = state_after(model, start, unread, tokens, request)
+        if self.draft is not None:
+            share = f", {right / guessed:.0%} of them right" if guessed else ""
+            tell(f"{guessed:,} tokens were guessed ahead{share}")
         if self.json:
             head = {"run": str(self.run), "step": info.step, "prompt_tokens": len(prompt)}
+            if self.draft is not None:
+                head |= {"guessed": guessed, "right": right}
             print(to_json(head | {"samples": records}))
         if state is not None and self.save_state:
             save_state(self.save_state, state, model)

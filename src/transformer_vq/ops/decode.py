@@ -21,6 +21,7 @@ from transformer_vq.nn.decode import Decoder, decode_step, prepare
 from transformer_vq.nn.embedding import to_logits
 from transformer_vq.nn.few import commit, read_few
 from transformer_vq.nn.forward import forward
+from transformer_vq.nn.layers import iota
 from transformer_vq.nn.model import Model, State, init_state
 
 TOP_LOGPROBS = 20  # alternatives reported with log-probabilities
@@ -86,10 +87,10 @@ def controlled_logits(logits: jax.Array, controls: Controls, rows: Rows) -> jax.
         return jax.lax.cond(jnp.any(used), method, lambda logits, _: logits, logits, value)
 
     early = rows.generated < controls.min_tokens
-    vocab = jnp.arange(logits.shape[-1])
+    vocab = iota(logits.shape[-1])
     is_stop = jnp.any(controls.stop_tokens[:, :, None] == vocab, axis=1)
     removed = early[:, None] & is_stop | (controls.bias <= prob.REMOVED / 2)
-    logits = jnp.where(removed, prob.REMOVED, logits + controls.bias)
+    logits = jnp.where(removed, prob.REMOVED, logits + controls.bias.astype(logits.dtype))
     seen = rows.prompt | (rows.counts > 0)
     logits = prob.repetition_penalty(logits, seen, controls.repetition_penalty)
     logits = prob.presence_and_frequency(

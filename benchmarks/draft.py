@@ -1,0 +1,118 @@
+"""Drafts beside plain decoding: `python benchmarks/draft.py [--run runs/book] [--draft DIR]`.
+
+Two sessions of the same requests, one with drafts and one without, go on in turns in one process.
+With `--run` the model is that of a run, which writes prose at `--temperature`; with
+`--repeat` it goes on from a prompt that repeats itself, greedily. Without a run the model has the
+sizes of `--preset` and is untrained: greedily, it soon repeats itself. Prints a row of a markdown
+table: tokens a second of both, the ratio of their times (median of the turns; of all of them
+together, trials of other sizes included), the same by processor time, which other programs on the
+machine disturb less, how many guesses were right, and the first token that differs, if rounding
+has decided one.
+"""
+
+import argparse
+import statistics
+import time
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+
+from transformer_vq import ModelConfig, SamplingParams, init_model, load
+from transformer_vq.data import bundled_corpus, load_bytes
+from transformer_vq.engine.batch import Session
+from transformer_vq.engine.pace import SIZES
+
+
+def main() -> None:
+    """Print the head of a table and a row."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--run", help="folder of a trained run on bytes")
+    parser.add_argument("--draft", help="folder of a run that guesses; else the text itself does")
+    parser.add_argument("--preset", default="enwik8", help="sizes of the model without a run")
+    parser.add_argument("--layers", type=int, default=0, help="fewer than the preset has")
+    parser.add_argument("--repeat", action="store_true", help="the prompt repeats itself")
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--turns", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=128, help="of each row in a turn")
+    args = parser.parse_args()
+    print(
+        "| text | batch | plain, tokens/s | with drafts | ratio of each turn | of all | of "
+        "processor time | right | first that differs |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    print(row(args))
+
+
+def row(args: argparse.Namespace) -> str:
+    """Measure: a row of the table."""
+    book = np.asarray(load_bytes(bundled_corpus()))
+    repeat = args.repeat or not args.run
+    if args.run:
+        model = load(args.run)[0]
+    else:
+        layers = {"num_layers": args.layers} if args.layers else {}
+        config = ModelConfig.preset(args.preset, compute_dtype="float32", **layers)
+        model = init_model(config, 0)
+    guide = load(args.draft)[0] if args.draft else True
+    starts = [200_000 + 10_000 * i for i in range(args.batch)]
+    prompts = [
+        book[s : s + 48].tolist() * 8 if repeat else book[s : s + 600].tolist() for s in starts
+    ]
+    total = args.turns * args.tokens
+    temperature = 0.0 if repeat else args.temperature
+    params = [
+        SamplingParams(max_tokens=total, temperature=temperature, seed=i) for i in range(args.batch)
+    ]
+    compile_all(model, prompts, params, guide)
+    sessions = {draft: Session(model, prompts, params, draft=draft) for draft in (False, guide)}
+    tokens: list[list[list[int]]] = [[[] for _ in prompts] for _ in sessions]
+    wall, processor = [[], []], [[], []]
+    for session in sessions.values():
+        session.read_prompts()
+    for _ in range(args.turns):
+        for which, session in enumerate(sessions.values()):
+            began, used = time.perf_counter(), time.process_time()
+            for token in islice(session, args.batch * args.tokens):
+                tokens[which][token.row].append(int(token))
+            wall[which].append(time.perf_counter() - began)
+            processor[which].append(time.process_time() - used)
+    plain, drafted = (statistics.median(s) for s in wall)
+    ratios = [a / b for a, b in zip(*wall, strict=True)]
+    guessed, right = sessions[guide].drafted
+    text = "repeats itself" if repeat else f"prose at {args.temperature}"
+    speeds = [args.batch * args.tokens / s for s in (plain, drafted)]
+    return (
+        f"| {text} | {args.batch} | {speeds[0]:,.0f} | {speeds[1]:,.0f} | "
+        f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | "
+        f"{sum(wall[0]) / sum(wall[1]):.2f} | {sum(processor[0]) / sum(processor[1]):.2f} | "
+        f"{right:,} of {guessed:,} ({right / max(1, guessed):.0%}) | {first_difference(*tokens)} |"
+    )
+
+
+def compile_all(model, prompts, params, guide) -> None:
+    """All programs, so that none is compiled while the clock runs: a round of each size."""
+    short = [replace(p, max_tokens=40) for p in params]
+    for draft in (False, guide):
+        session = Session(model, prompts, short, draft=draft)
+        if session._drafts is not None:
+            sizes = iter(SIZES)
+            session._drafts.pace.choose = lambda steps, sizes=sizes: (next(sizes, 1), 1)
+        list(session)
+
+
+def first_difference(plain: list[list[int]], drafted: list[list[int]]) -> str:
+    """Where the two first wrote another token, and how many they wrote."""
+    compared = 0
+    for a, b in zip(plain, drafted, strict=True):
+        length = min(len(a), len(b))
+        for i in range(length):
+            if a[i] != b[i]:
+                return f"{i + 1:,} of a row"
+        compared += length
+    return f"none of {compared:,}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Drafts: the same tokens, whatever is guessed; and only where they are worth it."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.engine.plain import MODEL, make_model, random_prompt
+from tests.engine.test_batch import random_request
+from tests.helpers import DOUBLE, close
+from transformer_vq import Model, SamplingParams, generate
+from transformer_vq.engine.batch import Session
+from transformer_vq.engine.pace import LONGEST_WAIT, SIZES, TRIAL, Pace
+from transformer_vq.errors import UserError
+from transformer_vq.ops.draft import LONGEST_MATCH, _continued
+from transformer_vq.sharding import data_mesh
+
+STEPS = 8  # of a dispatch here
+
+
+def double_model(**fields):
+    """The model of `plain`, of other sizes, in float64."""
+    model = make_model(**DOUBLE, **fields)
+    params, codebook = jax.tree.map(jnp.float64, (model.params, model.codebook))
+    return Model(params, codebook, model.config)
+
+
+def requests(rng, count, **fields):
+    """Prompts that repeat themselves, and controls of all kinds."""
+    drawn = [random_request(rng) for _ in range(count)]
+    prompts = [(random_prompt(rng, 5) * 9)[: rng.integers(1, 17)] for _ in drawn]
+    params = [dataclasses.replace(p, **fields) for _, p in drawn]
+    for i in range(0, count, 2):  # half of them likely to repeat themselves
+        params[i] = dataclasses.replace(params[i], temperature=0.1, max_tokens=33)
+    return prompts, params
+
+
+def run(model, prompts, params, draft=False, state=None):
+    """Tokens with their log-probabilities, the state that is left, and what was guessed."""
+    session = Session(model, prompts, params, state, steps=STEPS, draft=draft)
+    outputs = [[] for _ in prompts]
+    for token in session:
+        outputs[token.row].append((int(token), token.logprob))
+    return outputs, session.state, session.drafted
+
+
+def same(drafted, plain, params):
+    """Tokens are equal; so are states, where no stop sequence ended the row."""
+    for row, (a, b) in enumerate(zip(drafted[0], plain[0], strict=True)):
+        assert [t for t, _ in a] == [t for t, _ in b]
+        if params[row].logprobs:
+            np.testing.assert_allclose([p for _, p in a], [p for _, p in b], atol=1e-6)
+        if len(b) == params[row].max_tokens:
+            close(*(jax.tree.map(lambda x, row=row: x[row], s[1]) for s in (drafted, plain)))
+
+
+def of_sizes(monkeypatch, *sizes):
+    """Dispatches of these sizes, one after the other, whatever is fast."""
+    turns = itertools.cycle(sizes)
+    monkeypatch.setattr(Pace, "choose", lambda self, steps: (next(turns), steps))
+
+
+def test_the_same_tokens(double, monkeypatch):
+    """Over seeds, controls, sizes of batches and rounds: those of plain decoding."""
+    of_sizes(monkeypatch, 4, 16, 1, 4)
+    model, rng = double_model(), np.random.default_rng(5)
+    guessed = right = 0
+    plain = None
+    for _ in range(6):
+        prompts, params = requests(rng, rng.choice([5, 8]), logprobs=True)
+        plain = run(model, prompts, params)
+        drafted = run(model, prompts, params, draft=True)
+        same(drafted, plain, params)
+        guessed, right = guessed + drafted[2][0], right + drafted[2][1]
+    assert plain and plain[2] == (0, 0)
+    assert 0.1 * guessed < right < guessed  # some are right, and some are not
+
+
+def test_a_model_that_guesses(double, monkeypatch):
+    """The model itself guesses every token right; a smaller one some. And across a saved state."""
+    of_sizes(monkeypatch, 4, 1, 4)
+    model, rng = double_model(), np.random.default_rng(6)
+    prompts, params = requests(rng, 8, logprobs=True, stop=(), max_tokens=25)
+    plain = run(model, prompts, params)
+    itself = run(model, prompts, params, draft=model)
+    same(itself, plain, params)
+    cut = 3 * len(prompts)  # a row's last round is cut short
+    assert itself[2][1] >= itself[2][0] - cut > 0
+    other = Model(
+        {**model.params, "embedding": model.params["embedding"] + 0.3}, model.codebook, model.config
+    )
+    smaller = run(model, prompts, params, draft=other)
+    same(smaller, plain, params)
+    assert 0 < smaller[2][1] < smaller[2][0]
+    # From a state, of which the small model knows nothing.
+    more = [[]] * 8, params
+    again = run(model, *more, draft=other, state=plain[1])
+    same(again, run(model, *more, state=plain[1]), params)
+
+
+def test_continued():
+    """What followed the last place that is most like the end, against plain loops."""
+    rng, size, count = np.random.default_rng(0), 40, 9
+    recent = rng.integers(0, 3, (50, size)).astype(np.int32)
+    for row, text in enumerate(recent):
+        text[: rng.integers(0, size)] = -1
+        if row % 5 == 0:  # a period
+            text[-20:] = np.resize(rng.integers(0, 50, 1 + row // 5), 20)
+    found = np.asarray(_continued(jnp.asarray(recent), count))
+    for row, text in enumerate(recent.tolist()):
+        lengths = []
+        for end in range(size - 1):  # of the place
+            n = 0
+            while n <= min(end, LONGEST_MATCH - 1) and text[end - n] == text[-1 - n] >= 0:
+                n += 1
+            lengths.append(n)
+        best = max(range(size - 1), key=lambda end: (lengths[end], end))
+        expected = text[best + 1 :]
+        while len(expected) < count:
+            expected += text[best + 1 :]
+        np.testing.assert_array_equal(found[row], np.maximum(expected[:count], 0))
+    assert len(set(found.ravel().tolist())) > 10
+
+
+def decode(pace, speeds, tokens):
+    """Seconds that so many tokens take where a size has these tokens a round, seconds a round."""
+    seconds, sizes = 0.0, []
+    while tokens > 0:
+        size, rounds = pace.choose(32)
+        per_round, cost = speeds[size]
+        rounds = min(rounds, max(1, round(32 / per_round)))
+        pace.measure(size, rounds * per_round, rounds * cost)
+        seconds, tokens = seconds + rounds * cost, tokens - rounds * per_round
+        sizes.append(size)
+    return seconds, sizes
+
+
+REPEATS = {1: (1, 1.0), 4: (4, 1.9), 16: (16, 3.4)}
+PROSE = {1: (1, 1.0), 4: (1.9, 1.4), 16: (2.0, 2.4)}
+HOPELESS = {1: (1, 1.0), 4: (1.02, 1.9), 16: (1.02, 3.4)}
+
+
+@pytest.mark.parametrize(("speeds", "best"), [(REPEATS, 16), (PROSE, 4), (HOPELESS, 1)])
+def test_the_fastest_goes_on(speeds, best):
+    pace = Pace()
+    seconds, sizes = decode(pace, speeds, 3000)
+    per_round, cost = speeds[best]
+    assert max(set(sizes), key=sizes.count) == best
+    assert seconds < 1.02 * 3000 * cost / per_round + 64  # two dispatches to compare with
+    assert set(sizes) == ({1, 4} if best == 1 else set(SIZES))
+
+
+def test_switched_off_and_on_again():
+    """A text that stops repeating is soon decoded plainly, and one that begins to, with drafts."""
+    pace = Pace()
+    decode(pace, REPEATS, 1000)
+    hopeless, _ = decode(pace, HOPELESS, 1000)
+    assert hopeless < 1.25 * 1000
+    _, sizes = decode(pace, HOPELESS, 10_000)
+    assert sizes.count(4) <= 3 + 10_000 // LONGEST_WAIT and set(sizes) == {1, 4}
+    seconds, sizes = decode(pace, REPEATS, 3000)
+    assert sizes[-1] == 16 and seconds < 1500
+
+
+def test_a_trial_is_short():
+    """The first dispatch of a size compiles it: it has one round, and is not timed."""
+    pace = Pace()
+    sizes = []
+    for _ in range(4):
+        size, rounds = pace.choose(32)
+        sizes.append((size, rounds))
+        pace.measure(size, rounds, 1000.0 if len(sizes) in (1, 3) else rounds)
+    assert sizes == [(1, 1), (1, 32), (4, 1), (4, TRIAL)]
+
+
+def test_refused():
+    params = SamplingParams(max_tokens=2)
+    with pytest.raises(UserError, match="draft has a vocabulary of 32 tokens and the model one of"):
+        generate(MODEL, [[1]], params, draft=make_model(vocab_size=32))
+    with pytest.raises(UserError, match="draft is 3: it must be a Model"):
+        generate(MODEL, [[1]], params, draft=3)
+    with pytest.raises(UserError, match="draft is for one device, and there is a mesh"):
+        generate(MODEL, [[1]], params, draft=True, mesh=data_mesh())
