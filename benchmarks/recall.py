@@ -3,8 +3,10 @@
 For each task, model and seed, a small model is trained from nothing on episodes (docs/data.md,
 "Tasks of memory") whose answers are farther back than its window reaches. Then it is asked on
 held-out ones, with as much filler as it was trained with, 4 and 16 times as much. Models are with
-key shift, gain and soft writes (vq), the same without the far part (no-cache: what a window alone
-gives), and of full attention.
+key shift and gain (vq), the same without the far part (no-cache: what a window alone gives), and of
+full attention. A block in training holds an episode, so that gradients reach every key; outputs do
+not depend on it. (`--config.block-len 4 --config.soft-writes True`, or `--config.reach 64`, to
+compare.)
 Evaluation carries the state through chunks, so it takes linear time (full attention does not).
 
 `reading` trains on text (Moby-Dick), and then reads 2,000 bytes of held-out text, other text, and
@@ -52,19 +54,17 @@ READING = "reading"
 MODELS: dict[str, dict[str, Any]] = {
     "vq": {},
     "no-cache": {"use_cache": False, "reach": 0, "soft_writes": False},
-    "full": {"attention": "full", "soft_writes": False},
+    "full": {"attention": "full"},
 }
 CONFIG = ModelConfig(
     d_model=32,
     d_k=32,
     num_layers=1,
     codebook_size=64,
-    block_len=4,
     window_len=4,
     codebook_decay=0.95,
     key_shift=True,
     score_gain=True,
-    soft_writes=True,
 )
 TRAIN = TrainConfig(
     learning_rate=3e-3,
@@ -74,8 +74,10 @@ TRAIN = TrainConfig(
     codebook_init="data",
     revive_below=0.1,
 )
-TEXT_CONFIG = CONFIG.replace(d_model=64, d_v=0, codebook_size=128, block_len=64, window_len=64)
 TEXT_LEN, PASSAGE, PASSAGES = 1024, 2000, 8
+TEXT_CONFIG = CONFIG.replace(
+    d_model=64, d_v=0, codebook_size=128, block_len=TEXT_LEN, window_len=64
+)
 ROW_TOKENS = 4096  # of a batch: how many rows it has, if --train.batch-size does not say
 ASKED, ASKED_TOKENS = 256, 2**20  # held-out episodes of a length, and bytes of them, at most
 ROWS = 16  # scored side by side
@@ -149,7 +151,7 @@ def recall(name: str, model_name: str, seed: int, args: Options) -> Iterator[dic
     given = {key: value for key, value in given.items() if value is not None}
     letters = 26 if given.get("pairs", 0) > TASKS[name].letters else TASKS[name].letters
     task = dataclasses.replace(TASKS[name], episodes=0, letters=letters, seed=seed, **given)
-    config = configured(CONFIG, model_name, args)
+    config = configured(CONFIG.replace(block_len=task.length), model_name, args)
     model = trained(config, recipe(task.length, seed, args), task.source().split("train"))
     for times in map(int, args.lengths.split(",")):
         count = min(ASKED, max(ASKED_TOKENS // (task.length + times * task.filler), ROWS))

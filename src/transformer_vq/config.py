@@ -68,13 +68,17 @@ class ModelConfig:
     forget_horizon: float = real(8192.0, "no key outlives about so many tokens (tau_max), where "
                                  "there is forgetting", "(1, inf)")  # fmt: skip
     key_shift: bool = switch(False, "mix each key with the one before it, by a learned share")
-    score_gain: bool = switch(False, "a learned factor on the scores, per query head")
+    score_gain: bool = switch(False, "a learned factor on the scores, per query head; sqrt(128 / "
+                              "d_k) at the start")
     sink: bool = switch(False, "let queries attend to nothing, with a learned score per head")
     sphere_codewords: bool = switch(False, "codewords of the norm of keys: means, normalised")
     reach: int = whole(0, "in training, see keys one by one so many tokens back, so that they get "
                        "gradients; 0: the window's", high=2**20)  # fmt: skip
     soft_writes: bool = switch(False, "let gradients reach keys beyond the window, through the "
                                "codes that they might have had")  # fmt: skip
+    zero_outputs: bool = switch(False, "what units add to the stream starts at zero")
+    embedding_shortcut: bool = switch(False, "mix the embedded input into the input of each unit, "
+                                      "by learned shares")  # fmt: skip
     grad_through_cache: bool = switch(True, "let gradients reach values beyond the window")
     reset_at_document: bool = switch(False, "a document attends to nothing before its start")
     absolute_positions: bool = switch(False, "add a sinusoid times a learned scalar to the input")
@@ -82,6 +86,8 @@ class ModelConfig:
     tie_embeddings: bool = switch(False, "use the input embedding as the output projection")
     final_norm: bool = switch(True, "normalise before the output projection")
     logit_scale: float = real(1.0, "factor on the logits", "(0, inf)")
+    logit_cap: float = real(0.0, "keep logits between minus and plus this, by a tanh", "(0, inf)",
+                            also={0: "do not"})  # fmt: skip
     commit_coefficient: float = real(1e-4, "weight of the commitment loss (beta)", "[0, inf)")
     codebook_decay: float = real(0.99, "moving average of codebook statistics (gamma)", "[0, 1)")
     dropout_embedding: float = real(0.0, "dropout on the embedded input", "[0, 1)")

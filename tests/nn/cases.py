@@ -17,6 +17,7 @@ MEMORY = dict(  # all that has to do with memory, but its bounds and the gradien
     sink=True,
     sphere_codewords=True,
 )
+STREAM = dict(embedding_shortcut=True, logit_cap=2.0)  # on the way in, and out
 CASES = {
     "gated": make_config(window_len=4, block_len=3, absolute_positions=True),
     "gated_heads_documents": make_config(
@@ -37,6 +38,7 @@ CASES = {
         block_len=4,
         reset_at_document=True,
         **MEMORY,
+        **STREAM,
     ),
     "full_documents": make_config(
         "mqa",

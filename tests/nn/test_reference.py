@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import SINGLE, close, far, make_config, quick_jit, random_inputs, random_model
-from tests.nn.cases import MEMORY
+from tests.nn.cases import MEMORY, STREAM
 from transformer_vq import Model, extend, init_state
 from transformer_vq.nn import vq
 from transformer_vq.nn.embedding import to_logits
@@ -33,7 +33,13 @@ CONFIGS = {
     "soft_writes": make_config(window_len=3, block_len=4, soft_writes=True),
     "reach": make_config(window_len=3, block_len=4, reach=6),
     "memory_documents": make_config(
-        "mha", window_len=2, block_len=5, far_cap=3, reset_at_document=True, **MEMORY
+        "mha",
+        window_len=2,
+        block_len=5,
+        far_cap=3,
+        reset_at_document=True,
+        **MEMORY,
+        **STREAM,
     ),
     "memory_reach_soft_writes": make_config(
         "mqa",
@@ -47,7 +53,13 @@ CONFIGS = {
     ),
     "memory_no_cache": make_config("mqa", window_len=4, block_len=3, use_cache=False, **MEMORY),
     "full_memory": make_config(
-        "mqa", attention="full", reset_at_document=True, key_shift=True, score_gain=True, sink=True
+        "mqa",
+        attention="full",
+        reset_at_document=True,
+        key_shift=True,
+        score_gain=True,
+        sink=True,
+        **STREAM,
     ),
     "two_gated_heads": make_config(
         window_len=5, block_len=3, num_heads=2, tie_embeddings=True, final_norm=False
@@ -209,6 +221,7 @@ def any_case(draw):
         attention=draw(st.sampled_from(["vq", "vq", "vq", "full"])),
         max_wavelength=draw(st.sampled_from([10.0, 1e5])),
         logit_scale=draw(st.sampled_from([0.01, 1.0])),
+        logit_cap=draw(st.sampled_from([0.0, 0.0, 2.0])),
     )
     for name in (
         "use_cache",
@@ -219,6 +232,7 @@ def any_case(draw):
         "key_shift",
         "score_gain",
         "sink",
+        "embedding_shortcut",
     ):
         fields[name] = draw(st.booleans())
     if fields["attention"] == "vq":

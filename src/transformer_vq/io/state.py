@@ -20,7 +20,11 @@ from transformer_vq.errors import UserError, as_path, require_kind
 from transformer_vq.nn.model import Model, State, init_state
 
 # Fields of a configuration that states were saved without, and the value that changes nothing.
-MEMORY_FIELDS = FOR_CODES | dict.fromkeys(("key_shift", "score_gain", "sink"), False)
+LATER_FIELDS = (
+    FOR_CODES
+    | dict.fromkeys(("key_shift", "score_gain", "sink"), False)
+    | dict(zero_outputs=False, embedding_shortcut=False, logit_cap=0)
+)
 VERSION = 2  # 1 had no spare rows in its tables
 FORMAT = "transformer-vq state"
 _MOST_HEADER = 1 << 24  # bytes of a header: a line for each array
@@ -38,7 +42,7 @@ class OtherModel(StateError):
 def model_hash(model: Model) -> str:
     """SHA-256 of a model: its configuration and every byte of its arrays."""
     config = model.config.to_dict()
-    for name, off in MEMORY_FIELDS.items():  # what older states know nothing of, if it is off
+    for name, off in LATER_FIELDS.items():  # what older states know nothing of, if it is off
         if config[name] == off:
             del config[name]
     if model.config.forget == "none":

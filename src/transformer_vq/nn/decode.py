@@ -16,7 +16,14 @@ from transformer_vq.nn.embedding import embed, to_logits
 from transformer_vq.nn.model import Model, State
 from transformer_vq.nn.products import OutputMajor
 from transformer_vq.nn.timeline import Timeline, make_timeline
-from transformer_vq.nn.unit import PreparedUnit, UnitState, apply_unit, distance_wave, prepare_unit
+from transformer_vq.nn.unit import (
+    PreparedUnit,
+    UnitState,
+    apply_unit,
+    distance_wave,
+    prepare_unit,
+    unit_input,
+)
 from transformer_vq.types import Features, Params, PerRow, PerRowFlag
 
 
@@ -68,9 +75,10 @@ def decode_step(
     timeline, document_start, document_id = make_timeline(
         config, state, active.astype(jnp.int32), 1, documents
     )
-    x = embed(decoder.params, tokens[:, None], timeline, config)
+    x = embedded = embed(decoder.params, tokens[:, None], timeline, config)
     units = []
     for unit, unit_state in zip(decoder.units, state.units, strict=True):
+        x = unit_input(unit, x, embedded)
         x, unit_state = _step_unit(unit, x, unit_state, timeline, config)
         units.append(unit_state)
     logits = to_logits(decoder.params, x[:, 0], config)

@@ -33,4 +33,7 @@ def to_logits(params: Params, x: jax.Array, config: ModelConfig) -> jax.Array:
     w_out = products.OutputMajor(params["embedding"]) if tied else params["w_out"]
     w_out = jax.tree.map(lambda a: a.astype(dtype), w_out)
     logits = products.matmul(x.astype(dtype), w_out) + params["output_bias"].astype(dtype)
-    return logits * config.logit_scale
+    logits = logits * config.logit_scale
+    if config.logit_cap:
+        logits = config.logit_cap * jnp.tanh(logits / config.logit_cap)
+    return logits

@@ -25,6 +25,7 @@ from transformer_vq.nn.unit import (
     apply_unit,
     distance_wave,
     prepare_unit,
+    unit_input,
 )
 from transformer_vq.nn.vq import SamplePositions
 from transformer_vq.sharding import cuts_columns, keep_rows
@@ -116,7 +117,7 @@ def _run_units(model: Model, state: State, call: Chunk, training: Training | Non
         if keys is not None:
             unit_wave, keys = dropout.drop_sinusoids(keys, wave, config)
         unit = prepare_unit(params, codebook, unit_wave, config, layout=layout)
-        whole = call._replace(x=x)
+        whole = call._replace(x=unit_input(unit, x, call.x))
         out = _run_unit(unit, unit_state, whole, cut, keys, config, training)
         return keep_rows(out.x), (out.state, out.statistics)
 

@@ -1,11 +1,13 @@
 """The model: its arrays and its state."""
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from transformer_vq.config import DEFAULT_CAPACITY, DType, ModelConfig
 from transformer_vq.errors import UserError, require_kind, shown
@@ -53,6 +55,12 @@ class State:
         return unit.capacity if isinstance(unit, FullAttentionState) else None
 
 
+def score_gain_start(config: ModelConfig) -> float:
+    """Where learned factors on scores begin: a key that matches a query gets a score of
+    `sqrt(128)`, whatever the width of keys, as it does by itself with the paper's `d_k` of 128."""
+    return (128 / config.d_k) ** 0.5
+
+
 def model_specs(config: ModelConfig) -> tuple[Params, Params]:
     """Declarations of all arrays of a model: `(params, codebook)`, as trees of `ArraySpec`."""
     d, n = config.d_model, config.num_units
@@ -61,6 +69,9 @@ def model_specs(config: ModelConfig) -> tuple[Params, Params]:
 
     def weight(rows: int, columns: int, axes=("embed", "heads")) -> ArraySpec:
         return ArraySpec((n, rows, columns), ("unit", *axes), scale=rows**-0.5)
+
+    def adds(spec: ArraySpec) -> ArraySpec:  # to the residual stream
+        return dataclasses.replace(spec, init="zeros") if config.zero_outputs else spec
 
     gated = config.head_type == "shga"  # its values and gates are what an MLP's hidden units are
     out, value = ("hidden", "hidden") if gated else ("heads", "kv_heads")
@@ -72,7 +83,7 @@ def model_specs(config: ModelConfig) -> tuple[Params, Params]:
         "w_r": weight(d, heads * k),
         "u": ArraySpec((n, heads * k), ("unit", "heads"), "zeros"),
         "w": ArraySpec((n, heads * k), ("unit", "heads"), "zeros"),
-        "w_o": weight(heads * v, d, (out, "embed")),
+        "w_o": adds(weight(heads * v, d, (out, "embed"))),
     }
     if config.forget != "none":
         units["b_forget"] = ArraySpec((n, groups), ("unit", "kv_heads"), forget_start(config))
@@ -82,13 +93,18 @@ def model_specs(config: ModelConfig) -> tuple[Params, Params]:
     if config.key_shift:
         units["key_shift"] = ArraySpec((n, groups * k), ("unit", "kv_heads"), "zeros")
     if config.score_gain:
-        units["score_gain"] = ArraySpec((n, heads), ("unit", "heads"), "ones")
+        start = np.full((n, heads), score_gain_start(config))
+        units["score_gain"] = ArraySpec((n, heads), ("unit", "heads"), start)
     if config.sink:
         units["sink"] = ArraySpec((n, heads), ("unit", "heads"), "zeros")
+    if config.embedding_shortcut:
+        shares = np.tile([1.0, 0.0], (n, 1))
+        units["shortcut"] = ArraySpec((n, 2), ("unit", None), shares)
     if gated:
         units["w_g"] = weight(d, heads * v, ("embed", "hidden"))
     else:
         units["mlp"] = layers.mlp_specs((n,), d, config.d_mlp)
+        units["mlp"]["w_out"] = adds(units["mlp"]["w_out"])
     params: Params = {
         "embedding": ArraySpec((config.vocab_size, d), ("vocab", "embed")),
         "units": units,

@@ -141,6 +141,7 @@ def reference_logits(params, codebook, config, tokens, document_ids=None):
     if config.absolute_positions:
         wave = sinusoid(positions, config.d_model, config.max_wavelength)
         x = x + params["position_scale"] * wave
+    embedded = x
     commitment = 0.0
     for i in range(config.num_units):
         p, c = jax.tree.map(lambda a, i=i: a[i], (params["units"], codebook))
@@ -148,6 +149,8 @@ def reference_logits(params, codebook, config, tokens, document_ids=None):
         def split(y, n):
             return y.reshape(batch, length, n, -1)
 
+        if config.embedding_shortcut:
+            x = p["shortcut"][0] * x + p["shortcut"][1] * embedded
         y = rms(x) * p["norm"]["gain"] + p["norm"]["bias"]
         q = scale * rms(split(y @ p["w_q"], heads))
         k = split(y @ p["w_k"], kv_heads)
@@ -187,4 +190,7 @@ def reference_logits(params, codebook, config, tokens, document_ids=None):
     if config.final_norm:
         x = rms(x) * params["final_norm"]["gain"] + params["final_norm"]["bias"]
     w_out = params["embedding"].T if config.tie_embeddings else params["w_out"]
-    return config.logit_scale * (x @ w_out + params["output_bias"]), commitment
+    logits = config.logit_scale * (x @ w_out + params["output_bias"])
+    if config.logit_cap:
+        logits = config.logit_cap * jnp.tanh(logits / config.logit_cap)
+    return logits, commitment

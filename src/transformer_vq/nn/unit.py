@@ -64,6 +64,7 @@ class PreparedUnit:
     gain: HeadScore | None = None  # [H]: factor on the scores; in u and w already
     key_mix: KeyMix | None = None  # [G, K]: share of the key before
     forget: ForgetGate | None = None
+    shortcut: jax.Array | None = None  # [2]: shares of the stream and of the embedded input
 
 
 @jax.tree_util.register_dataclass
@@ -151,7 +152,16 @@ def prepare_unit(
         gain=gain,
         key_mix=key_mix(params, config) if config.key_shift else None,
         forget=ForgetGate.of(params, config) if config.forget != "none" else None,
+        shortcut=cast(params["shortcut"]) if config.embedding_shortcut else None,
     )
+
+
+def unit_input(unit: PreparedUnit, x: Features, embedded: Features) -> Features:
+    """The input of a unit: the stream x and, with `embedding_shortcut`, a share of what went into
+    the first unit (Jordan et al., 2024, modded-nanogpt)."""
+    if unit.shortcut is None:
+        return x
+    return unit.shortcut[0] * x + unit.shortcut[1] * embedded
 
 
 def apply_unit(
