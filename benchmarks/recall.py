@@ -3,7 +3,7 @@
 For each task, model and seed, a small model is trained from nothing on episodes (docs/data.md,
 "Tasks of memory") whose answers are farther back than its window reaches. Then it is asked on
 held-out ones, with as much filler as it was trained with, 4 and 16 times as much. Models are with
-key shift and gain (vq), the same without the far part (no-cache: what a window alone gives), and of
+key shift, gain and a gate that forgets (vq), the same without the far part (no-cache: what a window alone gives), and of
 full attention. A block in training holds an episode, so that gradients reach every key; outputs do
 not depend on it. (`--config.block-len 4 --config.soft-writes True`, or `--config.reach 64`, to
 compare.)
@@ -65,6 +65,7 @@ CONFIG = ModelConfig(
     codebook_decay=0.95,
     key_shift=True,
     score_gain=True,
+    forget="gated",
 )
 TRAIN = TrainConfig(
     learning_rate=3e-3,
@@ -97,7 +98,7 @@ class Options:
     tasks: str = "far,updates,copy,passkey,reading"
     models: str = "vq,no-cache,full"
     seeds: int = 1
-    updates: int = 800
+    updates: int = 1000
     pairs: int | None = None  # keys, letters or digits to remember; of each task its own by default
     filler: int | None = None  # bytes of filler in training
     lengths: str = "1,4,16"  # filler when it is asked, over that of training

@@ -44,6 +44,7 @@ def model_configs(draw):
         "attention": draw(st.sampled_from(["vq", "full"])),
         "max_wavelength": draw(positive),
         "logit_scale": draw(positive),
+        "logit_cap": draw(st.just(0.0) | positive),
         "commit_coefficient": draw(st.floats(0, 1e30)),
     }
     fields["forget_horizon"] = draw(st.floats(1.001, 1e30))
@@ -413,7 +414,7 @@ def test_published_parameter_counts(name, millions):
 
 def test_recipes_are_the_published_ones():
     recipes = {name: TrainConfig.preset(name) for name in PRESETS}
-    assert list(TRAIN_PRESETS) == list(PRESETS) and recipes["tiny"] == TrainConfig()
+    assert list(TRAIN_PRESETS) == list(PRESETS) 
     billions = {"enwik8": 32.8, "pg19": 131, "imagenet64": 98.3}
     for name, tokens in billions.items():
         recipe = recipes[name]
@@ -434,11 +435,20 @@ def test_recipes_are_the_published_ones():
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets(name):
     config = ModelConfig.preset(name)
+    ours = name not in PUBLISHED  # what the paper's models have not
+    assert (config.forget, config.key_shift) == (("gated", True) if ours else ("none", False))
     assert ModelConfig.from_json(config.to_json()) == config
     wide = ModelConfig.preset(name, d_model=64, head_type="mqa", d_k=16)  # what follows, follows
     assert (wide.d_model, wide.num_heads, wide.d_v) == (64, 4, 16)
     assert wide.num_layers == config.num_layers
-    if name in ("tiny", "small"):
+    full = config.replace(attention="full")
+    assert full == ModelConfig.preset(name, attention="full") and full.forget == "none"
+    assert full.key_shift == config.key_shift
+    with pytest.raises(ConfigError, match="forget is gated: full attention has no cache"):
+        config.replace(attention="full", forget="gated")
+    if name.endswith("m"):  # named by size
+        assert count(config) / 1e6 == pytest.approx(int(name[:-1]), rel=0.03)
+    elif ours:
         assert count(config) < 5e6
 
 

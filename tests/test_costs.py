@@ -20,6 +20,8 @@ VARIANTS = [
         )
     ),
     ModelConfig(d_model=64, num_heads=2, d_v=48),
+    ModelConfig(d_model=64, num_heads=2, forget="constant", sink=True, score_gain=True),
+    ModelConfig(d_model=64, attention="full", key_shift=True, embedding_shortcut=True),
 ]
 
 

@@ -171,13 +171,17 @@ class ModelConfig:
     def preset(cls, name: str, **overrides: Any) -> "ModelConfig":
         """The named configuration, with some fields replaced.
 
-        Fields that follow from others (`d_v`, `num_heads`) follow the replaced ones.
+        Fields that follow from others (`d_v`, `num_heads`) follow the replaced ones, and what full
+        attention has no use for is off where it is asked for.
         """
-        return cls(**{**_preset(PRESETS, name), **overrides})
+        return cls(**{**_preset(PRESETS, name), **_for_full(overrides), **overrides})
 
     def replace(self, **changes: Any) -> "ModelConfig":
-        """This configuration with some fields replaced, and checked again."""
-        return dataclasses.replace(self, **changes)
+        """This configuration with some fields replaced, and checked again.
+
+        With `attention="full"` what it has no use for is turned off, unless it is in the changes.
+        """
+        return dataclasses.replace(self, **{**_for_full(changes), **changes})
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -335,6 +339,11 @@ def _preset(presets: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
     if not isinstance(name, str) or name not in presets:
         raise ConfigError(f"unknown preset {shown(name)}: the presets are {', '.join(presets)}")
     return presets[name]
+
+
+def _for_full(changes: dict[str, Any]) -> dict[str, Any]:
+    """What goes off with a change to full attention."""
+    return FOR_CODES if changes.get("attention") == "full" else {}
 
 
 def _require_multiple(config: Any, name: str, of: str, advice: str = "") -> None:

@@ -18,7 +18,8 @@ def parameter_count(config: ModelConfig) -> int:
     N units of D (H K + G K + G V) for q, k, v, D H K for the positions, 2 H K for u and w, H V D
     for the output, 2 D for the norm, and D H V for the gate (shga) or an MLP of 2 D F + 2 D (mqa,
     mha; F its width). Outside of them vocab D for the embedding, as much for the output unless it
-    is tied, vocab for its bias, and what the switches add.
+    is tied, vocab for its bias, and what the switches add: in a unit G for a forgetting rate and D G
+    for its gate, G K for key shift, H for gains and H for sinks, 2 for the shortcut.
     """
     d, vocab = config.d_model, config.vocab_size
     hk, hv = config.num_heads * config.d_k, config.num_heads * config.d_v
@@ -27,6 +28,12 @@ def parameter_count(config: ModelConfig) -> int:
         unit += d * hv
     else:
         unit += 2 * d * config.d_mlp + 2 * d
+    groups = config.num_kv_heads
+    unit += groups if config.forget != "none" else 0
+    unit += d * groups if config.forget == "gated" else 0
+    unit += groups * config.d_k if config.key_shift else 0
+    unit += config.num_heads * (config.score_gain + config.sink)
+    unit += 2 if config.embedding_shortcut else 0
     outside = vocab * d + vocab
     outside += 0 if config.tie_embeddings else d * vocab
     outside += 2 * d if config.final_norm else 0
@@ -56,15 +63,18 @@ def state_bytes(config: ModelConfig, capacity: int = DEFAULT_CAPACITY) -> int:
     """Bytes that a model remembers of one sequence.
 
     Per unit and key/value head, W + S whole numbers and a table of as many rows or a few more, V
-    values each; for full attention the keys and values of `capacity` tokens, K + V each. Once, the
-    logits and three whole numbers.
+    values each; for full attention the keys and values of `capacity` tokens, K + V each. Besides W
+    ages where keys fade, and K of a key with key shift. Once, the logits and three whole numbers.
     """
     value = _BYTES[config.state_dtype]
+    wide = max(_BYTES[config.compute_dtype], 4)
     if config.attention == "full":
         head = capacity * (config.d_k + config.d_v) * value
     else:
         head = config.table_rows * config.d_v * value + _attended(config) * _INT_BYTES
-    logits = config.vocab_size * max(_BYTES[config.compute_dtype], 4)
+        head += config.ring_len * wide if config.fades else 0
+    head += config.d_k * wide if config.key_shift else 0
+    logits = config.vocab_size * wide
     return config.num_units * config.num_kv_heads * head + logits + 3 * _INT_BYTES
 
 
