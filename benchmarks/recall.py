@@ -3,11 +3,11 @@
 For each task, model and seed, a small model is trained from nothing on episodes (docs/data.md,
 "Tasks of memory") whose answers are farther back than its window reaches. Then it is asked on
 held-out ones, with as much filler as it was trained with, 4 and 16 times as much. Models are with
-key shift, gain and a gate that forgets (vq), the same without the far part (no-cache: what a window alone gives), and of
-full attention. A block in training holds an episode, so that gradients reach every key; outputs do
-not depend on it. (`--config.block-len 4 --config.soft-writes True`, or `--config.reach 64`, to
-compare.)
-Evaluation carries the state through chunks, so it takes linear time (full attention does not).
+key shift, gain and a gate that forgets (vq), the same without the far part (no-cache: what a window
+alone gives), and of full attention. A block in training holds an episode, so that gradients reach
+every key; outputs do not depend on it (`--config.block-len 4 --config.soft-writes True`, or
+`--config.reach 64`, to compare). Evaluation carries the state through chunks, so it
+takes linear time (full attention does not).
 
 `reading` trains on text (Moby-Dick), and then reads 2,000 bytes of held-out text, other text, and
 the same 2,000 bytes again: the gain is by how many bits per byte the second time costs less.
@@ -36,6 +36,7 @@ from transformer_vq import Model, ModelConfig, TrainConfig
 from transformer_vq.cli.parse import overrides
 from transformer_vq.data import Batches, Source, Task, as_source, bundled_corpus, load_bytes
 from transformer_vq.errors import ConfigError, UserError
+from transformer_vq.measure.reading import second_reading
 from transformer_vq.ops.evaluate import evaluate
 from transformer_vq.ops.train import (
     init_train_state,
@@ -179,19 +180,8 @@ def reading(name: str, model_name: str, seed: int, args: Options) -> Iterator[di
     )
     held_out = np.concatenate([text.split("validation").tokens, text.split("test").tokens])
     for times in map(int, args.lengths.split(",")):
-        size = 2 * PASSAGE + times * PASSAGE + 1
-        step = (len(held_out) - size) // (PASSAGES - 1)
-        pieces = [held_out[i * step : i * step + size - 1 - PASSAGE] for i in range(PASSAGES)]
-        tokens = np.concatenate([x for p in pieces for x in ([0], p, p[:PASSAGE])]).astype(np.uint8)
-        place = np.arange(len(tokens)) % size
-        whole = Source(tokens, np.arange(PASSAGES) * size, PASSAGES * (size - 1))
-        first, second = (
-            evaluate(
-                model,
-                dataclasses.replace(whole, whole_documents=True, counted=counted),
-                rows=PASSAGES if model.config.attention == "vq" else 1,
-            ).bpb
-            for counted in ((place > 0) & (place <= PASSAGE), place >= size - PASSAGE)
+        read = second_reading(
+            model, held_out, passage=PASSAGE, between=times * PASSAGE, passages=PASSAGES
         )
         yield {
             "task": name,
@@ -199,9 +189,9 @@ def reading(name: str, model_name: str, seed: int, args: Options) -> Iterator[di
             "seed": seed,
             "filler": times * PASSAGE,
             "accuracy": None,
-            "first": first,
-            "second": second,
-            "gain": first - second,
+            "first": read.first,
+            "second": read.second,
+            "gain": read.gain,
         }
 
 

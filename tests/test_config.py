@@ -414,7 +414,7 @@ def test_published_parameter_counts(name, millions):
 
 def test_recipes_are_the_published_ones():
     recipes = {name: TrainConfig.preset(name) for name in PRESETS}
-    assert list(TRAIN_PRESETS) == list(PRESETS) 
+    assert list(TRAIN_PRESETS) == list(PRESETS)
     billions = {"enwik8": 32.8, "pg19": 131, "imagenet64": 98.3}
     for name, tokens in billions.items():
         recipe = recipes[name]

@@ -68,8 +68,9 @@ class ModelConfig:
     forget_horizon: float = real(8192.0, "no key outlives about so many tokens (tau_max), where "
                                  "there is forgetting", "(1, inf)")  # fmt: skip
     key_shift: bool = switch(False, "mix each key with the one before it, by a learned share")
-    score_gain: bool = switch(False, "a learned factor on the scores, per query head; sqrt(128 / "
-                              "d_k) at the start")
+    score_gain: bool = switch(
+        False, "a learned factor on the scores, per query head; sqrt(128 / d_k) at the start"
+    )
     sink: bool = switch(False, "let queries attend to nothing, with a learned score per head")
     sphere_codewords: bool = switch(False, "codewords of the norm of keys: means, normalised")
     reach: int = whole(0, "in training, see keys one by one so many tokens back, so that they get "

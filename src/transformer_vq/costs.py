@@ -18,8 +18,8 @@ def parameter_count(config: ModelConfig) -> int:
     N units of D (H K + G K + G V) for q, k, v, D H K for the positions, 2 H K for u and w, H V D
     for the output, 2 D for the norm, and D H V for the gate (shga) or an MLP of 2 D F + 2 D (mqa,
     mha; F its width). Outside of them vocab D for the embedding, as much for the output unless it
-    is tied, vocab for its bias, and what the switches add: in a unit G for a forgetting rate and D G
-    for its gate, G K for key shift, H for gains and H for sinks, 2 for the shortcut.
+    is tied, vocab for its bias, and what the switches add: in a unit G for a rate of forgetting, D
+    G for its gate, G K for key shift, H for gains and H for sinks, 2 for the shortcut.
     """
     d, vocab = config.d_model, config.vocab_size
     hk, hv = config.num_heads * config.d_k, config.num_heads * config.d_v

@@ -31,13 +31,24 @@ def test_demo_leaves_a_run_and_is_done(capsys, monkeypatch, tmp_path):
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out)]) == 0
     first = capsys.readouterr().out
-    for text in ("Transformer-VQ", "bz2 -9", "2.873", "xz -9e", "3.175", "The whale", "tvq sample"):
+    for text in (
+        "far part brings",
+        "A passage of 2,000 bytes, read again",
+        "Transformer-VQ",
+        "bz2 -9",
+        "2.873",
+        "xz -9e",
+        "3.175",
+        "The whale",
+        "tvq sample",
+    ):
         assert text in first
     assert {path.name for path in out.iterdir()} >= FILES
     assert picture_size(out / "learning_curve.png") == (1200, 675)
     assert all(prompt in (out / "samples.txt").read_text() for prompt in demo.PROMPTS)
     results = json.loads((out / "results.json").read_text())
     assert results["finished"] and results["tokens"] == 60_249
+    assert results["first_reading"] > 1 and results["far_gain_error"] > 0
 
     written = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert main(["demo", "--out", str(out)]) == 0

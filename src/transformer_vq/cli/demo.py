@@ -42,6 +42,7 @@ TRAIN_SHARE = 0.86  # of the time; the rest is for the last validation, evaluati
 
 PROMPTS = ("The whale", "“I tell ye, ", "CHAPTER 136. ")
 SAMPLE_TOKENS = 500
+PASSAGE = 2000  # bytes that are read twice, and in between
 TEMPERATURE = 0.7
 
 
@@ -50,9 +51,10 @@ class Demo:
     """Train a small model on Moby-Dick, which comes with the program, and see what it learned.
 
     It trains with live progress, scores the held-out end of the book beside what xz and bz2 make
-    of the same bytes, and writes samples. The run folder keeps all of it: checkpoints,
-    metrics.jsonl, learning_curve.png, samples.txt, results.json. Ctrl-C saves and stops; the same
-    command goes on. Once it is done, the command shows the results again.
+    of the same bytes, tells what the model gains from what is far back, and writes samples. The run
+    folder keeps all of it: checkpoints, metrics.jsonl, learning_curve.png, samples.txt,
+    results.json. Ctrl-C saves and stops; the same command goes on. Once it is done, the command
+    shows the results again.
     """
 
     examples: ClassVar[str] = """
@@ -114,6 +116,7 @@ class Demo:
         """Score the held-out text, write samples, and leave both in the run folder."""
         from transformer_vq.atomic import write_whole
         from transformer_vq.cli.evaluate import score, summary
+        from transformer_vq.measure.reading import second_reading
         from transformer_vq.run.folder import load_run
         from transformer_vq.run.log import read_metrics, to_json
         from transformer_vq.show.figures import learning_curve
@@ -122,8 +125,11 @@ class Demo:
         model, info = load_run(self.out)
         test = split(load_bytes(bundled_corpus()), "test")
         content = test.tobytes()
+        reading = second_reading(model, test, passage=PASSAGE, between=PASSAGE)
         results = {
-            **summary(score(model, info, test)),
+            **summary(score(model, info, test, far_gain=True)),
+            "first_reading": reading.first,
+            "second_reading": reading.second,
             "bytes": len(content),
             "bz2_bytes": len(bz2.compress(content, 9)),
             "xz_bytes": len(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)),
@@ -152,9 +158,14 @@ class Demo:
         """What an earlier demo in this folder found; None if there was none, or it is damaged."""
         try:
             found = json.loads((self.out / "results.json").read_bytes())
-            numbers = ("bpb", "bytes", "bz2_bytes", "xz_bytes", "minutes", "finished")
+            numbers = ("bpb", "bytes", "bz2_bytes", "xz_bytes", "minutes", "finished",
+                       "first_reading", "second_reading")  # fmt: skip
             whole = all(isinstance(found[name], int | float) for name in numbers)
             whole = whole and found["bytes"] > 0 and isinstance(found["trained"], str)
+            rows = [(found, ("far_gain", "far_gain_error"))]
+            rows += [(row, _OF_HISTORIES) for row in found["by_position"]]
+            cells = [row[name] for row, names in rows for name in names]
+            whole = whole and all(isinstance(x, int | float | None) for x in cells)
             text = (self.out / "samples.txt").read_text("utf-8", errors="replace")
         except (OSError, ValueError, TypeError, KeyError):
             return None
@@ -164,6 +175,7 @@ class Demo:
         from rich import box
         from rich.table import Table
 
+        from transformer_vq.cli.evaluate import show_histories
         from transformer_vq.show.console import Console
         from transformer_vq.show.words import bar
 
@@ -181,6 +193,12 @@ class Demo:
         console = Console(highlight=False)
         console.print()
         console.print(table)
+        show_histories(console, results)
+        console.print(
+            f"A passage of {PASSAGE:,} bytes, read again {PASSAGE:,} bytes later, takes "
+            f"{results['second_reading']:.3f} bits per byte;\nat first it took "
+            f"{results['first_reading']:.3f}.\n"
+        )
         console.print(
             f"{results['trained']}; every byte is predicted from the entire history before it",
             style="dim",
@@ -194,6 +212,7 @@ class Demo:
         print(f"  {tvq} train --data YOUR_FILE --out runs/mine")
 
 
+_OF_HISTORIES = ("start", "end", "loss", "bpb", "far_gain", "far_gain_error")
 RULE = f"\n\n{'─' * 60}\n\n"  # between the samples of samples.txt
 
 

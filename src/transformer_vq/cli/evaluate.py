@@ -14,6 +14,8 @@ from transformer_vq.run.log import to_json
 from transformer_vq.show.words import bar
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from transformer_vq import Model
     from transformer_vq.ops.evaluate import Evaluation
     from transformer_vq.ops.scores import Gain
@@ -182,9 +184,6 @@ def _warn_of_long_histories(record: dict[str, Any], sequence_len: int) -> None:
 
 
 def _show(record: dict[str, Any]) -> None:
-    from rich import box
-    from rich.table import Table
-
     from transformer_vq.show.console import Console
 
     console = Console(highlight=False, soft_wrap=True)
@@ -199,6 +198,14 @@ def _show(record: dict[str, Any]) -> None:
     )
     if "accuracy" in record:
         console.print(f"  [bold]{record['accuracy']:.2%}[/bold] of the answers are right\n")
+    show_histories(console, record)
+
+
+def show_histories(console: "Console", record: dict[str, Any]) -> None:
+    """Loss by length of history, and what the far part brings, of a `summary`."""
+    from rich import box
+    from rich.table import Table
+
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
     table.add_column("tokens of history", justify="right")
     table.add_column("bpb", justify="right")

@@ -14,6 +14,7 @@ from transformer_vq.errors import UserError
 from transformer_vq.nn import products, vq
 from transformer_vq.nn.attention import AttentionState, keep_keys
 from transformer_vq.nn.dropout import DropoutKeys
+from transformer_vq.nn.forget import time_constants
 from transformer_vq.nn.forward import Training, forward
 from transformer_vq.nn.layers import iota, wide
 from transformer_vq.nn.model import Model, State, init_model, init_state, model_specs
@@ -160,8 +161,10 @@ def make_train_step(
     - codebook_used: fraction of the codewords that got a key in the update
     - codebook_perplexity: exp of the entropy of their use; both are means over units and heads
     - codebook_used_by_unit, codebook_perplexity_by_unit: the same, `[N]`, means over heads
-    - far_mass: log(1 + mass of the keys beyond the window), mean over units, rows and heads, at the
-      end of the batch
+    - far_mass, far_mass_by_unit: log(1 + mass of the keys beyond the window) at the end of the
+      batch, means over rows and heads; of all units, and of each
+    - time_constant_by_unit: tokens after which a key has lost a nat, where the gate gets nothing
+      from the token; means over heads. For models that forget.
 
     Those of the codebook and the far mass are not there for full attention, which has neither; nor
     is the far mass of a model without a cache.
@@ -185,7 +188,10 @@ def make_train_step(
             train_state = replace(train_state, stream=jax.tree.leaves(state))
         metrics = _mean(metrics)
         if config.attention == "vq" and config.use_cache:
-            metrics["far_mass"] = far_mass(state)
+            metrics |= far_mass(state)
+        if config.forget != "none":
+            taus = time_constants(train_state.params["units"], config)
+            metrics["time_constant_by_unit"] = jnp.float32(taus.mean(-1))
         return train_state, metrics
 
     if mesh is None:
@@ -333,10 +339,12 @@ def codebook_metrics(counts: jax.Array) -> Metrics:
     }
 
 
-def far_mass(state: State) -> jax.Array:
-    """Mean over units, rows and heads of log(1 + mass), the mass of all keys beyond the window."""
+def far_mass(state: State) -> Metrics:
+    """Mean over rows and heads of log(1 + mass), the mass of all keys beyond the window: over all
+    units, and of each."""
     masses = [unit.counts.sum(-1) for unit in state.units if isinstance(unit, AttentionState)]
-    return jnp.mean(jnp.log1p(jnp.stack(masses).astype(jnp.float32)))
+    by_unit = jnp.mean(jnp.log1p(jnp.stack(masses).astype(jnp.float32)), axis=(-2, -1))
+    return {"far_mass": jnp.mean(by_unit), "far_mass_by_unit": by_unit}
 
 
 def _loss_metrics(terms: LossTerms, size: int) -> Metrics:

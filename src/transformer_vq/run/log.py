@@ -6,7 +6,8 @@ far), and then either what the update measured,
     loss (nats per token), bpb, tokens_per_second, gflops (1e9 model operations per second), mfu
     (their share of the measured rate of matrix products), learning_rate, grad_norm, commitment,
     codebook_used, codebook_perplexity, and lists of them by unit: codebook_used_by_unit, ...
-    far_mass (of keys beyond the window at the end of the batch: mean of log(1 + mass))
+    far_mass (of keys beyond the window at the end of the batch: mean of log(1 + mass)), by unit too
+    time_constant_by_unit (tokens that a key lasts, by the bias of the gate alone), if it forgets
 
 or `validation_loss`, `validation_bpb`, `validation_tokens` and, where some tokens count and others
 do not (tasks), `validation_accuracy`. A line of samples.jsonl has `step`,

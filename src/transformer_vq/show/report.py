@@ -141,18 +141,23 @@ def _codebooks(run: Mapping[str, Any], records: Sequence[Record]) -> str:
     ):
         line = [Series(name, _points(records, name))]
         charts.append(line_chart(title, line, x_label="step", from_zero=True))
-        columns = [(r["step"], r[f"{name}_by_unit"]) for r in records if r.get(f"{name}_by_unit")]
-        charts.append(
-            heat_map(f"{title}, by unit", columns, x_label="step", row_label="unit", top=top)
-        )
+        charts.append(_by_unit(title, name, records, top))
     mass = [Series("far mass", _points(records, "far_mass"))]
     title = "Keys beyond the window, log(1 + mass)"
     charts.append(line_chart(title, mass, x_label="step", from_zero=True))
+    charts.append(_by_unit(title, "far_mass", records))
+    charts.append(_by_unit("Tokens that a key lasts, by the bias", "time_constant", records))
     text = (
         "Means over all units and heads of the codewords that got a key in an update, and of the "
         "mass of keys beyond the window at the end of a batch."
     )
     return f'<p class="soft">{text}</p>{_cards(charts)}' if any(charts) else ""
+
+
+def _by_unit(title: str, name: str, records: Sequence[Record], top: float = 0.0) -> str:
+    """A map of what metrics.jsonl has of each unit; empty where it has nothing."""
+    columns = [(r["step"], r[f"{name}_by_unit"]) for r in records if r.get(f"{name}_by_unit")]
+    return heat_map(f"{title}, by unit", columns, x_label="step", row_label="unit", top=top)
 
 
 def _positions(run: Mapping[str, Any], evaluation: Evaluation | str) -> str:
