@@ -1,0 +1,65 @@
+"""A second reading: what a model gains from having read a passage before.
+
+Text at hand hardly needs its past; a text that repeats itself does. Passages of a held-out text are
+each read, followed by other text of it, and read again. The difference is what was remembered.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from transformer_vq.data import Source
+from transformer_vq.errors import UserError
+from transformer_vq.fields import require_count
+from transformer_vq.nn.model import Model
+from transformer_vq.ops.evaluate import evaluate
+
+
+class Reading(NamedTuple):
+    """Bits per byte of the same passages, read twice."""
+
+    first: float
+    second: float
+
+    @property
+    def gain(self) -> float:
+        """What the second reading costs less, in bits per byte."""
+        return self.first - self.second
+
+
+def second_reading(
+    model: Model,
+    text: np.ndarray,
+    *,
+    passage: int = 2000,
+    between: int = 2000,
+    passages: int = 8,
+) -> Reading:
+    """Read `passages` passages, spread over the text, twice, with `between` tokens in between.
+
+    Each begins with an empty state. `text`: bytes that the model was not trained on, `[N]`.
+
+    Raises:
+      UserError: if the text is shorter than a passage and what comes in between, or for sizes
+        below 1.
+    """
+    for name, value in (("passage", passage), ("between", between), ("passages", passages)):
+        require_count(name, value)
+    if len(text) < passage + between:
+        raise UserError(
+            f"the text has {len(text):,} tokens, and a passage and what comes in between take "
+            f"{passage + between:,}: give a longer text, or smaller sizes"
+        )
+    size = 1 + 2 * passage + between  # begins with a token that is given
+    starts = np.linspace(0, len(text) - passage - between, passages).astype(int)
+    pieces = [text[start : start + passage + between] for start in starts]
+    tokens = np.concatenate([x for p in pieces for x in ([0], p, p[:passage])]).astype(text.dtype)
+    place = np.arange(len(tokens)) % size
+    read = Source(tokens, np.arange(passages) * size, passages * (size - 1), whole_documents=True)
+    rows = passages if model.config.attention == "vq" else 1  # all keys of all rows are too many
+
+    def bpb(counted: np.ndarray) -> float:
+        return evaluate(model, replace(read, counted=counted), rows=rows).bpb
+
+    return Reading(bpb((place > 0) & (place <= passage)), bpb(place >= size - passage))
