@@ -266,6 +266,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     colors = dict(zip(MODELS, ("#0b62a8", "#8a8a8a", "#c25400"), strict=True))
+    fillers: list[int] = []
     figure = Figure(figsize=(3.2 * len(tasks), 3.2), dpi=150, layout="constrained")
     for axes, task in zip(np.atleast_1d(figure.subplots(1, len(tasks))), tasks, strict=True):
         name = "gain" if task == READING else "accuracy"

@@ -107,7 +107,7 @@ def test_learns(step):
     assert losses[-1] < losses[0] - 1.0
     assert {value.dtype for value in metrics.values()} == {jnp.dtype("float32")}
     by_unit = {name for name, value in metrics.items() if value.shape == (CONFIG.num_units,)}
-    assert by_unit == {"codebook_used_by_unit", "codebook_perplexity_by_unit", "far_mass_by_unit"}
+    assert by_unit == {"codebook_used_by_unit", "codebook_perplexity_by_unit"}
     assert all(np.ndim(metrics[name]) == 0 for name in metrics.keys() - by_unit)
 
 

@@ -162,7 +162,7 @@ def make_train_step(
     - codebook_perplexity: exp of the entropy of their use; both are means over units and heads
     - codebook_used_by_unit, codebook_perplexity_by_unit: the same, `[N]`, means over heads
     - far_mass, far_mass_by_unit: log(1 + mass of the keys beyond the window) at the end of the
-      batch, means over rows and heads; of all units, and of each
+      batch, means over rows and heads; of all units and, where keys fade, of each
     - time_constant_by_unit: tokens after which a key has lost a nat, where the gate gets nothing
       from the token; means over heads. For models that forget.
 
@@ -188,7 +188,10 @@ def make_train_step(
             train_state = replace(train_state, stream=jax.tree.leaves(state))
         metrics = _mean(metrics)
         if config.attention == "vq" and config.use_cache:
-            metrics |= far_mass(state)
+            by_unit = far_mass(state)
+            metrics["far_mass"] = jnp.mean(by_unit)
+            if config.fades:  # else it is the same in all
+                metrics["far_mass_by_unit"] = jnp.mean(by_unit, axis=(1, 2))
         if config.forget != "none":
             taus = time_constants(train_state.params["units"], config)
             metrics["time_constant_by_unit"] = jnp.float32(taus.mean(-1))
@@ -339,12 +342,10 @@ def codebook_metrics(counts: jax.Array) -> Metrics:
     }
 
 
-def far_mass(state: State) -> Metrics:
-    """Mean over rows and heads of log(1 + mass), the mass of all keys beyond the window: over all
-    units, and of each."""
+def far_mass(state: State) -> jax.Array:
+    """log(1 + mass) of all keys beyond the window, by unit, row and head: `[N, B, G]`."""
     masses = [unit.counts.sum(-1) for unit in state.units if isinstance(unit, AttentionState)]
-    by_unit = jnp.mean(jnp.log1p(jnp.stack(masses).astype(jnp.float32)), axis=(-2, -1))
-    return {"far_mass": jnp.mean(by_unit), "far_mass_by_unit": by_unit}
+    return jnp.log1p(jnp.stack(masses).astype(jnp.float32))
 
 
 def _loss_metrics(terms: LossTerms, size: int) -> Metrics:
