@@ -103,7 +103,7 @@ def test_a_page_of_a_real_run(run, tmp_path, capsys, monkeypatch):
                   "Loss by tokens of history", "What the far part brings, bits per byte",
                   "Keys beyond the window, log(1 + mass)"):  # fmt: skip
         assert title in titles
-    assert titles.count("by unit") == 2
+    assert titles.count("by unit") == 4 and "Tokens that a key lasts" in titles
     samples = read_metrics(run / "samples.jsonl")
     assert [s["step"] for s in samples] == [4, 8, 12]
     assert page.tags.count("pre") == 3
@@ -119,7 +119,8 @@ def test_a_page_without_evaluation_of_a_run_with_everything(run, tmp_path, capsy
     copy = shutil.copytree(run, tmp_path / "run")
     count = len(read_metrics(copy / "metrics.jsonl")[0]["codebook_used_by_unit"])
     values = [(i + 1) / 8 for i in range(count)]
-    units = {f"codebook_{name}_by_unit": values for name in ("used", "perplexity")}
+    names = ("codebook_used", "codebook_perplexity", "far_mass", "time_constant")
+    units = {f"{name}_by_unit": values for name in names}
     more = [{"step": 12 + i, "bpb": 9 - i / 1e3, "loss": 1.0, **units} for i in range(3000)]
     add_lines(copy / "metrics.jsonl", more)
     add_lines(copy / "samples.jsonl", [{"step": 9000 + i, "text": EVIL} for i in range(20)])
@@ -128,8 +129,8 @@ def test_a_page_without_evaluation_of_a_run_with_everything(run, tmp_path, capsy
     page = Page(out)
     assert page.links == page.handlers == [] and page.tags.count("script") == 1
     assert "<script>alert(1)</script>" in page.texts["pre"] and "\x00" not in page.source
-    assert page.texts["figcaption"].count("by unit") == 2
-    assert 2 * count * 50 < page.tags.count("rect") <= 2 * count * 60
+    assert page.texts["figcaption"].count("by unit") == 4
+    assert 4 * count * 50 < page.tags.count("rect") <= 4 * count * 60
     assert page.tags.count("pre") == 8 and "Step 9,019" in page.texts["b"]  # some, the last one too
     assert "left out (--no-eval)" in page.texts["p"]
     assert len(page.source) < 400_000

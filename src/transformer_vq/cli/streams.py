@@ -20,7 +20,8 @@ def open_streams() -> None:
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     raw = getattr(sys.stdout, "buffer", None)
-    if isinstance(raw, io.RawIOBase):  # of PYTHONUNBUFFERED: what cannot be written is forgotten
+    if sys.stdout is sys.__stdout__ and isinstance(raw, io.RawIOBase):
+        # Of PYTHONUNBUFFERED, which forgets what cannot be written.
         buffer = io.BufferedWriter(raw)
         sys.stdout = io.TextIOWrapper(buffer, sys.stdout.encoding, line_buffering=True)
     if reconfigure := getattr(sys.stdout, "reconfigure", None):
