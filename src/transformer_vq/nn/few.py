@@ -16,7 +16,14 @@ from transformer_vq.nn.decode import Decoder
 from transformer_vq.nn.embedding import embed, to_logits
 from transformer_vq.nn.model import State
 from transformer_vq.nn.timeline import Timeline, make_timeline
-from transformer_vq.nn.unit import PendingUnit, PreparedUnit, UnitState, commit_unit, read_unit
+from transformer_vq.nn.unit import (
+    PendingUnit,
+    PreparedUnit,
+    UnitState,
+    commit_unit,
+    read_unit,
+    unit_input,
+)
 from transformer_vq.types import Features, Logits, PerRow, Tokens
 
 
@@ -47,9 +54,10 @@ def read_few(
     if lengths is None:
         lengths = jnp.full(batch, length, jnp.int32)
     timeline, _, _ = make_timeline(config, state, lengths, length, document_ids)
-    x = embed(decoder.params, tokens, timeline, config)
+    x = embedded = embed(decoder.params, tokens, timeline, config)
     units = []
     for unit, unit_state in zip(decoder.units, state.units, strict=True):
+        x = unit_input(unit, x, embedded)
         x, pending = _read_unit(unit, x, unit_state, timeline, config)
         units.append(pending)
     return Pending(to_logits(decoder.params, x, config), tuple(units), document_ids)
