@@ -23,6 +23,7 @@ from transformer_vq import (
     save_state,
 )
 from transformer_vq.config import TrainConfig
+from transformer_vq.data import open_source
 from transformer_vq.errors import UserError
 
 PLAN = TrainConfig(batch_size=8, sequence_len=16, update_len=8)
@@ -102,6 +103,7 @@ STATE = init_state(MODEL.config, 1)
             lambda: tvq.evaluate(MODEL, TOKENS, on_progress=5),
             "on_progress is 5: it must be a functi",
         ),
+        (lambda: open_source([]), "there is no path: give a file or a folder at least"),
         (lambda: tvq.sample_op(None, 0, MODEL, 0), "config is None: it must be a SampleConfig"),
         (lambda: tvq.sample_op(SampleConfig(1, 1), 0, 5, 0), "model is 5: it must be a Model"),
         (lambda: ModelConfig.preset(["tiny"]), r"unknown preset \['tiny'\]: the presets are"),

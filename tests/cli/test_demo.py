@@ -1,6 +1,7 @@
 """`tvq demo`, small; and, slowly, the real one."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,19 @@ def test_demo_leaves_a_run_and_is_done(capsys, monkeypatch, tmp_path):
     again_written = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert again_written == written  # told again: neither trained nor evaluated
     assert "is done" in again and f"{results['bpb']:.3f}" in again and "The whale" in again
+
+    # Results that are damaged are none.
+    sound = json.loads((out / "results.json").read_text())
+    damages = [{"bpb": math.nan}, {"xz_bytes": 0}, {"bytes": 10**400}, {"finished": "x"}]
+    damages += [{"by_position": []}, {"by_position": [{}]}, {"far_gain": math.inf}, {"trained": 5}]
+    for change in damages:
+        (out / "results.json").write_text(json.dumps(sound | change))
+        assert demo.Demo(out)._results() is None
+    (out / "results.json").write_text("[" * 10**5)
+    assert demo.Demo(out)._results() is None
+    (out / "results.json").write_text(json.dumps(sound | {"trained": "\x1b[2J [/bold]"}))
+    assert main(["demo", "--out", str(out)]) == 0
+    assert r"\x1b[2J [/bold]; every byte" in capsys.readouterr().out
 
     # An interrupted demo, trained but not evaluated, goes on.
     (out / "results.json").unlink()

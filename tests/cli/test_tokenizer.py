@@ -104,6 +104,7 @@ def test_resuming_needs_the_same_vocabulary(capsys, folder, run, tmp_path):
     [
         (["tokenizer"], "action is missing"),
         (["tokenizer", "tran", "--data", "x", "--out", "y"], "one of train"),
+        (["tokenizer", "train", "--out", "y.json"], "--data is missing"),
         (["tokenizer", "train", "--data", "x", "--out", "no/y.json"], "no such folder"),
         (["tokenizer", "train", "--data", "BOOK", "--out", "y.txt"], "must end with .json"),
         (["tokenizer", "train", "--data", "BOOK", "--out", "y.json", "--vocab-size", "9"], "257"),

@@ -18,6 +18,7 @@ from transformer_vq.cli.common import (
 from transformer_vq.cli.parse import UsageError, option
 from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.data import ByteTokenizer, StreamDecoder, bundled_corpus, load_bytes, split
+from transformer_vq.errors import plain
 
 if TYPE_CHECKING:
     from transformer_vq import Model
@@ -158,16 +159,18 @@ class Demo:
         """What an earlier demo in this folder found; None if there was none, or it is damaged."""
         try:
             found = json.loads((self.out / "results.json").read_bytes())
-            numbers = ("bpb", "bytes", "bz2_bytes", "xz_bytes", "minutes", "finished",
-                       "first_reading", "second_reading")  # fmt: skip
-            whole = all(isinstance(found[name], int | float) for name in numbers)
-            whole = whole and found["bytes"] > 0 and isinstance(found["trained"], str)
-            rows = [(found, ("far_gain", "far_gain_error"))]
-            rows += [(row, _OF_HISTORIES) for row in found["by_position"]]
-            cells = [row[name] for row, names in rows for name in names]
-            whole = whole and all(isinstance(x, int | float | None) for x in cells)
+            numbers = ("bpb", "bytes", "bz2_bytes", "xz_bytes", "minutes", "first_reading",
+                       "second_reading")  # fmt: skip
+            whole = all(0 < found[name] < 1e15 for name in numbers)
+            whole = whole and found["finished"] in (True, False)
+            whole = whole and isinstance(found["trained"], str) and bool(found["by_position"])
+            for row in found["by_position"]:
+                whole = whole and all(0 <= row[name] < 1e15 for name in _OF_HISTORIES)
+            for row in (found, *found["by_position"]):
+                whole = whole and all(abs(row[name] or 0) < 1e15 for name in _GAINS)
+            found["trained"] = plain(found["trained"])
             text = (self.out / "samples.txt").read_text("utf-8", errors="replace")
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
         return found | {"sample": text.split(RULE)[0].rstrip()} if whole else None
 
@@ -202,6 +205,7 @@ class Demo:
         console.print(
             f"{results['trained']}; every byte is predicted from the entire history before it",
             style="dim",
+            markup=False,
         )
 
     def _show_what_now(self) -> None:
@@ -212,7 +216,8 @@ class Demo:
         print(f"  {tvq} train --data YOUR_FILE --out runs/mine")
 
 
-_OF_HISTORIES = ("start", "end", "loss", "bpb", "far_gain", "far_gain_error")
+_OF_HISTORIES = ("start", "end", "loss", "bpb")
+_GAINS = ("far_gain", "far_gain_error")  # or None
 RULE = f"\n\n{'─' * 60}\n\n"  # between the samples of samples.txt
 
 

@@ -33,6 +33,8 @@ class Tokenizer:
 
     def main(self) -> int:
         require_whole("--vocab-size", self.vocab_size, high=10_000_000)
+        if not flat(self.data):
+            raise UsageError("--data is missing: give it (see tvq tokenizer --help)")
         if not self.out.parent.is_dir():
             raise UsageError(f"--out is {self.out}: there is no such folder, make it first")
         source = open_data(

@@ -61,6 +61,8 @@ def open_source(
 
     A task (`recall:pairs=6`, see `Task`) stands alone in place of a path.
     """
+    if not paths:
+        raise DataError("there is no path: give a file or a folder at least")
     tasks = [path for path in paths if is_task(path)]
     if tasks:
         return _task_source(tasks, paths, image_size, tokenizer)
