@@ -199,7 +199,7 @@ class Demo:
         show_histories(console, results)
         console.print(
             f"A passage of {PASSAGE:,} bytes, read again {PASSAGE:,} bytes later, takes "
-            f"{results['second_reading']:.3f} bits per byte;\nat first it took "
+            f"{results['second_reading']:.3f} bits per\nbyte; at first it took "
             f"{results['first_reading']:.3f}.\n"
         )
         console.print(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformer_vq.run.folder import RunInfo
 
 
+BAR = 18  # columns of the longest bar, so that a line fits into 80
 TOO_MUCH = 1.2  # bpb after the longest histories over the best beyond the length of training
 
 
@@ -217,13 +218,13 @@ def show_histories(console: "Console", record: dict[str, Any]) -> None:
     for row in record["by_position"]:
         history = f"{row['start']:,} to {row['end'] - 1:,}"
         gain = [_gain(row)] if "far_gain" in record else []
-        shown = f"[dim]{bar(row['bpb'], worst)}[/dim]"
+        shown = f"[dim]{bar(row['bpb'], worst, BAR)}[/dim]"
         table.add_row(history, f"{row['bpb']:.4f}", f"{row['loss']:.4f}", *gain, shown)
     console.print(table)
     if "far_gain" in record:
         console.print(
-            f"The far part brings {_gain(record)} bpb: so much higher would the loss of the same "
-            f"tokens be\nif keys beyond the window were masked (± standard error).\n"
+            f"The far part brings {_gain(record)} bpb: by so much would the loss be higher if\n"
+            f"keys beyond the window were masked, on the same tokens (± standard error).\n"
         )
 
 
