@@ -192,3 +192,16 @@ def test_room_is_a_capacity_where_there_is_one():
     assert [state.capacity for state in vq] == [None, None]
     shapes = [[x.shape for x in jax.tree.leaves(state)] for state in vq]
     assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("kind", ["shga", "mqa"])
+def test_where_what_is_around_attention_starts(kind):
+    """A fresh model with zero outputs adds nothing; gains give a match the score of `d_k` 128."""
+    new = dict(zero_outputs=True, score_gain=True, embedding_shortcut=True)
+    config = make_config(kind, **new, **SINGLE)
+    units = init_model(config, 0).params["units"]
+    outputs = [units["w_o"], *([units["mlp"]["w_out"]] if kind == "mqa" else [])]
+    assert not any(x.any() for x in outputs)
+    assert init_model(config.replace(zero_outputs=False), 0).params["units"]["w_o"].all()
+    np.testing.assert_allclose(units["score_gain"] ** 2 * config.d_k, 128, rtol=1e-6)
+    assert (units["shortcut"] == np.array([1.0, 0.0])).all()
