@@ -78,7 +78,8 @@ def test_drafts_change_no_token(capsys, run):
         printed = capsys.readouterr()
         record = json.loads(printed.out)
         assert record["samples"] == [plain]
-        assert 0 < record["right"] <= record["guessed"]
+        least = 0 if draft == "text" else 1  # a run guesses what it then draws itself
+        assert least <= record["right"] <= record["guessed"] and record["guessed"] > 0
         share = f"{record['right'] / record['guessed']:.0%} of them right"
         assert f"{record['guessed']:,} tokens were guessed ahead, {share}" in printed.err
     sentence = fails(capsys, 1, "sample", "--run", run, "--draft", "nowhere", "--prompt", "a")

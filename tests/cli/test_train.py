@@ -21,7 +21,7 @@ def test_dry_run_tells_and_leaves_nothing(capsys, tmp_path, monkeypatch):
     """The model and recipe of a preset, changed; on the eight devices of the tests."""
     monkeypatch.chdir(tmp_path)
     changes = ["--train.batch-size=16", "--train.ema-decay=0.9", "--config.num-layers=1"]
-    changes += ["--train.update-len=64", "--train.sequence-len=64"]
+    changes += ["--train.update-len=64", "--train.sequence-len=64", "--train.optimizer=adamw"]
     assert main(["train", "--preset", "small", "--dry-run", *changes]) == 0
     printed = capsys.readouterr().out
     config = ModelConfig.preset("small", num_layers=1)
