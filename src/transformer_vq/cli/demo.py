@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from transformer_vq.run.loop import TrainResult
 
 # About three minutes on two idle cores. Half as many updates would still beat bz2 by far.
-CONFIG = ModelConfig.preset("tiny", block_len=128)
+# A cap bounds what is far at no cost; a gate would learn to forget it in so short a time.
+CONFIG = ModelConfig.preset("tiny", block_len=128, forget="none", far_cap=512)
 TRAIN = TrainConfig(
     batch_size=8,
     sequence_len=512,
@@ -34,6 +35,8 @@ TRAIN = TrainConfig(
     learning_rate=4e-3,
     warmup_steps=50,
     final_learning_rate=0.05,
+    codebook_init="data",
+    revive_below=0.1,
     remat=False,
     evaluate_every=100,
     evaluate_tokens=20_000,
