@@ -28,6 +28,10 @@ CONFIG = ModelConfig(
     d_model=128, d_k=64, num_layers=2, codebook_size=128, block_len=64, window_len=64
 )
 TRAIN = TrainConfig(batch_size=4, sequence_len=1024, learning_rate=4e-3, warmup_steps=30)
+MUON = dict(optimizer="muon", schedule="linear", final_learning_rate=0.0)
+STREAM = dict(zero_outputs=True, embedding_shortcut=True, logit_cap=15.0)
+KEYS = dict(key_shift=True, score_gain=True)
+GATE = dict(forget="gated")
 VARIANTS = {  # model, recipe
     "VQ, first codebook random": ({}, {"codebook_init": "random"}),
     "VQ, first codebook from data": ({}, {"codebook_init": "data"}),
@@ -35,6 +39,12 @@ VARIANTS = {  # model, recipe
     "from data, revival below 0.1": ({}, {"codebook_init": "data", "revive_below": 0.1}),
     "VQ without the cache": ({"use_cache": False}, {"codebook_init": "random"}),
     "full attention": ({"attention": "full"}, {}),
+    "Muon": ({}, MUON),
+    "Muon, zero outputs, shortcut, logit cap": (STREAM, MUON),
+    "Muon, the three and key shift, gain": (STREAM | KEYS, MUON),
+    "Muon, the three and a gate": (STREAM | GATE, MUON),
+    "Muon, all": (STREAM | KEYS | GATE, MUON),
+    "Muon, all without the cache": (STREAM | KEYS | GATE | {"use_cache": False}, MUON),
 }
 
 

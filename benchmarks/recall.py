@@ -6,8 +6,8 @@ held-out ones, with as much filler as it was trained with, 4 and 16 times as muc
 key shift, gain and a gate that forgets (vq), the same without the far part (no-cache: what a window
 alone gives), and of full attention. A block in training holds an episode, so that gradients reach
 every key; outputs do not depend on it (`--config.block-len 4 --config.soft-writes True`, or
-`--config.reach 64`, to compare). Evaluation carries the state through chunks, so it
-takes linear time (full attention does not).
+`--config.reach 64`, to compare). Evaluation carries the state through chunks, so it takes linear
+time (full attention does not).
 
 `reading` trains on text (Moby-Dick), and then reads 2,000 bytes of held-out text, other text, and
 the same 2,000 bytes again: the gain is by how many bits per byte the second time costs less.
@@ -266,13 +266,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     colors = dict(zip(MODELS, ("#0b62a8", "#8a8a8a", "#c25400"), strict=True))
-    fillers: list[int] = []
     figure = Figure(figsize=(3.2 * len(tasks), 3.2), dpi=150, layout="constrained")
     for axes, task in zip(np.atleast_1d(figure.subplots(1, len(tasks))), tasks, strict=True):
         name = "gain" if task == READING else "accuracy"
+        fillers = sorted({row["filler"] for row in rows if row["task"] == task})
         for model in dict.fromkeys(row["model"] for row in rows):
             mine = [r for r in rows if (r["task"], r["model"]) == (task, model)]
-            fillers = sorted({row["filler"] for row in mine})
             values = [[r[name] for r in mine if r["filler"] == f] for f in fillers]
             means = [statistics.mean(v) for v in values]
             axes.plot(fillers, means, color=colors[model], marker="o", markersize=4, label=model)

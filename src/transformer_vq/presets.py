@@ -1,7 +1,7 @@
 """Presets, as plain values: `ModelConfig.preset` and `TrainConfig.preset` read them.
 
-Those of the paper are as published. Ours have a memory that fades and what docs/results.md measured
-to help.
+Those of the paper are as published. Ours have a memory that fades, and what helped in a short run
+(docs/results.md).
 """
 
 from typing import Any

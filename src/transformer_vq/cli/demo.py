@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from transformer_vq import Model
     from transformer_vq.run.loop import TrainResult
 
-# About three minutes on two idle cores. Half as many updates would still beat bz2 by far.
-# A cap bounds what is far at no cost; a gate would learn to forget it in so short a time.
+# Three to five minutes on two idle cores. Half as many updates would still beat bz2 by far.
+# A cap bounds what is far, as a gate would, and leaves time for more updates (docs/results.md).
 CONFIG = ModelConfig.preset("tiny", block_len=128, forget="none", far_cap=512)
 TRAIN = TrainConfig(
     batch_size=8,
