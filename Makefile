@@ -60,7 +60,7 @@ test-newest: ## run a quick part of the tests with the newest JAX, on Python 3.1
 	[ -x $(NEWEST)/bin/python ] || $$found -m venv $(NEWEST); \
 	echo "JAX $(NEWEST_JAX) on $$($(NEWEST)/bin/python --version)"; \
 	$(NEWEST)/bin/python -m pip install -qq --disable-pip-version-check \
-	  --constraint $(NEWEST)/constraints.txt --editable '.[test,text,parquet,tensorboard,serve]'; \
+	  --constraint $(NEWEST)/constraints.txt --editable '.[test,text,parquet,hub,tensorboard,serve]'; \
 	$(NEWEST)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" -p no:cacheprovider $(NEWEST_ARGS)
 
 docs: $(VENV)/.installed-docs ## build the docs as a site, in site/
@@ -90,8 +90,8 @@ clean: ## remove the environment and the caches; runs/ stays
 
 $(VENV)/.installed-run:  EXTRAS :=
 $(VENV)/.installed-serve: EXTRAS := [serve]
-$(VENV)/.installed-test: EXTRAS := [test,text,parquet,tensorboard,serve]
-$(VENV)/.installed-dev:  EXTRAS := [test,text,parquet,tensorboard,serve,dev]
+$(VENV)/.installed-test: EXTRAS := [test,text,parquet,hub,tensorboard,serve]
+$(VENV)/.installed-dev:  EXTRAS := [test,text,parquet,hub,tensorboard,serve,dev]
 $(VENV)/.installed-docs: EXTRAS := [docs]
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python

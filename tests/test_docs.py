@@ -64,7 +64,7 @@ def commands(page: Path) -> list[str]:
     lines = "\n".join(re.findall(r"^```(?:\w*)\n(.*?)^```", text, re.M | re.S))
     lines += "\n" + "\n".join(re.findall(r"^ {4}.*", text, re.M))
     lines = re.sub(r"\\\n\s*", " ", lines)
-    found = re.findall(r"(?:^|[\s/])tvq ((?:--help|--version|[a-z]+ ).*)", lines)
+    found = re.findall(r"(?:^|[\s/])tvq ((?:--help|--version|[a-z-]+ ).*)", lines)
     return [re.split(r"\s#|[|&;]|\)$", line)[0].replace("$i", "0").strip() for line in found]
 
 
@@ -113,7 +113,7 @@ def test_options_within_sentences_exist(capsys):
 
     for page, code in inline:
         options = {option.split("=")[0] for option in re.findall(r"--[\w.-]+", code)}
-        if match := re.match(r"(?:tvq |\.venv/bin/tvq )([a-z]+)\b", code):
+        if match := re.match(r"(?:tvq |\.venv/bin/tvq )([a-z-]+)\b", code):
             assert match[1] in COMMANDS, f"{page}: {code}"
             assert options <= options_of(match[1]), f"{page}: {code}"
         elif code.startswith(("--train.", "--config.", "--mesh.")):

@@ -1,6 +1,9 @@
-"""Files that are whole at any moment: the old content or the new one, never a part."""
+"""Files and folders that are whole at any moment: the old content or the new, never a part."""
 
+import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -22,3 +25,46 @@ def write_whole(path: Path, content: bytes) -> None:
     except OSError as error:
         draft.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A new folder to put files in, which gets the name `path` when all of them are on the disk.
+
+    What has that name may be an empty folder; with `replace` it is any folder, and goes. If
+    anything fails, it stays as it was, and nothing is left of the new one. (A process that is
+    killed may leave `.PID.partial` beside it; in the instant in which a folder is replaced, the old
+    one as `.PID.replaced`.) Raises `OSError`.
+    """
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{os.getpid()}.partial")
+    old = path.with_name(f".{os.getpid()}.replaced")
+    shutil.rmtree(draft, ignore_errors=True)  # of a process that had our number
+    draft.mkdir()
+    try:
+        yield draft
+        for file in (*draft.iterdir(), draft):
+            _sync(file)
+        if not replace:
+            draft.rename(path)
+        else:
+            path.rename(old)
+            try:
+                draft.rename(path)
+            except BaseException:
+                old.rename(path)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -24,7 +24,7 @@ from transformer_vq.errors import UserError, plain, shown
 
 # Name: (module, class, one line for the list).
 COMMANDS = {
-    "demo": ("demo", "Demo", "train on a book that comes with it, evaluate, sample: five minutes"),
+    "demo": ("demo", "Demo", "train on a bundled book, evaluate, sample: five minutes"),
     "train": ("train", "Train", "train a model on a file, or go on with a run"),
     "eval": ("evaluate", "Evaluate", "how well a model predicts a text: bits per byte"),
     "score": ("score", "Score", "how probable a model finds a text, its lines and its tokens"),
@@ -33,6 +33,12 @@ COMMANDS = {
     "draw": ("draw", "Draw", "draw pictures"),
     "tokenizer": ("tokenizer", "Tokenizer", "make a vocabulary from text"),
     "prefill": ("prefill", "Prefill", "read a long prompt once and keep the state it leaves"),
+    "export": ("export", "Export", "a trained model as a folder to carry, keep or publish"),
+    "import-official": (
+        "import_official",
+        "ImportOfficial",
+        "weights of the paper's own implementation as such a folder",
+    ),
     "bench": ("bench", "Bench", "how fast this machine runs a model, beside what it can do"),
     "info": ("info", "Info", "what a run is: sizes, costs, data, losses, checkpoints"),
     "report": ("report", "Report", "a run as one HTML page: curves, codebooks, samples"),

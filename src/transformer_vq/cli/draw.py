@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from tyro.conf import OmitArgPrefixes
 
 from transformer_vq.cli.common import CheckpointOption, progress_bar
-from transformer_vq.cli.models import RunFolder, open_model, open_run
+from transformer_vq.cli.models import RunFolder, local, open_model, open_run
 from transformer_vq.cli.parse import UsageError, as_usage, option
 from transformer_vq.cli.sampling import sampling_options, sampling_values
 from transformer_vq.cli.text import printable
@@ -66,14 +66,15 @@ class Draw:
 
         for i in (0, self.num_images - 1):  # wrong ones are refused before anything is read
             params(i, 1, range(0))
-        info, tokenizer = open_run(self.run, self.checkpoint)
+        folder = local(self.run)
+        info, tokenizer = open_run(folder, self.checkpoint)
         shape = info.data.image_shape
         if not shape:
             raise UsageError(
                 f"the run in {self.run} was not trained on pictures: tvq sample writes text with it"
             )
         Path(self.out).mkdir(parents=True, exist_ok=True)  # before the work
-        model, _ = open_model(self.run, info, {})
+        model, _ = open_model(folder, info, {})
         # A model may have more tokens than there are bytes: those mean nothing.
         banned = range(tokenizer.vocab_size, model.config.vocab_size)
         every = [params(i, math.prod(shape), banned) for i in range(self.num_images)]

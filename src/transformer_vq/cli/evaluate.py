@@ -3,11 +3,10 @@
 import math
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from transformer_vq.cli.common import CheckpointOption, progress_bar, run_data, say
-from transformer_vq.cli.models import FarOptions, bounded
+from transformer_vq.cli.models import FarOptions, RunFolder, bounded, local
 from transformer_vq.cli.parse import DataPaths, UsageError, flat, option, require_whole
 from transformer_vq.data import run_tokenizer
 from transformer_vq.run.log import to_json
@@ -47,7 +46,7 @@ class Evaluate:
   tvq eval --run runs/book --far-decay 2048
 """
 
-    run: Annotated[Path, option("folder of a trained run", "DIR")]
+    run: RunFolder
     checkpoint: CheckpointOption = "latest"
     data: Annotated[
         DataPaths, option("files or folders to score", "PATH", default="those of the run")
@@ -80,9 +79,10 @@ class Evaluate:
         from transformer_vq.ops.evaluate import has_far_part
         from transformer_vq.run.folder import find_step, load_run
 
-        model, info = load_run(self.run, find_step(self.run, self.checkpoint))
+        folder = local(self.run)
+        model, info = load_run(folder, find_step(folder, self.checkpoint))
         model = bounded(model, self.far)
-        source = run_data(info.data, flat(self.data), run_tokenizer(self.run, info.tokenizer))
+        source = run_data(info.data, flat(self.data), run_tokenizer(folder, info.tokenizer))
         part = source.split(self.split)
         if part.whole_documents and self.context_len:
             each = "picture" if part.image_shape else "episode"

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from transformer_vq import costs
 from transformer_vq.cli.common import CheckpointOption, number, size, tell
+from transformer_vq.cli.models import RunFolder, local
 from transformer_vq.cli.parse import option
 from transformer_vq.config import ModelConfig
 from transformer_vq.errors import plain
@@ -26,12 +27,12 @@ class Info:
   tvq info --run runs/book --json
 """
 
-    run: Annotated[Path, option("folder of a trained run", "DIR")]
+    run: RunFolder
     checkpoint: CheckpointOption = "latest"
     json: Annotated[bool, option("print JSON, with the whole configuration")] = False
 
     def main(self) -> int:
-        record = describe(self.run, self.checkpoint)
+        record = describe(local(self.run), self.checkpoint, name=str(self.run))
         if self.json:
             print(to_json(record))
         else:
@@ -39,26 +40,24 @@ class Info:
         return 0
 
 
-def describe(folder: Path, checkpoint: str = "latest") -> dict[str, Any]:
-    """All that `tvq info` tells. Raises `RunError` and `CheckpointError` as `load_info` does."""
-    from transformer_vq.io.checkpoint import CheckpointError
-    from transformer_vq.run.folder import checkpoints_of, find_step, load_info
+def describe(folder: Path, checkpoint: str = "latest", *, name: str = "") -> dict[str, Any]:
+    """All that `tvq info` tells. `name`: of the run, if it is not that of the folder.
+
+    Raises a `UserError` as `load_info` does.
+    """
+    from transformer_vq.run.folder import find_step, load_info
     from transformer_vq.run.log import damaged_lines, read_metrics
 
     info = load_info(folder, find_step(folder, checkpoint))
     config, train = info.config, info.train
-    steps = checkpoints_of(folder).steps()
-    try:
-        best, damage = checkpoints_of(folder).best(), ""
-    except CheckpointError as error:
-        best, damage = None, str(error)
+    checkpoints, damage = _checkpoints(folder, info.step)
     damaged = [damaged_lines(folder / name) for name in ("metrics.jsonl", "samples.jsonl")]
     records = [r for r in read_metrics(folder / "metrics.jsonl") if r["step"] <= info.step]
     last: dict[str, Any] = {}
     for record in records:
         last |= record
     return {
-        "run": str(folder),
+        "run": name or str(folder),
         "model": {
             "parameters": costs.parameter_count(config),
             "codebook": costs.codebook_count(config),
@@ -78,18 +77,32 @@ def describe(folder: Path, checkpoint: str = "latest") -> dict[str, Any]:
                 for name in ("loss", "bpb", "validation_loss", "validation_bpb")
             },
         },
-        "checkpoints": [
-            {
-                "step": step,
-                "best": step == best,
-                "bytes": _folder_size(folder / "checkpoints" / str(step)),
-            }
-            for step in steps
-        ],
+        "checkpoints": checkpoints,
         "damage": [text for text in (damage, *damaged) if text],
         "config": config.to_dict(),
         "train": dataclasses.asdict(train),
     }
+
+
+def _checkpoints(folder: Path, exported: int) -> tuple[list[dict[str, Any]], str]:
+    """The checkpoints of a run, and what is wrong with them; of an exported model the one it is.
+
+    `exported`: its step.
+    """
+    from transformer_vq.io.checkpoint import CheckpointError
+    from transformer_vq.io.export import MODEL_FILE, is_export
+    from transformer_vq.run.folder import checkpoints_of
+
+    if is_export(folder):
+        bytes_ = (folder / MODEL_FILE).stat().st_size
+        return [{"step": exported, "best": False, "bytes": bytes_}], ""
+    checkpoints = checkpoints_of(folder)
+    try:
+        best, damage = checkpoints.best(), ""
+    except CheckpointError as error:
+        best, damage = None, str(error)
+    sizes = {step: _folder_size(folder / "checkpoints" / str(step)) for step in checkpoints.steps()}
+    return [{"step": s, "best": s == best, "bytes": size} for s, size in sizes.items()], damage
 
 
 def _folder_size(folder: Path) -> int:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 CHUNK = 16 * 1024  # tokens of a prompt between looks at the progress
 
-RunFolder = Annotated[Path, option("folder of a trained run", "DIR")]
+RunFolder = Annotated[
+    Path, option("folder of a trained run, of an exported model, or hf:OWNER/NAME", "DIR")
+]
 FarOptions = Annotated[
     overrides(
         ModelConfig,
@@ -32,6 +34,13 @@ FarOptions = Annotated[
     flat_names,
 ]
 StateOption = Annotated[str | None, option("go on from a saved state", "FILE", default="none")]
+
+
+def local(run: Path) -> Path:
+    """The folder that `--run` names; of a model on the Hugging Face Hub, where it was put."""
+    from transformer_vq.io.hub import local_folder
+
+    return local_folder(run, "--run")
 
 
 def open_run(folder: Path, checkpoint: str = "latest") -> "tuple[RunInfo, Tokenizer]":
@@ -140,12 +149,12 @@ def session(
 
 
 def open_draft(given: str | None) -> "bool | Model":
-    """What guesses tokens ahead: `text`, or the model of a run in this folder; None: nothing."""
+    """What guesses tokens ahead: `text`, or a model that `--run` would take; None: nothing."""
     if given in (None, "text"):
         return given is not None
     from transformer_vq.run.folder import load_run
 
-    return load_run(Path(given))[0]
+    return load_run(given)[0]
 
 
 def state_after(

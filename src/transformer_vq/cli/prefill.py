@@ -10,6 +10,7 @@ from transformer_vq.cli.models import (
     RunFolder,
     StateOption,
     check_save_state,
+    local,
     open_model,
     open_run,
     prompt_tokens,
@@ -45,13 +46,14 @@ class Prefill:
         from transformer_vq import costs
         from transformer_vq.io.state import save_state
 
-        info, tokenizer = open_run(self.run, self.checkpoint)
+        folder = local(self.run)
+        info, tokenizer = open_run(folder, self.checkpoint)
         if info.data.image_shape:
             raise UsageError(f"the run in {self.run} draws pictures, which have no prompt")
         prompt = prompt_tokens("", self.prompt_file, tokenizer)
         if not prompt:
             raise UsageError("--prompt-file is empty: give a prompt of one byte or more")
-        model, given = open_model(self.run, info, self.far, self.state)
+        model, given = open_model(folder, info, self.far, self.state)
         began = time.monotonic()
         state = read(model, prompt, given, room=256)
         seconds = time.monotonic() - began

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from transformer_vq.cli.common import quoted, run_data, say, size, tell
+from transformer_vq.cli.models import RunFolder, local
 from transformer_vq.cli.parse import DataPaths, UsageError, flat, option
 from transformer_vq.data import DataError, run_tokenizer
 
@@ -29,7 +30,7 @@ class Report:
   tvq report --run runs/book --out book.html --no-eval
 """
 
-    run: Annotated[Path, option("folder of a trained run", "DIR")]
+    run: RunFolder
     out: Annotated[str, option("where to write it", "FILE", default="report.html of the run")] = ""
     data: Annotated[
         DataPaths, option("where its data are now", "PATH", default="those of the run")
@@ -39,20 +40,24 @@ class Report:
     def main(self) -> int:
         from transformer_vq.atomic import write_whole
         from transformer_vq.cli.info import describe
+        from transformer_vq.io.hub import is_remote
         from transformer_vq.run.log import damaged_lines, read_metrics
         from transformer_vq.show.report import page
 
-        path = Path(self.out) if self.out else self.run / "report.html"
+        if is_remote(self.run) and not self.out:
+            raise UsageError(f"--out is missing: say where to write the report of {self.run}")
+        folder = local(self.run)
+        path = Path(self.out) if self.out else folder / "report.html"
         if not path.parent.is_dir() and self.out:
             raise UsageError(f"--out is {self.out}: there is no such folder, make it first")
-        run = describe(self.run)
-        metrics, samples = self.run / "metrics.jsonl", self.run / "samples.jsonl"
+        run = describe(folder, name=str(self.run))
+        metrics, samples = folder / "metrics.jsonl", folder / "samples.jsonl"
         for damage in filter(None, map(damaged_lines, (metrics, samples))):
             tell(f"{damage}: left out")
         evaluation, reason = None, "left out (--no-eval)"
         if not self.no_eval:
             try:
-                evaluation = self._evaluate()
+                evaluation = self._evaluate(folder)
             except DataError as error:
                 reason = f"not measured: {error}"
                 say(f"no loss by position: {error}")
@@ -60,7 +65,7 @@ class Report:
             run,
             read_metrics(metrics),
             [sample for sample in read_metrics(samples) if "text" in sample],
-            _environment(self.run / "config.json"),
+            _environment(folder / "config.json"),
             evaluation or reason,
         )
         content = text.encode("utf-8", errors="replace")  # names of files may be anything
@@ -68,13 +73,13 @@ class Report:
         print(f"the report is in {quoted(path)}, {size(len(content))}")
         return 0
 
-    def _evaluate(self) -> "Evaluation":
+    def _evaluate(self, folder: Path) -> "Evaluation":
         from transformer_vq.cli.evaluate import score
         from transformer_vq.ops.evaluate import has_far_part
         from transformer_vq.run.folder import load_run
 
-        model, info = load_run(self.run)
-        source = run_data(info.data, flat(self.data), run_tokenizer(self.run, info.tokenizer))
+        model, info = load_run(folder)
+        source = run_data(info.data, flat(self.data), run_tokenizer(folder, info.tokenizer))
         far_gain = has_far_part(model.config)
         part = source.split("validation")
         return score(model, info, part, max_tokens=EVAL_TOKENS, far_gain=far_gain)

@@ -11,6 +11,7 @@ from transformer_vq.cli.models import (
     FarOptions,
     RunFolder,
     check_save_state,
+    local,
     open_draft,
     open_model,
     open_run,
@@ -84,7 +85,7 @@ class Sample:
         str | None,
         option(
             "guess ahead, for the same text in less time: text: from what is written already; or "
-            "the folder of a small run with the same vocabulary",
+            "a small model with the same vocabulary, as --run takes it",
             "text|DIR",
             default="none",
         ),
@@ -103,11 +104,12 @@ class Sample:
 
         from transformer_vq.io.state import save_state
 
-        info, tokenizer = open_run(self.run, self.checkpoint)
+        folder = local(self.run)
+        info, tokenizer = open_run(folder, self.checkpoint)
         if info.data.image_shape:
             raise UsageError(f"the run in {self.run} draws pictures: tvq draw --run {self.run}")
         prompt = prompt_tokens(self.prompt, self.prompt_file, tokenizer)
-        model, given = open_model(self.run, info, self.far, self.state)
+        model, given = open_model(folder, info, self.far, self.state)
         draft = open_draft(self.draft)
         # What is written goes on from the prompt; nobody knows the text of a state.
         decoder = StreamDecoder(tokenizer, prompt or (None if given is not None else ()))

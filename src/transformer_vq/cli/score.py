@@ -18,6 +18,7 @@ from transformer_vq.cli.models import (
     RunFolder,
     StateOption,
     diverged,
+    local,
     open_model,
     open_run,
 )
@@ -68,12 +69,13 @@ class Score:
             raise UsageError("--text and --file are both given: give one")
         if not self.text and self.file is None:
             raise UsageError("there is no text: give --text or --file (- for standard input)")
-        info, tokenizer = open_run(self.run, self.checkpoint)
+        folder = local(self.run)
+        info, tokenizer = open_run(folder, self.checkpoint)
         if info.data.image_shape:
             raise UsageError(f"the run in {self.run} is one of pictures: tvq eval scores those")
         with self._open() as file:
             text = _Counted(text_pieces(file))
-            model, state = open_model(self.run, info, self.far, self.state)
+            model, state = open_model(folder, info, self.far, self.state)
 
             from transformer_vq.engine.score import score_chunks
 

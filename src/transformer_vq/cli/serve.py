@@ -1,12 +1,13 @@
 """`tvq serve`: a model behind an address."""
 
 import contextlib
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from transformer_vq.cli.common import CheckpointOption, size
-from transformer_vq.cli.models import FarOptions, RunFolder, open_model, open_run
+from transformer_vq.cli.models import FarOptions, RunFolder, local, open_model, open_run
 from transformer_vq.cli.parse import UsageError, option, require_whole
 from transformer_vq.errors import UserError
 
@@ -62,7 +63,8 @@ class Serve:
             raise UsageError(f"--drain is {self.drain}: it must be a number of seconds, 0 or more")
         _require_libraries()
         keys = [] if self.api_key_file is None else _read_keys(self.api_key_file)
-        if not self.run.is_dir():
+        folder = local(self.run)
+        if not folder.is_dir():
             raise UserError(f"there is no run folder {self.run}: name one that was trained")
 
         from transformer_vq.engine.engine import Engine
@@ -71,7 +73,8 @@ class Serve:
         from transformer_vq.serve.service import Service
 
         service = Service()
-        engine = Engine(lambda: self._load(service), service.deliver, max_queue=self.max_queue)
+        load = functools.partial(self._load, service, folder)
+        engine = Engine(load, service.deliver, max_queue=self.max_queue)
         app = make_app(service, keys=keys, local=self.host in LOOPBACK)
         sock = listen(self.host, self.port)
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -80,7 +83,7 @@ class Serve:
             app, service, engine, sock, drain=self.drain, ready=lambda: self._tell(service, address)
         )
 
-    def _load(self, service: "Service") -> "Scheduler":
+    def _load(self, service: "Service", folder: Path) -> "Scheduler":
         """Open the model and compile its programs, in the thread of the engine."""
         from transformer_vq.engine.device import Device
         from transformer_vq.engine.scheduler import Scheduler
@@ -88,10 +91,10 @@ class Serve:
         from transformer_vq.serve.service import Loaded
         from transformer_vq.serve.states import StateStore
 
-        info, tokenizer = open_run(self.run, self.checkpoint)
+        info, tokenizer = open_run(folder, self.checkpoint)
         if info.data.image_shape:
             raise UserError(f"the run in {self.run} draws pictures: tvq draw --run {self.run}")
-        model, _ = open_model(self.run, info, self.far)
+        model, _ = open_model(folder, info, self.far)
         widths = (self.slots,) if self.exact else (1, self.slots)
         device = Device(model, widths, largest=self.prompt_chunk, room=info.context_limit)
         files = SnapshotFiles(model)

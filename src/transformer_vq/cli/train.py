@@ -356,8 +356,9 @@ def _saved_run(folder: Path, *, by_hand: bool) -> dict[str, Any] | None:
         return None
 
     from transformer_vq.cli.common import tell
-    from transformer_vq.run.folder import RunInfo, checkpoints_of, load_info
+    from transformer_vq.run.folder import RunInfo, checkpoints_of, load_info, refuse_export
 
+    refuse_export(folder)
     try:
         saved = json.loads(path.read_bytes())
         saved.pop("environment", None)

@@ -26,9 +26,14 @@ _TABLES = (".parquet",)
 _IMAGE_ARRAYS = re.compile(r"idx[34]-ubyte$|\.npz$")
 # Arrays of pictures say in their names what they are for: train-images-idx3-ubyte, val_data.npz.
 _ARRAY_SPLITS = (("train", "train"), ("val", "validation"), ("test", "test"), ("t10k", "test"))
-# What tells a folder that this program made from one of data: a run, and tokens that are kept.
-_OURS = ({"config.json", "metrics.jsonl"}, {"config.json", "checkpoints"})
-_OURS += ({"source.json", "tokens.bin"},)
+# What tells a folder that this program made from one of data: a run, tokens that are kept, and a
+# model that was exported.
+_OURS = (
+    {"config.json", "metrics.jsonl"},
+    {"config.json", "checkpoints"},
+    {"config.json", "model.safetensors"},
+    {"source.json", "tokens.bin"},
+)
 # What a run writes, where its folder is that of the data.
 _RUN = {"config.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "tensorboard", "wandb"}
 _RUN |= {"tokenizer.json", "tokenizer.model", "report.html"}

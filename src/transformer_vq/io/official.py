@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from transformer_vq.config import ModelConfig
 from transformer_vq.errors import UserError
@@ -148,3 +149,24 @@ def from_official(params: Mapping[str, Any], config: Mapping[str, Any]) -> Model
                 f"says {spec.shape}"
             )
     return Model(params=tree, codebook=codebook, config=ours)
+
+
+# Where its parameters have an axis of tokens.
+_TOKEN_AXES = {
+    "token_embedder/embs": 0,
+    "token_embedder/bias_out": 0,
+    "out_proj/kernel": 1,
+    "out_proj/bias": 0,
+}
+
+
+def bytes_first(params: Mapping[str, np.ndarray], special: int) -> dict[str, np.ndarray]:
+    """Its parameters with the first `special` tokens behind all others.
+
+    Its vocabulary of bytes has three tokens before them (padding, end of text, unknown), so that
+    byte b is token b + 3. Ours are the bytes themselves.
+    """
+    return {
+        name: np.roll(array, -special, _TOKEN_AXES[name]) if name in _TOKEN_AXES else array
+        for name, array in params.items()
+    }

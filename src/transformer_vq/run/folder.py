@@ -6,6 +6,9 @@ runs/NAME/
   metrics.jsonl   a JSON object a line (`transformer_vq.run.log`)
   samples.jsonl   what the model wrote at each validation (`transformer_vq.run.samples`)
   checkpoints/    one folder per step (`transformer_vq.io.checkpoint`), each with its RunInfo
+
+Wherever one is read, an exported model (`transformer_vq.io.export`) will do, and so will
+`hf:OWNER/NAME` (`transformer_vq.io.hub`).
 """
 
 import collections
@@ -25,8 +28,10 @@ import numpy as np
 from transformer_vq.atomic import write_whole
 from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.data import OnError, Source, Tokenizer, as_source, run_tokenizer
-from transformer_vq.errors import UserError, as_path, cut, shown
+from transformer_vq.errors import UserError, cut, shown
 from transformer_vq.io.checkpoint import Checkpoints
+from transformer_vq.io.export import is_export, load_model, read_config
+from transformer_vq.io.hub import local_folder
 from transformer_vq.nn.layers import wide
 from transformer_vq.nn.model import Model, init_model
 
@@ -137,9 +142,12 @@ def checkpoints_of(folder: str | os.PathLike, keep: int = 3) -> Checkpoints:
 def find_step(folder: str | os.PathLike, checkpoint: str) -> int | None:
     """The step that `latest` (as None), `best` or a number names in the run in `folder`.
 
-    Raises `RunError` for another name, or `best` where no checkpoint has a validation loss.
+    Of an exported model, `latest` and `best` are what it holds. Raises `RunError` for another name,
+    or `best` where no checkpoint has a validation loss.
     """
     if checkpoint == "latest":
+        return None
+    if checkpoint == "best" and is_export(Path(folder)):
         return None
     if checkpoint == "best":
         best = checkpoints_of(folder).best()
@@ -158,15 +166,32 @@ def load_info(folder: str | os.PathLike, step: int | None = None) -> RunInfo:
     """What the checkpoint of `step` (by default the newest) says of the run in `folder`.
 
     Raises `RunError` if there is no such folder or it has no checkpoint, `CheckpointError` if the
-    checkpoint is damaged.
+    checkpoint is damaged; of an exported model `ExportError`, and `HubError` of one on the Hub.
     """
-    folder = Path(folder)
+    folder = local_folder(folder)
     if not os.path.isdir(folder):  # whatever the reason
         raise RunError(f"there is no run folder {cut(str(folder), 300)}: name one that was trained")
+    if is_export(folder):
+        return _exported_info(folder, step)
     checkpoints = checkpoints_of(folder)
     if checkpoints.latest() is None:
         raise RunError(f"{folder} has no checkpoint: train until one is saved")
     return RunInfo.from_dict(checkpoints.metadata(step))
+
+
+def _exported_info(folder: Path, step: int | None) -> RunInfo:
+    """What an exported model says. Raises `RunError` for a step that it does not hold."""
+    content = read_config(folder)
+    names = {"config": "model", "train": "training"}
+    fields = (field.name for field in dataclasses.fields(RunInfo))
+    known = ((name, names.get(name, name)) for name in fields)
+    info = RunInfo.from_dict({name: content[said] for name, said in known if said in content})
+    if step not in (None, info.step):
+        raise RunError(
+            f"{folder} holds an exported model of step {info.step}, and not of step {step}: leave "
+            f"out the step"
+        )
+    return info
 
 
 def load_run(
@@ -175,9 +200,13 @@ def load_run(
     """The model of the run in `folder` at `step` (by default the newest checkpoint), and its info.
 
     A run with `ema_decay` gives the average of its weights, or those of `step` alone if not
-    `average`. Raises `RunError` and `CheckpointError` as `load_info` does.
+    `average`. Raises `RunError`, `CheckpointError`, `ExportError` and `HubError` as `load_info`
+    does.
     """
+    folder = local_folder(folder)
     info = load_info(folder, step)
+    if is_export(folder):
+        return load_model(folder, info.config), info
     like = jax.eval_shape(functools.partial(init_model, info.config), jax.random.key(0))
     parts = {"params": like.params, "codebook": like.codebook}
     if average and info.train.ema_decay:
@@ -192,19 +221,31 @@ def load_run(
 def load(folder: str | os.PathLike, checkpoint: str | int = "latest") -> tuple[Model, Tokenizer]:
     """A trained model and its vocabulary: what `generate`, `stream` and `score` need.
 
-    `checkpoint`: latest, best (by validation loss), or a step. Raises `RunError` and
-    `CheckpointError` as `find_step` and `load_info` do, and `DataError` if the vocabulary of the
+    Args:
+      folder: of a run, or of an exported model; or `hf:OWNER/NAME`, one on the Hugging Face Hub.
+      checkpoint: of a run: latest, best (by validation loss), or a step.
+
+    Raises a `UserError` as `find_step` and `load_info` do, and `DataError` if the vocabulary of the
     run is lost, or is another one.
     """
-    folder = as_path("folder", folder)
+    folder = local_folder(folder)
     name = shown(checkpoint) if isinstance(checkpoint, int) else str(checkpoint)
     model, info = load_run(folder, find_step(folder, name))
     return model, run_tokenizer(folder, info.tokenizer)
 
 
+def refuse_export(folder: Path) -> None:
+    """Raise `RunError` for the folder of an exported model, where no run can be."""
+    if is_export(folder):
+        raise RunError(
+            f"{folder} holds an exported model, which cannot be trained on: use another folder"
+        )
+
+
 def make_run_folder(folder: Path, *, resume: bool) -> None:
     """Make the folder of a run, if need be; to `resume` one, it must exist. Raises `RunError`."""
     checkpoints_of(folder)  # refuses a name that cannot be one
+    refuse_export(folder)
     if resume and not folder.is_dir():
         raise RunError(f"there is no run folder {folder} to resume: start without resuming")
     try:
