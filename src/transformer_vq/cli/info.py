@@ -32,7 +32,7 @@ class Info:
     json: Annotated[bool, option("print JSON, with the whole configuration")] = False
 
     def main(self) -> int:
-        record = describe(local(self.run), self.checkpoint, name=str(self.run))
+        record = describe(local(self.run), self.checkpoint) | {"run": str(self.run)}
         if self.json:
             print(to_json(record))
         else:
@@ -40,11 +40,8 @@ class Info:
         return 0
 
 
-def describe(folder: Path, checkpoint: str = "latest", *, name: str = "") -> dict[str, Any]:
-    """All that `tvq info` tells. `name`: of the run, if it is not that of the folder.
-
-    Raises a `UserError` as `load_info` does.
-    """
+def describe(folder: Path, checkpoint: str = "latest") -> dict[str, Any]:
+    """All that `tvq info` tells. Raises a `UserError` as `load_info` does."""
     from transformer_vq.run.folder import find_step, load_info
     from transformer_vq.run.log import damaged_lines, read_metrics
 
@@ -57,7 +54,7 @@ def describe(folder: Path, checkpoint: str = "latest", *, name: str = "") -> dic
     for record in records:
         last |= record
     return {
-        "run": name or str(folder),
+        "run": str(folder),
         "model": {
             "parameters": costs.parameter_count(config),
             "codebook": costs.codebook_count(config),

@@ -50,7 +50,7 @@ class Report:
         path = Path(self.out) if self.out else folder / "report.html"
         if not path.parent.is_dir() and self.out:
             raise UsageError(f"--out is {self.out}: there is no such folder, make it first")
-        run = describe(folder, name=str(self.run))
+        run = describe(folder) | {"run": str(self.run)}
         metrics, samples = folder / "metrics.jsonl", folder / "samples.jsonl"
         for damage in filter(None, map(damaged_lines, (metrics, samples))):
             tell(f"{damage}: left out")
