@@ -43,11 +43,11 @@ small=(--preset small --config.window-len 256 --config.block-len 256)
 bf16=(--config.compute-dtype bfloat16 --config.state-dtype bfloat16)
 enwik8=(--preset enwik8 --config.state-dtype bfloat16)
 batches=(1 8 32) few=(1 32) prompts=(2048 100000) lengths=(2048 8192 32768 131072) rows=8
-tests=(tests/test_reference.py tests/test_extend.py tests/test_pieces.py)
+tests=(tests/nn/test_reference.py tests/nn/test_extend.py tests/nn/test_products.py)
 if [[ -n "${SMOKE:-}" ]]; then
   bf16=() small=(--preset tiny --repeats 1) enwik8=(--preset tiny --repeats 1)
   batches=(1 2) few=(1 2) prompts=(64 300) lengths=(64 128) rows=1
-  tests=(tests/test_pieces.py -k ragged)
+  tests=(tests/nn/test_products.py -k same_product)
 fi
 run decode-small decode "${small[@]}" "${bf16[@]}" --batch "${batches[@]}"
 run decode-enwik8 decode "${enwik8[@]}" --batch "${batches[@]}"

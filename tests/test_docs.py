@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import ROOT, TESTS, make_run
-from transformer_vq.cli import COMMANDS, parse
+from transformer_vq.cli import COMMANDS, parse, split_command
 from transformer_vq.cli.parse import UsageError
 
 PAGES = [
@@ -80,7 +80,7 @@ def command(name: str):
 
 def check(line: str) -> None:
     """Raise `UsageError` unless `tvq` would take this line."""
-    first, *rest = shlex.split(line)
+    first, rest = split_command(shlex.split(line))
     if not first.startswith("--"):
         parse.options(command(first), first, rest)
 
@@ -113,9 +113,10 @@ def test_options_within_sentences_exist(capsys):
 
     for page, code in inline:
         options = {option.split("=")[0] for option in re.findall(r"--[\w.-]+", code)}
-        if match := re.match(r"(?:tvq |\.venv/bin/tvq )([a-z-]+)\b", code):
-            assert match[1] in COMMANDS, f"{page}: {code}"
-            assert options <= options_of(match[1]), f"{page}: {code}"
+        if match := re.match(r"(?:tvq |\.venv/bin/tvq )([a-z-]+\b.*)", code):
+            first, _ = split_command(match[1].split())
+            assert first in COMMANDS, f"{page}: {code}"
+            assert options <= options_of(first), f"{page}: {code}"
         elif code.startswith(("--train.", "--config.", "--mesh.")):
             assert options <= options_of("train"), f"{page}: {code}"
 

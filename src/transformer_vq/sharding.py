@@ -28,17 +28,22 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     Raises `ValueError` if they are not as many as the axes say.
     """
     devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(config, len(devices))
+    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * 3, devices=tuple(devices))
+
+
+def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
+    """The sizes of the axes of a mesh of so many devices. Raises as `make_mesh` does."""
     others = config.fsdp * config.tensor
-    data = len(devices) // others if config.data == -1 else config.data
-    if data * others != len(devices):
+    data = devices // others if config.data == -1 else config.data
+    if data * others != devices:
         asked = f"fsdp {config.fsdp} times tensor {config.tensor}"
         if config.data == -1:
-            limit = f"a divisor of the {len(devices)} devices"
+            limit = f"a divisor of the {devices} devices"
         else:
-            asked, limit = f"data {data} times {asked}", f"the number of devices, {len(devices)}"
+            asked, limit = f"data {data} times {asked}", f"the number of devices, {devices}"
         raise UserError(f"the mesh has {asked}: it must be {limit}")
-    shape = (data, config.fsdp, config.tensor)
-    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * 3, devices=tuple(devices))
+    return data, config.fsdp, config.tensor
 
 
 def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:

@@ -15,7 +15,7 @@ from transformer_vq.errors import UserError
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_options_defaults_and_examples(capsys, command):
-    assert main([command, "--help"]) == 0
+    assert main([*command.split(), "--help"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(f"usage: tvq {command}")
     assert "(default: " in printed or command == "info"

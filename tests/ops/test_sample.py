@@ -151,7 +151,7 @@ def test_rows_and_keys():
         np.asarray(jax.random.PRNGKey(KEY)),
         [0, KEY],
     )
-    programs = sample._sample_sequences._cache_size()
+    programs = sample.sample_sequences._cache_size()
     for key in kinds:
         again = sample_op(SampleConfig(BATCH, LENGTH, 1.0), EOS, MODEL, key)
         np.testing.assert_array_equal(again, drawn)
@@ -162,7 +162,7 @@ def test_rows_and_keys():
     louder = Model({**MODEL.params, "w_out": 2 * MODEL.params["w_out"]}, MODEL.codebook, config)
     other = np.asarray(sample_op(SampleConfig(BATCH, LENGTH), EOS, louder, KEY))
     assert (other != drawn).any()
-    assert sample._sample_sequences._cache_size() == programs
+    assert sample.sample_sequences._cache_size() == programs
 
 
 def test_the_tightest_nucleus_is_greedy():

@@ -40,6 +40,7 @@ COMMANDS = {
         "weights of the paper's own implementation as such a folder",
     ),
     "bench": ("bench", "Bench", "how fast this machine runs a model, beside what it can do"),
+    "bench compile": ("compile", "Compile", "what programs need on devices that are not here"),
     "info": ("info", "Info", "what a run is: sizes, costs, data, losses, checkpoints"),
     "report": ("report", "Report", "a run as one HTML page: curves, codebooks, samples"),
 }
@@ -103,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    name, rest = split_command(arguments or ["--help"])
     if name in ("--help", "-h", "help"):
         width = max(map(len, COMMANDS))
         lines = (f"  {name:{width}}  {line}" for name, (_, _, line) in COMMANDS.items())
@@ -126,6 +127,12 @@ def _run(arguments: list[str]) -> int:
         return 0
     use_compilation_cache()
     return options.main()
+
+
+def split_command(arguments: list[str]) -> tuple[str, list[str]]:
+    """The name of a command, of one word or two, and its options."""
+    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    return " ".join(arguments[:words]), arguments[words:]
 
 
 def _said_cache() -> str:

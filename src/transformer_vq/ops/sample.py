@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from transformer_vq import sharding
 from transformer_vq.errors import UserError, require_kind, shown
@@ -54,11 +55,15 @@ def sample_op(config: SampleConfig, eos_id: int, model: Model, key: Any) -> jax.
         raise UserError(f"eos_id is {shown(eos_id)}: tokens go from 0 to {last}")
     key_data = jax.random.key_data(as_key(key))
     model, key_data = jax.device_put((model, key_data), sharding.replicated(mesh))
-    return _sample_sequences(config, int(eos_id), mesh, model, key_data)
+    return sample_sequences(config, int(eos_id), mesh, model, key_data)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _sample_sequences(config, eos_id, mesh, model, key_data):
+def sample_sequences(
+    config: SampleConfig, eos_id: int, mesh: Mesh, model: Model, key_data: jax.Array
+) -> jax.Array:
+    """The program of `sample_op`, for the devices of a mesh; `key_data` is that of a JAX key."""
+
     def per_device(whole: tuple[Model, jax.Array], row: jax.Array) -> jax.Array:
         (model, key_data), batch = whole, row.shape[0]
         key = jax.random.wrap_key_data(key_data)
