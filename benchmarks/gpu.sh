@@ -45,8 +45,9 @@ enwik8=(--preset enwik8 --config.state-dtype bfloat16)
 batches=(1 8 32) few=(1 32) prompts=(2048 100000) lengths=(2048 8192 32768 131072) rows=8
 tests=(tests/nn/test_reference.py tests/nn/test_extend.py tests/nn/test_products.py)
 if [[ -n "${SMOKE:-}" ]]; then
-  bf16=() small=(--preset tiny --repeats 1) enwik8=(--preset tiny --repeats 1)
-  batches=(1 2) few=(1 2) prompts=(64 300) lengths=(64 128) rows=1
+  small=(--preset tiny --config.num-layers 1 --config.d-model 16 --config.d-k 8 --repeats 1)
+  small+=(--config.codebook-size 8 --config.window-len 8 --config.block-len 8)
+  bf16=() enwik8=("${small[@]}") batches=(2) few=(2) prompts=(20) lengths=(32 64) rows=1
   tests=(tests/nn/test_products.py -k same_product)
 fi
 run decode-small decode "${small[@]}" "${bf16[@]}" --batch "${batches[@]}"

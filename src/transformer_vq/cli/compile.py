@@ -130,7 +130,7 @@ def _line(record: dict[str, Any]) -> str:
         wasted = copies["copies"] + copies["returns"]
         lines.append(
             f"copies of {size(copies['least_bytes'])} or more in a step: {wasted or 'none'}"
-            + f" ({copies['returns']} of them back from a device's own memory)" * (wasted > 0)
+            + f" ({copies['returns']} back from the chip's own memory)" * (wasted > 0)
             + f"; {copies['reads']} read ahead" * (copies["reads"] > 0)
         )
     return "\n          ".join(lines)

@@ -301,7 +301,8 @@ def _reason(error: RuntimeError) -> str:
         (r"HLO temporaries \((\S+)\) exceeds available HBM \((\S+)\)", "temporaries"),
     ):
         if found := re.search(pattern, text):
-            return f"does not fit: {what} take {found[1]}B, and a device has {found[2]}B"
+            need, have = (re.sub(r"([KMGT])$", r" \1iB", n) for n in found.groups())
+            return f"does not fit: {what} take {need}, and a device has {have}"
     return cut(text, 300)
 
 
