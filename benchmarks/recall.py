@@ -3,7 +3,7 @@
 For each task, model and seed, a small model is trained from nothing on episodes (docs/data.md,
 "Tasks of memory") whose answers are farther back than its window reaches. Then it is asked on
 held-out ones, with as much filler as it was trained with, 4 and 16 times as much. Models are with
-key shift, gain and a gate that forgets (vq), the same without the far part (no-cache: what a window
+key shift, gain and a gate that forgets in one of two units (vq), the same without the far part (no-cache: what a window
 alone gives), and of full attention. A block in training holds an episode, so that gradients reach
 every key; outputs do not depend on it (`--config.block-len 4 --config.soft-writes True`, or
 `--config.reach 64`, to compare). Evaluation carries the state through chunks, so it takes linear
@@ -67,6 +67,7 @@ CONFIG = ModelConfig(
     key_shift=True,
     score_gain=True,
     forget="gated",
+    long_units=1,  # of two
 )
 TRAIN = TrainConfig(
     learning_rate=3e-3,

@@ -26,9 +26,11 @@ _workers = "PYTEST_XDIST_WORKER" in os.environ
 if _workers:  # they share the cores: one compute thread each
     _XLA_FLAGS["--xla_cpu_multi_thread_eigen"] = "false"
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+# `make test-slow` makes programs as users' are.
+_quick = _workers and not os.environ.get("TVQ_TEST_AS_USERS")
+if _quick:
     # XLA's older emitter of loops compiles in half the time, one piece in less than many, and the
-    # plain scheduler is quicker too. Without workers (`make test-slow`) programs are made as
-    # users' are.
+    # plain scheduler is quicker too.
     if version("jaxlib").startswith("0.10."):  # the last that has the emitter
         _QUICK["--xla_cpu_use_fusion_emitters"] = "false"
         _QUICK["--xla_cpu_parallel_codegen_split_count"] = "1"
@@ -116,13 +118,13 @@ def double():
 def user_env() -> dict[str, str]:
     """The environment for a `tvq` subprocess: one device and all cores, as a user has it.
 
-    Beside workers its programs are made quickly, as theirs are, and kept for the next process.
+    In the fast suite its programs are made quickly, and kept for the next process.
     """
-    ours = _XLA_FLAGS.keys() - (_QUICK if _workers else {})
+    ours = _XLA_FLAGS.keys() - (_QUICK if _quick else {})
     flags = [f for f in os.environ["XLA_FLAGS"].split() if f.split("=")[0] not in ours]
     dropped = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PYTEST_CURRENT_TEST")
     env = {name: value for name, value in os.environ.items() if name not in dropped}
-    if _workers:
+    if _quick:
         env |= {
             "JAX_ENABLE_COMPILATION_CACHE": "true",
             "JAX_COMPILATION_CACHE_DIR": f"{_programs.name}/processes",

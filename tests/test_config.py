@@ -61,6 +61,7 @@ def model_configs(draw):
             far_decay=draw(st.just(0.0) | st.floats(1e-6, 1e30)),
             far_cap=draw(st.integers(0, 10**6)),
             forget=draw(st.sampled_from(["none", "constant", "gated"])),
+            long_units=draw(st.integers(0, 1)),
             reach=draw(st.integers(0, 10**6)),
             sphere_codewords=draw(st.booleans()),
             soft_writes=draw(st.booleans()),

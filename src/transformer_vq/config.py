@@ -28,7 +28,13 @@ DEFAULT_CAPACITY = 4096  # tokens that a state of full attention holds, unless t
 AUTO = 0  # left out: follows from other fields
 # Fields that full attention has no use for, and the value that turns them off.
 FOR_CODES = dict(
-    far_decay=0, far_cap=0, forget="none", sphere_codewords=False, reach=0, soft_writes=False
+    far_decay=0,
+    far_cap=0,
+    forget="none",
+    long_units=0,
+    sphere_codewords=False,
+    reach=0,
+    soft_writes=False,
 )
 MLP_WIDTH = {"mqa": 5, "mha": 4}  # times d_model; shga has no MLP
 
@@ -67,6 +73,8 @@ class ModelConfig:
     )  # fmt: skip
     forget_horizon: float = real(8192.0, "no key outlives about so many tokens (tau_max), where "
                                  "there is forgetting", "(1, inf)")  # fmt: skip
+    long_units: int = whole(0, "so many units, the last ones, forget by the horizon alone, where "
+                            "there is forgetting: a gate may learn to keep little")  # fmt: skip
     key_shift: bool = switch(False, "mix each key with the one before it, by a learned share")
     score_gain: bool = switch(
         False, "a learned factor on the scores, per query head; sqrt(128 / d_k) at the start"
@@ -118,6 +126,11 @@ class ModelConfig:
                         f'{off}, or attention "vq"',
                         name,
                     )
+        if self.long_units > self.num_units:
+            raise ConfigError(
+                f"long_units is {self.long_units}, and there are {self.num_units} units: lower it",
+                "long_units",
+            )
         if self.num_heads == AUTO:
             if self.head_type != "shga":
                 _require_multiple(self, "d_model", "d_k", ", or give num_heads")

@@ -1,7 +1,8 @@
 """Presets, as plain values: `ModelConfig.preset` and `TrainConfig.preset` read them.
 
 Those of the paper are as published. Ours have a memory that fades, and what helped in a short run
-(docs/results.md).
+(docs/results.md): most units by what the token says, the last ones over as many tokens as there are
+in a sequence of training.
 """
 
 from typing import Any
@@ -15,6 +16,13 @@ _OURS = dict(
     embedding_shortcut=True,
     logit_cap=15.0,
 )
+
+
+def _long(units: int, horizon: int) -> dict[str, Any]:
+    """So many units that forget over so many tokens, and no unit over more."""
+    return dict(long_units=units, forget_horizon=float(horizon))
+
+
 # The models of the paper: appendix, tables of hyperparameters.
 _PAPER = dict(
     d_k=128,
@@ -29,12 +37,21 @@ _PAPER = dict(
 _WIDE = dict(d_k=128, codebook_size=512, block_len=512, window_len=512)
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        **_OURS, d_model=128, d_k=32, num_layers=2, codebook_size=64, block_len=64, window_len=64
+        **_OURS,
+        **_long(1, 1024),
+        d_model=128,
+        d_k=32,
+        num_layers=2,
+        codebook_size=64,
+        block_len=64,
+        window_len=64,
     ),
-    "small": dict(**_OURS, d_model=256, d_k=64, num_layers=4, codebook_size=256),
-    "10m": dict(**_OURS, d_model=384, d_k=64, num_layers=5, codebook_size=256),
-    "50m": dict(**_OURS, d_model=640, num_layers=9, **_WIDE),
-    "180m": dict(**_OURS, d_model=768, num_layers=24, **_WIDE, compute_dtype="bfloat16"),
+    "small": dict(**_OURS, **_long(2, 2048), d_model=256, d_k=64, num_layers=4, codebook_size=256),
+    "10m": dict(**_OURS, **_long(2, 2048), d_model=384, d_k=64, num_layers=5, codebook_size=256),
+    "50m": dict(**_OURS, **_long(4, 4096), d_model=640, num_layers=9, **_WIDE),
+    "180m": dict(
+        **_OURS, **_long(8, 8192), d_model=768, num_layers=24, **_WIDE, compute_dtype="bfloat16"
+    ),
     "enwik8": dict(
         **_PAPER,
         vocab_size=256,

@@ -12,6 +12,7 @@ CAPACITY = LENGTH + 3
 MEMORY = dict(  # all that has to do with memory, but its bounds and the gradients of far keys
     forget="gated",
     forget_horizon=30.0,
+    long_units=1,
     key_shift=True,
     score_gain=True,
     sink=True,

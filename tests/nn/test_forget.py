@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests.helpers import close, make_config
 from transformer_vq import extend, init_model, init_state
+from transformer_vq.errors import ConfigError
 from transformer_vq.nn.forget import LEAST, ForgetGate, fades, forget_start, time_constants
 from transformer_vq.nn.timeline import make_timeline
 
@@ -40,6 +42,26 @@ def test_rates(double):
     both = CONFIG.replace(far_decay=2.0)
     close(np.asarray(fades(gate, x, timeline([3, 1], 3), both))[0, 0], found[0, 0] - 0.5, 1e-12)
     assert fades(None, x, timeline([3, 1], 3), make_config()) is None
+
+
+def test_long_units(double):
+    """Whatever the gate has learned: here to forget at once, all but the last unit."""
+    config = make_config(window_len=2, forget="gated", forget_horizon=30.0, long_units=1)
+    model = init_model(config, 0)
+    units = {**model.params["units"], "b_forget": jnp.full((config.num_units, 1), -50.0)}
+    model = type(model)({**model.params, "units": units}, model.codebook, config)
+    close(np.asarray(time_constants(units, config))[-1], [30.0], 1e-12)
+    assert (time_constants(units, config)[:-1] < 0.1).all()
+    text = np.random.default_rng(0).integers(0, config.vocab_size, (1, 12)).astype(np.int32)
+    _, whole = jax.jit(extend)(model, init_state(config, 1), text)
+    _, first = jax.jit(extend)(model, init_state(config, 1), text[:, :11])
+    _, stepped = jax.jit(extend)(model, first, text[:, 11:])
+    kept = np.exp(-np.arange(3, 12) / 30.0).sum()  # of the keys at these distances
+    for state in (whole, stepped):
+        close(np.asarray(state.units[-1].counts).sum(), kept, 1e-9)
+        assert all(np.asarray(unit.counts).sum() < 1e-9 for unit in state.units[:-1])
+    with pytest.raises(ConfigError, match="long_units is 9, and there are 2 units"):
+        config.replace(long_units=9)
 
 
 def test_mass_stays_below_the_horizon(double):

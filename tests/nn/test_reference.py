@@ -29,7 +29,9 @@ CONFIGS = {
     "decay_cap_documents": make_config(
         num_heads=2, window_len=1, block_len=4, far_decay=4.0, far_cap=2, reset_at_document=True
     ),
-    "forget": make_config(window_len=3, block_len=4, forget="gated", forget_horizon=30.0),
+    "forget": make_config(
+        window_len=3, block_len=4, forget="gated", forget_horizon=30.0, long_units=1
+    ),
     "soft_writes": make_config(window_len=3, block_len=4, soft_writes=True),
     "reach": make_config(window_len=3, block_len=4, reach=6),
     "memory_documents": make_config(
@@ -239,6 +241,7 @@ def any_case(draw):
         fields |= dict(
             forget=draw(st.sampled_from(["none", "constant", "gated"])),
             forget_horizon=draw(st.sampled_from([3.0, 50.0])),
+            long_units=draw(st.integers(0, 1)),
             far_decay=draw(st.sampled_from([0.0, 0.0, 0.3, 10.0])),
             far_cap=draw(st.sampled_from([0, 0, 2, 20])),
             reach=draw(st.sampled_from([0, 0, 5, 40])),

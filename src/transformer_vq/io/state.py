@@ -47,6 +47,7 @@ def model_hash(model: Model) -> str:
             del config[name]
     if model.config.forget == "none":
         del config["forget_horizon"]
+        config.pop("long_units", None)
     digest = hashlib.sha256(json.dumps(config, indent=2).encode())
     for path, array in jax.tree.leaves_with_path((model.params, model.codebook)):
         digest.update(jax.tree_util.keystr(path).encode())

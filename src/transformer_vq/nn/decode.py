@@ -45,7 +45,7 @@ def prepare(model: Model, state: State) -> Decoder:
 
     def unit(i: int) -> PreparedUnit:
         params, codebook = jax.tree.map(lambda a: a[i], (model.params["units"], model.codebook))
-        return prepare_unit(params, codebook, wave, model.config, layout="decode")
+        return prepare_unit(params, codebook, wave, i, model.config, layout="decode")
 
     params = {name: array for name, array in model.params.items() if name != "units"}
     if not model.config.tie_embeddings:

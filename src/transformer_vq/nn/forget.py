@@ -30,11 +30,21 @@ class ForgetGate:
 
     weight: jax.Array | None  # [D, G]; None where the rate is constant
     bias: jax.Array  # [G]
+    learned: jax.Array | None = None  # []: 0 in a unit that forgets by the horizon alone, else 1
 
     @classmethod
-    def of(cls, params: Params, config: ModelConfig) -> "ForgetGate":
-        gated = config.forget == "gated"
-        return cls(wide(params["w_forget"]) if gated else None, wide(params["b_forget"]))
+    def of(cls, params: Params, unit: int | jax.Array, config: ModelConfig) -> "ForgetGate":
+        """The gate of unit number `unit`, of its parameters."""
+        weight = wide(params["w_forget"]) if config.forget == "gated" else None
+        bias = wide(params["b_forget"])
+        if config.long_units == 0:
+            return cls(weight, bias)
+        return cls(weight, bias, learns(unit, config).astype(bias.dtype))
+
+
+def learns(unit: int | np.ndarray | jax.Array, config: ModelConfig) -> jax.Array:
+    """Whether the gate of a unit is learned: not that of the `long_units`."""
+    return jnp.asarray(unit) < config.num_units - config.long_units
 
 
 def forget_start(config: ModelConfig) -> np.ndarray:
@@ -51,8 +61,9 @@ def time_constants(params: Params, config: ModelConfig) -> jax.Array:
 
     `params`: those of the units, stacked.
     """
-    rate = jax.nn.softplus(-wide(params["b_forget"])) + 1 / config.forget_horizon
-    return 1 / rate
+    rate = jax.nn.softplus(-wide(params["b_forget"]))
+    rate = jnp.where(learns(iota(rate.shape[0]), config)[:, None], rate, 0)
+    return 1 / (rate + 1 / config.forget_horizon)
 
 
 @jax.named_scope("forget")
@@ -71,7 +82,10 @@ def fades(
             if gate.weight is None
             else products.matmul_exact(wide(x), gate.weight) + gate.bias
         )
-        rate = rate + jax.nn.softplus(-logits).astype(rate.dtype) + 1 / config.forget_horizon
+        learned = jax.nn.softplus(-logits).astype(rate.dtype)
+        if gate.learned is not None:
+            learned = learned * gate.learned
+        rate = rate + learned + 1 / config.forget_horizon
     if config.far_decay:
         rate = rate + 1 / config.far_decay
     real = iota(x.shape[1]) < timeline.length[:, None]

@@ -112,17 +112,17 @@ def _run_units(model: Model, state: State, call: Chunk, training: Training | Non
         keys = dropout.unit_keys(training.dropout, config.num_units)
 
     def run(x: Features, xs: tuple) -> tuple[Features, tuple]:
-        params, codebook, unit_state, keys = xs
+        params, codebook, unit_state, number, keys = xs
         unit_wave = wave
         if keys is not None:
             unit_wave, keys = dropout.drop_sinusoids(keys, wave, config)
-        unit = prepare_unit(params, codebook, unit_wave, config, layout=layout)
+        unit = prepare_unit(params, codebook, unit_wave, number, config, layout=layout)
         whole = call._replace(x=unit_input(unit, x, call.x))
         out = _run_unit(unit, unit_state, whole, cut, keys, config, training)
         return keep_rows(out.x), (out.state, out.statistics)
 
     stacked = jax.tree.map(lambda *units: jnp.stack(units), *state.units)
-    xs = (model.params["units"], model.codebook, stacked, keys)
+    xs = (model.params["units"], model.codebook, stacked, iota(config.num_units), keys)
     x, (stacked, statistics) = jax.lax.scan(run, call.x, xs)
     states = [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(config.num_units)]
     if statistics is not None:

@@ -22,12 +22,14 @@ def sinusoid(positions, width, max_wavelength):
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-def log_fades(x, p, config):
+def log_fades(x, p, unit, config):
     """l `[B, T, G]` of normed features: what token t takes off the score of every older key."""
     fades = jnp.zeros((*x.shape[:2], config.num_kv_heads), x.dtype)
     if config.forget != "none":
         gate = x @ p["w_forget"] if config.forget == "gated" else 0.0
-        fades -= jax.nn.softplus(-(gate + p["b_forget"])) + 1 / config.forget_horizon
+        if unit < config.num_units - config.long_units:
+            fades -= jax.nn.softplus(-(gate + p["b_forget"]))
+        fades -= 1 / config.forget_horizon
     if config.far_decay:
         fades -= 1 / config.far_decay
     return jnp.maximum(fades, -20.0)
@@ -168,7 +170,7 @@ def reference_logits(params, codebook, config, tokens, document_ids=None):
         repeats = heads // kv_heads
         fades = None
         if config.forget != "none" or config.far_decay:
-            fades = jnp.repeat(log_fades(y, p, config), repeats, axis=2)
+            fades = jnp.repeat(log_fades(y, p, i, config), repeats, axis=2)
         k, v = jnp.repeat(k, repeats, axis=2), jnp.repeat(v, repeats, axis=2)
         words = jnp.repeat(words, repeats, axis=0)
         o, _, errors = quadratic_attention(

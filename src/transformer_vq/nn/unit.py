@@ -102,9 +102,15 @@ def distance_wave(config: ModelConfig, capacity: int | None) -> jax.Array:
 
 @jax.named_scope("prepare")
 def prepare_unit(
-    params: Params, codebook: Params, wave: jax.Array, config: ModelConfig, *, layout: Layout
+    params: Params,
+    codebook: Params,
+    wave: jax.Array,
+    number: int | jax.Array,
+    config: ModelConfig,
+    *,
+    layout: Layout,
 ) -> PreparedUnit:
-    """The constants of one unit. `wave` `[distances, D]`: the sinusoid of each distance.
+    """The constants of unit `number`. `wave` `[distances, D]`: the sinusoid of each distance.
 
     Layouts: "fused" has one matrix for all projections of the input; "separate" has one for each,
     for devices that share the columns; "decode" is fused, with matrices as products of few rows
@@ -151,7 +157,7 @@ def prepare_unit(
         mlp=mlp,
         gain=gain,
         key_mix=key_mix(params, config) if config.key_shift else None,
-        forget=ForgetGate.of(params, config) if config.forget != "none" else None,
+        forget=ForgetGate.of(params, number, config) if config.forget != "none" else None,
         shortcut=cast(params["shortcut"]) if config.embedding_shortcut else None,
     )
 
