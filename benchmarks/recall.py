@@ -3,11 +3,11 @@
 For each task, model and seed, a small model is trained from nothing on episodes (docs/data.md,
 "Tasks of memory") whose answers are farther back than its window reaches. Then it is asked on
 held-out ones, with as much filler as it was trained with, 4 and 16 times as much. Models are with
-key shift, gain and a gate that forgets in one of two units (vq), the same without the far part (no-cache: what a window
-alone gives), and of full attention. A block in training holds an episode, so that gradients reach
-every key; outputs do not depend on it (`--config.block-len 4 --config.soft-writes True`, or
-`--config.reach 64`, to compare). Evaluation carries the state through chunks, so it takes linear
-time (full attention does not).
+key shift, gain and, in one of two units, a gate that forgets (vq), the same without the far part
+(no-cache: what a window alone gives), and of full attention. A block in training holds an
+episode, so that gradients reach every key; outputs do not depend on it (`--config.block-len 4
+--config.soft-writes True`, or `--config.reach 64`, to compare). Evaluation carries the state
+through chunks, so it takes linear time (full attention does not).
 
 `reading` trains on text (Moby-Dick), and then reads 2,000 bytes of held-out text, other text, and
 the same 2,000 bytes again: the gain is by how many bits per byte the second time costs less.

@@ -28,13 +28,12 @@ if _workers:  # they share the cores: one compute thread each
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 # `make test-slow` makes programs as users' are.
 _quick = _workers and not os.environ.get("TVQ_TEST_AS_USERS")
-if _quick:
-    # XLA's older emitter of loops compiles in half the time, one piece in less than many, and the
-    # plain scheduler is quicker too.
-    if version("jaxlib").startswith("0.10."):  # the last that has the emitter
-        _QUICK["--xla_cpu_use_fusion_emitters"] = "false"
-        _QUICK["--xla_cpu_parallel_codegen_split_count"] = "1"
-        _QUICK["--xla_cpu_enable_concurrency_optimized_scheduler"] = "false"
+if _quick and version("jaxlib").startswith("0.10."):  # the last that has the older emitter
+    # It compiles loops in half the time, one piece in less than many, and the plain scheduler is
+    # quicker too.
+    _QUICK["--xla_cpu_use_fusion_emitters"] = "false"
+    _QUICK["--xla_cpu_parallel_codegen_split_count"] = "1"
+    _QUICK["--xla_cpu_enable_concurrency_optimized_scheduler"] = "false"
 _XLA_FLAGS |= _QUICK
 _given = os.environ.get("XLA_FLAGS", "").split()
 _names = {flag.split("=")[0] for flag in _given}

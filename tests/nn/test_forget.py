@@ -50,7 +50,7 @@ def test_long_units(double):
     model = init_model(config, 0)
     units = {**model.params["units"], "b_forget": jnp.full((config.num_units, 1), -50.0)}
     model = type(model)({**model.params, "units": units}, model.codebook, config)
-    close(np.asarray(time_constants(units, config))[-1], [30.0], 1e-12)
+    close(np.asarray(time_constants(units, config))[-1], np.array([30.0]), 1e-12)
     assert (time_constants(units, config)[:-1] < 0.1).all()
     text = np.random.default_rng(0).integers(0, config.vocab_size, (1, 12)).astype(np.int32)
     _, whole = jax.jit(extend)(model, init_state(config, 1), text)
