@@ -89,7 +89,20 @@ CONFIGS = {
     "full": make_config("mqa", attention="full", reset_at_document=True, absolute_positions=True),
     "full_gated": make_config(attention="full", num_heads=2),
 }
-SLOW = ("no_window_one_code", "full_gated")
+SLOW = (  # what others among these have too
+    "cap",
+    "decay_blocks_beyond_the_window",
+    "decay_no_cache",
+    "documents",
+    "documents_no_cache",
+    "full_gated",
+    "full_memory",
+    "memory_no_cache",
+    "no_window_one_code",
+    "reach",
+    "two_gated_heads",
+    "window_beyond_the_text",
+)
 
 
 @functools.partial(quick_jit, static_argnums=0)

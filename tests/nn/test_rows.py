@@ -27,6 +27,7 @@ from transformer_vq.nn.forward import Training, forward
 from transformer_vq.nn.rows import chunking
 
 VQ = [name for name, config in CASES.items() if config.attention == "vq"]
+QUICK = ("gated", "memory_documents")
 
 
 def run(config, tokens_per_chunk, monkeypatch, lengths=None, keys=False, remat=False, dropout=None):
@@ -62,7 +63,9 @@ def run(config, tokens_per_chunk, monkeypatch, lengths=None, keys=False, remat=F
 
 
 @pytest.mark.parametrize(
-    ("name", "remat"), [(name, False) for name in VQ] + [("gated_heads_documents", True)]
+    ("name", "remat"),
+    [pytest.param(n, False, marks=[pytest.mark.slow] * (n not in QUICK)) for n in VQ]
+    + [("gated_heads_documents", True)],
 )
 def test_chunks_are_as_the_whole(name, remat, double, monkeypatch):
     config = CASES[name]
