@@ -1,5 +1,6 @@
 """`tvq bench`: how fast this machine runs a model, beside what the machine can do."""
 
+import itertools
 import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -8,7 +9,7 @@ import tyro
 
 from transformer_vq import costs
 from transformer_vq.cli.common import number, require_memory, size
-from transformer_vq.cli.parse import as_usage, option, overrides, require_whole
+from transformer_vq.cli.parse import UsageError, as_usage, option, overrides, require_whole
 from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.presets import PRESETS
 
@@ -52,6 +53,10 @@ class Bench:
         tuple[Literal["vq", "full"], ...],
         option("train: kinds of attention, one by one", "KIND..."),
     ] = ()
+    weights: Annotated[
+        tuple[Literal["as-saved", "bfloat16", "int8"], ...],
+        option("decode: how the large matrices are kept, one by one", "KIND..."),
+    ] = ("as-saved",)
     repeats: Annotated[int, option("measurements of each", "INT")] = 5
     json: Annotated[bool, option("print JSON: one object, with all measurements")] = False
     config: tyro.conf.FlagConversionOff[ConfigOptions] = field(default_factory=dict)
@@ -61,6 +66,10 @@ class Bench:
             for value in getattr(self, name):
                 require_whole(f"--{name}", value)
         require_whole("--repeats", self.repeats, high=10**6)
+        if self.what != "decode" and self.weights != ("as-saved",):
+            raise UsageError(
+                f"--weights is for tvq bench decode, and this is {self.what}: leave it out"
+            )
         try:
             config = ModelConfig.preset(self.preset, **self.config)
         except ValueError as error:
@@ -93,8 +102,10 @@ class Bench:
         if self.what == "decode":
             for batch in self.batch or (1, 8, 32):
                 self._require_memory(config, batch)
-                for position in self.position:
-                    yield bench.bench_decode(config, batch, position=position, rounds=self.repeats)
+                for position, weights in itertools.product(self.position, self.weights):
+                    yield bench.bench_decode(
+                        config, batch, position=position, rounds=self.repeats, weights=weights
+                    )
         elif self.what == "prefill":
             self._require_memory(config, 1)
             for length in self.length or (1024, 16384):
@@ -135,7 +146,8 @@ def _spread(row: dict[str, Any]) -> str:
 
 def _decode_line(row: dict[str, Any]) -> str:
     return (
-        f"batch {row['batch']:3}, position {row['position']:9,}: {_spread(row)}, "
+        f"batch {row['batch']:3}, position {row['position']:9,}, weights {row['weights']}: "
+        f"{_spread(row)}, "
         f"{row['tokens_per_second']:7,.0f} tokens/s; {size(row['bytes_per_step'])} a step at "
         f"{row['bandwidth'] / 1e9:.1f} GB/s, fraction {row['bandwidth_fraction']:.2f}; "
         f"compiled in {row['compile_seconds']:.1f} s ({row['compile_seconds_warm_cache']:.1f} s "

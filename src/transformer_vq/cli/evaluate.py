@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from transformer_vq.cli.common import CheckpointOption, progress_bar, run_data, say
-from transformer_vq.cli.models import FarOptions, RunFolder, bounded, local
+from transformer_vq.cli.models import FarOptions, RunFolder, WeightsOption, bounded, local
 from transformer_vq.cli.parse import DataPaths, UsageError, flat, option, require_whole
 from transformer_vq.data import run_tokenizer
 from transformer_vq.run.log import to_json
@@ -34,7 +34,8 @@ class Evaluate:
     vocabulary. What the far part brings is by how much the loss of the same tokens would be higher
     if keys beyond the window were masked. Pictures are scored one by one, in bits per dimension,
     and so are episodes of a task (recall:pairs=6), of which only the answers count. The result
-    depends neither on --chunk-len nor on the block length of the model.
+    depends neither on --chunk-len nor on the block length of the model. With --weights the text is
+    scored twice, and what rounding costs is kept beside the checkpoints.
     """
 
     examples: ClassVar[str] = """
@@ -44,6 +45,7 @@ class Evaluate:
   tvq eval --run runs/book --rows 16 --no-gain
   tvq eval --run runs/book --context-len 16384
   tvq eval --run runs/book --far-decay 2048
+  tvq eval --run runs/book --weights int8 --no-gain
 """
 
     run: RunFolder
@@ -59,6 +61,7 @@ class Evaluate:
     context_len: Annotated[
         int, option("forget everything after so many tokens, again and again", default="never")
     ] = 0
+    weights: WeightsOption = "as-saved"
     far: FarOptions = field(default_factory=dict)
     no_gain: Annotated[
         bool, option("do not also score with the far part masked: half the time")
@@ -76,6 +79,7 @@ class Evaluate:
                 f"{self.chunk_len}, or less than it"
             )
 
+        from transformer_vq.nn.weights import round_weights
         from transformer_vq.ops.evaluate import has_far_part
         from transformer_vq.run.folder import find_step, load_run
 
@@ -88,16 +92,18 @@ class Evaluate:
             each = "picture" if part.image_shape else "episode"
             raise UsageError(f"--context-len is for text: every {each} begins anew in any case")
         began = time.monotonic()
-        result = score(
-            model,
-            info,
-            part,
+        options: dict[str, Any] = dict(
             rows=self.rows,
             chunk_len=chunk_len,
             context_len=self.context_len or None,
-            far_gain=has_far_part(model.config) and not self.no_gain,
             quiet=self.json,
         )
+        far_gain = has_far_part(model.config) and not self.no_gain
+        result = score(model, info, part, far_gain=far_gain, **options)
+        rounding = {}
+        if self.weights != "as-saved":
+            rounded = score(round_weights(model, self.weights), info, part, **options)
+            rounding = self._rounding(info, result, rounded)
         record = {
             "run": str(self.run),
             "step": info.step,
@@ -105,6 +111,7 @@ class Evaluate:
             "split": self.split,
             **summary(result),
             **({"bpd": result.bpb} if part.image_shape else {}),  # a byte is a dimension
+            **rounding,
             "seconds": round(time.monotonic() - began, 3),
         }
         if self.json:
@@ -114,6 +121,21 @@ class Evaluate:
             if not info.train.streaming:
                 _warn_of_long_histories(record, info.train.sequence_len)
         return 0
+
+    def _rounding(
+        self, info: "RunInfo", result: "Evaluation", rounded: "Evaluation"
+    ) -> dict[str, Any]:
+        """What rounded weights cost, as JSON has it; kept for the commands that write."""
+        from transformer_vq.run.weights import Cost, save_cost
+
+        cost = Cost(info.step, info.seconds, result.bpb, rounded.bpb, result.tokens)
+        save_cost(self.run, self.weights, cost)
+        return {
+            "weights": self.weights,
+            "rounded_bpb": cost.rounded_bpb,
+            "rounding_costs": cost.difference,
+            "rounding_allowed": cost.is_small,
+        }
 
 
 def score(
@@ -197,6 +219,12 @@ def _show(record: dict[str, Any]) -> None:
         f"\n  [bold]{record['bpb']:.4f} {unit}[/bold]   {record['loss']:.4f} nats per token   "
         f"{record['tokens']:,} tokens in {record['seconds']:.1f} s\n"
     )
+    if "weights" in record:
+        verdict = "allowed" if record["rounding_allowed"] else "refused: over 0.01"
+        console.print(
+            f"  [bold]{record['rounded_bpb']:.4f} {unit}[/bold]   with {record['weights']} "
+            f"weights: {record['rounding_costs']:+.4f} ({verdict})\n"
+        )
     if "accuracy" in record:
         console.print(f"  [bold]{record['accuracy']:.2%}[/bold] of the answers are right\n")
     show_histories(console, record)

@@ -5,14 +5,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
-from transformer_vq.cli.common import progress_bar, standard_input
+from transformer_vq.cli.common import progress_bar, run_data, standard_input, tell
 from transformer_vq.cli.parse import UsageError, as_usage, flat_names, option, overrides
 from transformer_vq.config import ModelConfig
-from transformer_vq.data import Tokenizer, free_memory, load_bytes, run_tokenizer
+from transformer_vq.data import DataError, Tokenizer, free_memory, load_bytes, run_tokenizer
 from transformer_vq.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -33,6 +33,10 @@ FarOptions = Annotated[
     ),
     flat_names,
 ]
+WeightsOption = Annotated[
+    Literal["as-saved", "bfloat16", "int8"],
+    option("round the large matrices: less to read for each token (docs/sampling.md)"),
+]
 StateOption = Annotated[str | None, option("go on from a saved state", "FILE", default="none")]
 
 
@@ -52,21 +56,59 @@ def open_run(folder: Path, checkpoint: str = "latest") -> "tuple[RunInfo, Tokeni
 
 
 def open_model(
-    folder: Path, info: "RunInfo", far: Mapping[str, Any], state_file: str | None = None
+    folder: Path,
+    info: "RunInfo",
+    far: Mapping[str, Any],
+    state_file: str | None = None,
+    weights: WeightsOption = "as-saved",
 ) -> "tuple[Model, State | None]":
-    """The model of the run's checkpoint, with `FarOptions`, and a state of it from a file."""
+    """The model of the run's checkpoint, with `FarOptions`, and a state of it from a file.
+
+    Raises `UserError` if rounding its weights costs too much, or nobody knows what it costs.
+    """
     from transformer_vq.io.state import StateError, load_state
     from transformer_vq.measure.memory import trim_after_compiling
     from transformer_vq.run.folder import load_run
 
     trim_after_compiling()
-    model = bounded(load_run(folder, info.step)[0], far)
+    model = _rounded(load_run(folder, info.step)[0], folder, info, weights)
+    model = bounded(model, far)
     if state_file is None:
         return model, None
     state = load_state(state_file, model)
     if len(state.position) != 1:
         raise StateError(f"{state_file} holds {len(state.position)} sequences: one is needed")
     return model, state
+
+
+def _rounded(model: "Model", folder: Path, info: "RunInfo", weights: WeightsOption) -> "Model":
+    """The model with rounded weights, if that costs little: what is kept of the checkpoint says so,
+    or it is measured now, on the text that the run was validated on."""
+    if weights == "as-saved":
+        return model
+
+    from transformer_vq.nn.weights import round_weights
+    from transformer_vq.run.weights import load_cost, measure_cost, require_small, save_cost
+
+    rounded = round_weights(model, weights)
+    cost = load_cost(folder, info, weights)
+    if cost is None:
+        try:
+            source = run_data(info.data, (), run_tokenizer(folder, info.tokenizer))
+            cost = measure_cost(model, rounded, info, source.split("validation"))
+        except DataError as error:
+            raise UserError(
+                f"what --weights {weights} costs was not measured yet, and the text of the run "
+                f"cannot be read ({error}): measure it once with tvq eval --run {folder} --weights "
+                f"{weights} --data FILE"
+            ) from None
+        save_cost(folder, weights, cost)
+        tell(
+            f"{weights} weights cost {cost.difference:+.4f} bits per byte on {cost.tokens:,} "
+            f"tokens of the validation split"
+        )
+    require_small(cost, weights)
+    return rounded
 
 
 # Options that several commands have.

@@ -9,6 +9,7 @@ from transformer_vq.cli.models import (
     FarOptions,
     RunFolder,
     StateOption,
+    WeightsOption,
     check_save_state,
     local,
     open_model,
@@ -38,6 +39,7 @@ class Prefill:
     save_state: Annotated[str, option("where to keep the state", "FILE")]
     checkpoint: CheckpointOption = "latest"
     state: StateOption = None
+    weights: WeightsOption = "as-saved"
     far: FarOptions = field(default_factory=dict)
 
     def main(self) -> int:
@@ -53,7 +55,7 @@ class Prefill:
         prompt = prompt_tokens("", self.prompt_file, tokenizer)
         if not prompt:
             raise UsageError("--prompt-file is empty: give a prompt of one byte or more")
-        model, given = open_model(folder, info, self.far, self.state)
+        model, given = open_model(folder, info, self.far, self.state, self.weights)
         began = time.monotonic()
         state = read(model, prompt, given, room=256)
         seconds = time.monotonic() - began

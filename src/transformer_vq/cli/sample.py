@@ -10,6 +10,7 @@ from transformer_vq.cli.common import CheckpointOption, tell
 from transformer_vq.cli.models import (
     FarOptions,
     RunFolder,
+    WeightsOption,
     check_save_state,
     local,
     open_draft,
@@ -90,6 +91,7 @@ class Sample:
             default="none",
         ),
     ] = None
+    weights: WeightsOption = "as-saved"
     far: FarOptions = field(default_factory=dict)
     json: Annotated[bool, option("print JSON: text, token ids, log-probabilities if asked")] = False
     num_images: Annotated[int | None, option("as of tvq draw", default="none")] = None
@@ -109,7 +111,7 @@ class Sample:
         if info.data.image_shape:
             raise UsageError(f"the run in {self.run} draws pictures: tvq draw --run {self.run}")
         prompt = prompt_tokens(self.prompt, self.prompt_file, tokenizer)
-        model, given = open_model(folder, info, self.far, self.state)
+        model, given = open_model(folder, info, self.far, self.state, self.weights)
         draft = open_draft(self.draft)
         # What is written goes on from the prompt; nobody knows the text of a state.
         decoder = StreamDecoder(tokenizer, prompt or (None if given is not None else ()))

@@ -17,6 +17,7 @@ from transformer_vq.cli.models import (
     FarOptions,
     RunFolder,
     StateOption,
+    WeightsOption,
     diverged,
     local,
     open_model,
@@ -59,6 +60,7 @@ class Score:
     ] = "text"
     checkpoint: CheckpointOption = "latest"
     state: StateOption = None
+    weights: WeightsOption = "as-saved"
     far: FarOptions = field(default_factory=dict)
     json: Annotated[
         bool, option("print JSON: an object for each line or token, if asked, and one for all")
@@ -75,7 +77,7 @@ class Score:
             raise UsageError(f"the run in {self.run} is one of pictures: tvq eval scores those")
         with self._open() as file:
             text = _Counted(text_pieces(file))
-            model, state = open_model(folder, info, self.far, self.state)
+            model, state = open_model(folder, info, self.far, self.state, self.weights)
 
             from transformer_vq.engine.score import score_chunks
 

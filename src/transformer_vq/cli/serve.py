@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from transformer_vq.cli.common import CheckpointOption, size
-from transformer_vq.cli.models import FarOptions, RunFolder, local, open_model, open_run
+from transformer_vq.cli.models import FarOptions, RunFolder, WeightsOption, local, open_model, open_run
 from transformer_vq.cli.parse import UsageError, option, require_whole
 from transformer_vq.errors import UserError
 
@@ -52,6 +52,7 @@ class Serve:
         Path | None, option("folder for named states", "DIR", default="only in memory")
     ] = None
     drain: Annotated[float, option("seconds that answers have when the server is to end")] = 30.0
+    weights: WeightsOption = "as-saved"
     far: FarOptions = field(default_factory=dict)
 
     def main(self) -> int:
@@ -94,7 +95,7 @@ class Serve:
         info, tokenizer = open_run(folder, self.checkpoint)
         if info.data.image_shape:
             raise UserError(f"the run in {self.run} draws pictures: tvq draw --run {self.run}")
-        model, _ = open_model(folder, info, self.far)
+        model, _ = open_model(folder, info, self.far, weights=self.weights)
         widths = (self.slots,) if self.exact else (1, self.slots)
         device = Device(model, widths, largest=self.prompt_chunk, room=info.context_limit)
         files = SnapshotFiles(model)

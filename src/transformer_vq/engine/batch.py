@@ -14,6 +14,7 @@ from transformer_vq.engine.controls import controls_batch
 from transformer_vq.engine.decoders import decoder_for, model_on
 from transformer_vq.engine.draft import Drafts, check_draft
 from transformer_vq.engine.output import Output
+from transformer_vq.engine.pace import SIZES
 from transformer_vq.engine.prefill import (
     Prompts,
     batch_size,
@@ -129,7 +130,8 @@ class Session:
         batch = batch_size(len(need), mesh)
         self._state = begin(model.config, state, need, batch, mesh)
         self._model = model_on(model, mesh)
-        self._decoder = decoder_for(self._model, self._state)
+        at_once = batch * SIZES[-1] if draft else None  # drafts are read together
+        self._decoder = decoder_for(self._model, self._state, at_once)
         self._drafts: Drafts | None = None
         if draft:
             guide = draft if isinstance(draft, Model) else None

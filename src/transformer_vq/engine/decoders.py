@@ -12,8 +12,9 @@ import jax
 from jax.sharding import Mesh
 
 from transformer_vq import sharding
-from transformer_vq.nn.decode import Decoder
+from transformer_vq.nn.decode import Decoder, kept_weights
 from transformer_vq.nn.model import Model, State
+from transformer_vq.nn.products import Weights
 from transformer_vq.ops.decode import prepare_decoder
 
 
@@ -22,7 +23,8 @@ class _Kept:
     """What was made of a model. Nothing in here refers to the model itself."""
 
     copies: dict[Mesh, Model] = field(default_factory=dict)  # on all devices of a mesh
-    decoders: dict[int | None, Decoder] = field(default_factory=dict)  # by capacity of the state
+    # by capacity of the state and what the matrices are kept in
+    decoders: dict[tuple[int | None, Weights], Decoder] = field(default_factory=dict)
 
 
 _kept: WeakKeyDictionary[Model, _Kept] = WeakKeyDictionary()
@@ -38,9 +40,14 @@ def model_on(model: Model, mesh: Mesh | None) -> Model:
     return copies[mesh]
 
 
-def decoder_for(model: Model, state: State) -> Decoder:
-    """The model prepared for decoding states like this one, where the model is (`model_on`)."""
+def decoder_for(model: Model, state: State, rows: int | None = None) -> Decoder:
+    """The model prepared for decoding states like this one, where the model is (`model_on`).
+
+    `rows`: how many go through it at once, if not those of the state.
+    """
     decoders = _kept.setdefault(model, _Kept()).decoders
-    if state.capacity not in decoders:
-        decoders[state.capacity] = prepare_decoder(model, state)
-    return decoders[state.capacity]
+    weights = kept_weights(model, rows or state.position.shape[0])
+    key = (state.capacity, weights)
+    if key not in decoders:
+        decoders[key] = prepare_decoder(model, state, weights)
+    return decoders[key]

@@ -73,10 +73,11 @@ class Device:
         self.capacity = self._empty.capacity
         state = sum(x.nbytes for x in jax.tree.leaves(self._empty))
         self.row_bytes = state + 5 * self.vocab_size  # of a `Snapshot`
-        self._decoder = decoder_for(model, self._empty)
+        self._decoder = decoder_for(model, self._empty)  # of one row
+        self._decoders = {width: decoder_for(model, self._empty, width) for width in self.widths}
         self._slots = {width: _new_slots(model, width, room) for width in self.widths}
         row = _new_slots(model, 1, room)
-        self._compiled = _compile(model, self._decoder, row, self._slots, largest)
+        self._compiled = _compile(model, self._decoder, self._decoders, row, self._slots, largest)
 
     # Prompts are read at one row, before they have a slot.
 
@@ -152,7 +153,7 @@ class Device:
         controls, rows = self._slots[width]
         pause = Pause(np.int32(steps), np.bool_(at_end))
         decode = self._compiled["decode", width, with_logprobs]
-        rows, new, became = decode(self._decoder, controls, rows, keep, pause)
+        rows, new, became = decode(self._decoders[width], controls, rows, keep, pause)
         self._slots[width] = controls, rows
         new, became = jax.device_get((new, became))
         return Dispatch(*new, active=became == ACTIVE, unsound=became == UNSOUND)
@@ -199,19 +200,28 @@ class Program:
         self._call = self._lowered.compile()
         del self._lowered
 
+    def text(self) -> str:
+        """What was compiled, as XLA writes it."""
+        return self._call.as_text() or ""
+
     def __call__(self, *args: Any) -> Any:
         return self._out.unflatten(self._call(*map(jax.tree.leaves, args)))
 
 
 def _compile(
-    model: Model, decoder: Decoder, row: Slots, slots: dict[int, Slots], largest: int
+    model: Model,
+    reading: Decoder,
+    decoders: dict[int, Decoder],
+    row: Slots,
+    slots: dict[int, Slots],
+    largest: int,
 ) -> dict[Any, Program]:
     """All programs, by what they do and their sizes; compiled in some threads at once."""
     index, empty = np.zeros(1, np.int32), row[1].state
     programs: dict[Any, Program] = {"copy": Program(take_rows, (empty, index))}
     for size in PREFILL_SIZES[: PREFILL_SIZES.index(largest) + 1]:
         few = size <= FEW
-        reader = decoder if few else model
+        reader = reading if few else model
         args = (reader, empty, np.zeros((1, size), np.int32), index)
         read, score = (prefill_few, prefill_scored_few) if few else (prefill, prefill_scored)
         programs["read", size] = Program(read, args, donate=(1,))
@@ -222,7 +232,7 @@ def _compile(
         programs["put", width] = Program(put_rows, (tree, index, row), donate=(0,))
         for with_logprobs in (False, True):
             decode = functools.partial(_decode, with_logprobs=with_logprobs)
-            args = (decoder, *tree, np.ones(width, bool), pause)
+            args = (decoders[width], *tree, np.ones(width, bool), pause)
             programs["decode", width, with_logprobs] = Program(decode, args, donate=(2,))
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(Program.compile, programs.values()))

@@ -145,7 +145,7 @@ def unpack_state(
     if header.get("model") != (digest or model_hash(model)):
         raise OtherModel(
             f"{name} is the state of another model: use the one it was made with, with the same "
-            f"far_decay and far_cap"
+            f"far_decay, far_cap and weights"
         )
     positions = arrays.get(".position", np.zeros(1))
     keys = arrays.get(".units[0].keys")  # of full attention: as long as the state's capacity

@@ -26,9 +26,13 @@ from transformer_vq import costs
 from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.data import Batch
 from transformer_vq.engine.batch import Session
+from transformer_vq.engine.decoders import decoder_for
 from transformer_vq.engine.prefill import read
 from transformer_vq.engine.request import SamplingParams
+from transformer_vq.nn.decode import Decoder
 from transformer_vq.nn.model import init_model
+from transformer_vq.nn.products import Narrow, Weights
+from transformer_vq.nn.weights import round_weights
 from transformer_vq.ops.evaluate import evaluate
 from transformer_vq.ops.sample import SampleConfig, sample_op
 from transformer_vq.ops.train import init_train_state, make_train_step, require_trainable
@@ -152,7 +156,13 @@ class PeakMemory:
 
 
 def bench_decode(
-    config: ModelConfig, batch: int, *, position: int = 1, top_p: float = 0.9, rounds: int = 6
+    config: ModelConfig,
+    batch: int,
+    *,
+    position: int = 1,
+    top_p: float = 0.9,
+    rounds: int = 6,
+    weights: Weights = "as-saved",
 ) -> dict[str, Any]:
     """Seconds of a decoding step of `stream`, from a prompt of `position` tokens on.
 
@@ -161,7 +171,7 @@ def bench_decode(
     the decoding loop, and of what reads the prompt.
     """
     probe, peak = Probe(config.compute_dtype), PeakMemory()
-    model = init_model(config, 0)
+    model = round_weights(init_model(config, 0), weights)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, config.vocab_size, position).tolist() for _ in range(batch)]
     per_round = 4
@@ -198,10 +208,11 @@ def bench_decode(
             next(stops)
             seconds.append((time.perf_counter() - start) / DISPATCH)
     step, read = Seconds.of(seconds), statistics.median(speeds)
-    touched = costs.decode_bytes(config, batch)
+    touched = costs.decode_bytes(config, batch) - spared_bytes(decoder_for(model, session.state))
     return {
         "batch": batch,
         "position": position,
+        "weights": weights,
         "ms_per_step": 1e3 * step.median,
         "ms_low": 1e3 * step.low,
         "ms_high": 1e3 * step.high,
@@ -216,6 +227,14 @@ def bench_decode(
         "state_bytes": batch * costs.state_bytes(config),
         "peak_bytes": peak.bytes(),
     }
+
+
+def spared_bytes(decoder: Decoder) -> int:
+    """By how much the matrices of a decoder are smaller than in the dtype it computes in."""
+    number = jnp.dtype(decoder.config.compute_dtype).itemsize
+    leaves = jax.tree.leaves(decoder, is_leaf=lambda x: isinstance(x, Narrow))
+    matrices = [x.numbers for x in leaves if isinstance(x, Narrow)]
+    return sum(number * x.size - x.nbytes for x in matrices)
 
 
 def bench_prefill(config: ModelConfig, length: int, *, repeats: int = 3) -> dict[str, Any]:

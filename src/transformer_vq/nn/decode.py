@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from transformer_vq.config import ModelConfig
+from transformer_vq.nn import products
 from transformer_vq.nn.embedding import embed, to_logits
 from transformer_vq.nn.model import Model, State
-from transformer_vq.nn.products import OutputMajor
+from transformer_vq.nn.products import Narrow, Weights
 from transformer_vq.nn.timeline import Timeline, make_timeline
 from transformer_vq.nn.unit import (
     PreparedUnit,
@@ -34,22 +35,36 @@ from transformer_vq.types import Features, Params, PerRow, PerRowFlag
 class Decoder:
     """A model prepared for decoding."""
 
-    params: Params  # the arrays outside of units; the output projection `OutputMajor`
+    params: Params  # the arrays outside of units; the output projection `OutputMajor` or `Narrow`
     units: tuple[PreparedUnit, ...]
     config: ModelConfig
 
 
-def prepare(model: Model, state: State) -> Decoder:
-    """The decoder of a model, for states like this one (only its shapes matter)."""
+def kept_weights(model: Model, rows: int) -> Weights:
+    """How a decoder keeps the matrices of a model for steps of so many rows: narrow where reading
+    them is the cost, and not where products of more rows would widen them at every step."""
+    return model.weights if rows <= products.tuning().narrow_rows else "as-saved"
+
+
+def prepare(model: Model, state: State, weights: Weights | None = None) -> Decoder:
+    """The decoder of a model, for states like this one (only its shapes matter).
+
+    `weights`: how it keeps matrices; by default what is fast for the rows of the state.
+    """
     wave = distance_wave(model.config, state.capacity)
+    weights = weights or kept_weights(model, state.position.shape[0])
 
     def unit(i: int) -> PreparedUnit:
         params, codebook = jax.tree.map(lambda a: a[i], (model.params["units"], model.codebook))
-        return prepare_unit(params, codebook, wave, i, model.config, layout="decode")
+        return prepare_unit(
+            params, codebook, wave, i, model.config, layout="decode", weights=weights
+        )
 
     params = {name: array for name, array in model.params.items() if name != "units"}
-    if not model.config.tie_embeddings:
-        params["w_out"] = OutputMajor(params["w_out"].T)
+    tied = model.config.tie_embeddings
+    w_out = products.for_few_rows(params["embedding"].T if tied else params["w_out"], weights)
+    if not tied or isinstance(w_out, Narrow):  # else the embedding serves as it is
+        params["w_out"] = w_out
     return Decoder(
         params=params,
         units=tuple(unit(i) for i in range(model.config.num_units)),

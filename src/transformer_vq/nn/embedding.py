@@ -29,9 +29,9 @@ def to_logits(params: Params, x: jax.Array, config: ModelConfig) -> jax.Array:
     dtype = layers.wide_dtype(config.compute_dtype)
     if config.final_norm:
         x = layers.norm(params["final_norm"], x)
-    tied = config.tie_embeddings
-    w_out = products.OutputMajor(params["embedding"]) if tied else params["w_out"]
-    w_out = jax.tree.map(lambda a: a.astype(dtype), w_out)
+    w_out = params["w_out"] if "w_out" in params else products.OutputMajor(params["embedding"])
+    if not isinstance(w_out, products.Narrow):
+        w_out = jax.tree.map(lambda a: a.astype(dtype), w_out)
     logits = products.matmul(x.astype(dtype), w_out) + params["output_bias"].astype(dtype)
     logits = logits * config.logit_scale
     if config.logit_cap:

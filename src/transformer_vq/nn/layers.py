@@ -9,7 +9,7 @@ import numpy as np
 
 from transformer_vq.errors import UserError, shown
 from transformer_vq.fields import MOST_SEED
-from transformer_vq.nn.products import OutputMajor, matmul, spread
+from transformer_vq.nn.products import Matrix, matmul, spread, wide_dtype
 from transformer_vq.types import Key, Params
 
 
@@ -86,11 +86,6 @@ def iota(*bounds: int) -> jax.Array:
     return jnp.arange(*bounds, dtype=jnp.int32)
 
 
-def wide_dtype(dtype: Any) -> Any:
-    """float32, or float64 for what is float64: the precision of norms, softmaxes and sums."""
-    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
-
-
 def wide(x: jax.Array) -> jax.Array:
     """x in `wide_dtype`."""
     return x.astype(wide_dtype(x.dtype))
@@ -144,8 +139,8 @@ class Mlp:
     """The constants of an MLP, matrices in the compute dtype."""
 
     norm: Params
-    w_in: jax.Array | OutputMajor  # [D, hidden]
-    w_out: jax.Array | OutputMajor  # [hidden, D]
+    w_in: Matrix  # [D, hidden]
+    w_out: Matrix  # [hidden, D]
 
 
 @jax.named_scope("mlp")

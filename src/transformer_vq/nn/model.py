@@ -16,11 +16,14 @@ from transformer_vq.nn import attention, layers, vq
 from transformer_vq.nn.attention import AttentionState, FullAttentionState
 from transformer_vq.nn.forget import forget_start
 from transformer_vq.nn.layers import ArraySpec
+from transformer_vq.nn.products import Weights
 from transformer_vq.types import Params
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["params", "codebook"], meta_fields=["config"]
+    jax.tree_util.register_dataclass,
+    data_fields=["params", "codebook"],
+    meta_fields=["config", "weights"],
 )
 @dataclass(frozen=True, eq=False)
 class Model:
@@ -32,6 +35,7 @@ class Model:
     params: Params
     codebook: Params  # {"sum": [N, G, S, K], "count": [N, G, S]}
     config: ModelConfig
+    weights: Weights = "as-saved"  # how its matrices are rounded, and kept for decoding
 
 
 @jax.tree_util.register_dataclass

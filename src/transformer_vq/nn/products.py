@@ -7,6 +7,7 @@ rest of the package reads as the mathematics does. docs/benchmarks.md has the me
 
 import math
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +20,34 @@ class Tuning:
     few_rows: int  # products of at most so many rows have the matrix first; 0: none
     large: int  # numbers in a matrix that counts as large
     parts: int  # products that make that of one row and a large matrix
+    narrow_size: int  # numbers in a matrix that is worth keeping narrow
+    narrow_rows: int  # products of at most so many rows read narrow matrices as they are
+    narrow_sum: int  # rows of a narrow matrix that one loop adds up; 1: a product does
     tokens_per_chunk: int  # of a device, that go through a unit at once
     micro_batches: bool  # the default of training: no more rows at once than fit a chunk
 
 
-CPU = Tuning(few_rows=64, large=2**20, parts=4, tokens_per_chunk=2048, micro_batches=True)
+CPU = Tuning(
+    few_rows=64,
+    large=2**20,
+    parts=4,
+    narrow_size=2**19,
+    narrow_rows=2,
+    narrow_sum=16,
+    tokens_per_chunk=2048,
+    micro_batches=True,
+)
 # Not in micro-batches: each costs a sum of the gradients over devices.
-OTHERS = Tuning(few_rows=0, large=0, parts=1, tokens_per_chunk=65_536, micro_batches=False)
+OTHERS = Tuning(
+    few_rows=0,
+    large=0,
+    parts=1,
+    narrow_size=0,
+    narrow_rows=2**30,
+    narrow_sum=1,
+    tokens_per_chunk=65_536,
+    micro_batches=False,
+)
 
 
 def tuning() -> Tuning:
@@ -42,6 +64,11 @@ def tuning() -> Tuning:
     return CPU if platform == "cpu" else OTHERS
 
 
+def wide_dtype(dtype: Any) -> Any:
+    """float32, or float64 for what is float64: the precision of norms, softmaxes and sums."""
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
+
+
 # Products of few rows: decoding.
 
 
@@ -53,14 +80,53 @@ class OutputMajor:
     matrix: jax.Array
 
 
-def matmul(x: jax.Array, matrix: jax.Array | OutputMajor) -> jax.Array:
+Weights = Literal["as-saved", "bfloat16", "int8"]
+MOST_INT8 = 127
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Narrow:
+    """A matrix in numbers of few bits, in int8 with a scale for each column."""
+
+    numbers: jax.Array  # [in, out]: int8, or uint16, the bits of bfloat16
+    scale: jax.Array | None  # float32 [out]; None: all are 1
+
+
+Matrix = jax.Array | OutputMajor | Narrow
+
+
+def narrow(matrix: jax.Array, weights: Weights) -> Narrow:
+    """A matrix `[..., in, out]` rounded; one that is rounded already keeps its values."""
+    if weights == "bfloat16":
+        return Narrow(jax.lax.bitcast_convert_type(matrix.astype(jnp.bfloat16), jnp.uint16), None)
+    wide = matrix.astype(wide_dtype(matrix.dtype))
+    scale = jnp.abs(wide).max(axis=-2) / MOST_INT8
+    numbers = jnp.round(wide / jnp.where(scale == 0, 1, scale)[..., None, :])
+    return Narrow(numbers.astype(jnp.int8), scale.astype(jnp.float32))
+
+
+def for_few_rows(
+    matrix: jax.Array, weights: Weights = "as-saved", dtype: Any = None
+) -> OutputMajor | Narrow:
+    """A matrix `[in, out]` as products of few rows want it: rounded as `weights` says, if it is
+    large enough for that to pay; else in `dtype`, if one is given."""
+    if weights != "as-saved" and matrix.size >= tuning().narrow_size:
+        return narrow(matrix, weights)
+    return OutputMajor(matrix.T if dtype is None else matrix.astype(dtype).T)
+
+
+def matmul(x: jax.Array, matrix: Matrix) -> jax.Array:
     """x `[..., in]` times a matrix `[in, out]`: `[..., out]`.
 
     As a product of two matrices: then its gradient copies no transpose.
     """
     lead = x.shape[:-1]
     x = x.reshape(-1, x.shape[-1])
-    y = matmul_few(x, matrix.matrix) if isinstance(matrix, OutputMajor) else x @ matrix
+    if isinstance(matrix, Narrow):
+        y = matmul_narrow(x, matrix)
+    else:
+        y = matmul_few(x, matrix.matrix) if isinstance(matrix, OutputMajor) else x @ matrix
     return y.reshape(*lead, y.shape[-1])
 
 
@@ -85,6 +151,40 @@ def matmul_few(x: jax.Array, matrix: jax.Array) -> jax.Array:
         products = [jnp.swapaxes(jax.lax.optimization_barrier(y), -1, -2) for y in products]
         return jnp.concatenate(products, axis=-2)
     return jnp.matmul(x, jnp.swapaxes(matrix, -1, -2))
+
+
+def matmul_narrow(x: jax.Array, matrix: Narrow) -> jax.Array:
+    """x `[rows, in]` times a narrow matrix `[in, out]`: `[rows, out]`, added up in float32 or more.
+
+    XLA's CPU backend has no product of int8 or bfloat16 and float32: it writes the matrix in
+    float32 first, and reads that. But a sum of some rows, each times a number, is one loop that
+    reads them as they are. The first barrier says that the matrix belongs to this step: in a loop
+    of steps XLA would turn all of it to float32 before the loop.
+    """
+    dtype = wide_dtype(x.dtype)
+    numbers, given = jax.lax.optimization_barrier((matrix.numbers, x.astype(dtype)))
+    (rows, width), out, tuned = x.shape, numbers.shape[-1], tuning()
+    if rows > tuned.narrow_rows or tuned.narrow_sum == 1:
+        y = given @ widened(numbers).astype(dtype)
+    else:
+        count = math.gcd(width, tuned.narrow_sum)
+        parts = numbers.reshape(count, -1, out)
+        given = given.reshape(rows, count, -1, 1)
+        sums = sum(widened(parts[i]).astype(dtype) * given[:, i] for i in range(count))
+        ones = jnp.ones((rows, 1, width // count), dtype)
+        y = (ones @ jax.lax.optimization_barrier(sums))[:, 0]
+    if matrix.scale is not None:
+        y = y * matrix.scale.astype(dtype)
+    return y.astype(x.dtype)
+
+
+def widened(numbers: jax.Array) -> jax.Array:
+    """The numbers of a narrow matrix in float32. By bits, not by XLA's conversion from bfloat16,
+    which would not become a part of the loop that uses it."""
+    if numbers.dtype != jnp.uint16:
+        return numbers.astype(jnp.float32)
+    bits = numbers.astype(jnp.uint32) << jnp.uint32(16)  # bfloat16 is the first half of float32
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def parts_of(rows: int, size: int, length: int) -> int:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from transformer_vq.config import ModelConfig
-from transformer_vq.nn import attention, layers, vq
+from transformer_vq.nn import attention, layers, products, vq
 from transformer_vq.nn.attention import (
     QKV,
     AttentionWeights,
@@ -23,7 +23,7 @@ from transformer_vq.nn.attention import (
 )
 from transformer_vq.nn.forget import ForgetGate, fades
 from transformer_vq.nn.layers import Mlp, iota
-from transformer_vq.nn.products import OutputMajor, computed_once, matmul
+from transformer_vq.nn.products import Matrix, Weights, computed_once, matmul
 from transformer_vq.nn.shift import key_mix, last_key, shift_keys
 from transformer_vq.nn.timeline import Timeline
 from transformer_vq.nn.vq import SamplePositions
@@ -37,7 +37,7 @@ Layout = Literal["fused", "separate", "decode"]
 class Fused:
     """The projections of the input as one matrix."""
 
-    w_in: jax.Array | OutputMajor  # [D, columns]: of q, k, v and, in gated heads, the gate
+    w_in: Matrix  # [D, columns]: of q, k, v and, in gated heads, the gate
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +59,7 @@ class PreparedUnit:
     norm: Params
     project: Fused | Separate
     attention: AttentionWeights
-    w_o: jax.Array | OutputMajor  # [H V, D]
+    w_o: Matrix  # [H V, D]
     mlp: Mlp | None  # None in gated heads
     gain: HeadScore | None = None  # [H]: factor on the scores; in u and w already
     key_mix: KeyMix | None = None  # [G, K]: share of the key before
@@ -109,12 +109,14 @@ def prepare_unit(
     config: ModelConfig,
     *,
     layout: Layout,
+    weights: Weights = "as-saved",
 ) -> PreparedUnit:
     """The constants of unit `number`. `wave` `[distances, D]`: the sinusoid of each distance.
 
     Layouts: "fused" has one matrix for all projections of the input; "separate" has one for each,
     for devices that share the columns; "decode" is fused, with matrices as products of few rows
-    want them, which products of many rows and their gradients do not.
+    want them, which products of many rows and their gradients do not. Only there `weights` says how
+    they are kept.
     """
     dtype = jnp.dtype(config.compute_dtype)
     gated = config.head_type == "shga"
@@ -122,13 +124,13 @@ def prepare_unit(
     def cast(array: jax.Array) -> jax.Array:
         return array.astype(dtype)
 
-    def stored(matrix: jax.Array) -> jax.Array | OutputMajor:
-        return OutputMajor(matrix.T) if layout == "decode" else matrix
+    def stored(matrix: jax.Array) -> Matrix:
+        decodes = layout == "decode"
+        return products.for_few_rows(matrix, weights, dtype) if decodes else cast(matrix)
 
-    names = ["w_q", "w_k", "w_v"] + ["w_g"] * gated
-    projections = [cast(params[name]) for name in names]
+    projections = [params[name] for name in ["w_q", "w_k", "w_v"] + ["w_g"] * gated]
     if layout == "separate":
-        project = Separate(*projections, *([] if gated else [None]))
+        project = Separate(*map(cast, projections), *([] if gated else [None]))
     else:
         project = Fused(stored(jnp.concatenate(projections, axis=1)))
     scale = config.d_k**-0.25
@@ -138,7 +140,7 @@ def prepare_unit(
     if gain is not None:
         u, w = u * gain[:, None], w * gain[:, None]
     r = (cast(wave) @ cast(params["w_r"])).reshape(-1, *heads_k)
-    weights = AttentionWeights(
+    attention_weights = AttentionWeights(
         words=vq.codewords(codebook, sphere=config.sphere_codewords),
         u=u,
         w=w,
@@ -147,13 +149,13 @@ def prepare_unit(
     )
     mlp = None
     if not gated:
-        matrices = (stored(cast(params["mlp"][name])) for name in ("w_in", "w_out"))
+        matrices = (stored(params["mlp"][name]) for name in ("w_in", "w_out"))
         mlp = Mlp(params["mlp"]["norm"], *matrices)
     return PreparedUnit(
         norm=params["norm"],
         project=project,
-        attention=weights,
-        w_o=stored(cast(params["w_o"])),
+        attention=attention_weights,
+        w_o=stored(params["w_o"]),
         mlp=mlp,
         gain=gain,
         key_mix=key_mix(params, config) if config.key_shift else None,

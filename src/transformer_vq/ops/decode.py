@@ -76,6 +76,7 @@ class Generated(NamedTuple):
     top_logprobs: jax.Array  # float32, same shape
 
 
+@jax.named_scope("controls")
 def controlled_logits(logits: jax.Array, controls: Controls, rows: Rows) -> jax.Array:
     """Logits `[B, vocab]` after every control, in the order that Hugging Face applies them.
 
@@ -103,6 +104,7 @@ def controlled_logits(logits: jax.Array, controls: Controls, rows: Rows) -> jax.
     return when(controls.typical_p < 1, prob.typical, logits, controls.typical_p)
 
 
+@jax.named_scope("draw")
 def draw_at(keys: jax.Array, position: jax.Array, logits: jax.Array) -> jax.Array:
     """A token per row, from the row's key and its position in the sequence.
 
@@ -288,7 +290,7 @@ def likeliest(logits: jax.Array, tokens: jax.Array, tops: int) -> Scored:
 
 _SCORED_AT_ONCE = 128  # positions whose logits are in memory together
 
-prepare_decoder = jax.jit(prepare)
+prepare_decoder = jax.jit(prepare, static_argnames="weights")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

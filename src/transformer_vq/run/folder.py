@@ -5,6 +5,7 @@ runs/NAME/
                   versions and devices of its latest session
   metrics.jsonl   a JSON object a line (`transformer_vq.run.log`)
   samples.jsonl   what the model wrote at each validation (`transformer_vq.run.samples`)
+  weights.json    what rounding the weights costs (`transformer_vq.run.weights`)
   checkpoints/    one folder per step (`transformer_vq.io.checkpoint`), each with its RunInfo
 
 Wherever one is read, an exported model (`transformer_vq.io.export`) will do, and so will
