@@ -37,7 +37,8 @@ def test_a_damaged_file_is_as_none(tmp_path, content):
 
 
 def test_a_folder_that_cannot_be_written_to_is_no_error(tmp_path):
-    save_cost(tmp_path / "gone", "int8", COST)
+    assert not save_cost(tmp_path / "gone", "int8", COST)
+    assert save_cost(tmp_path, "int8", COST)
 
 
 def test_too_much_is_refused():

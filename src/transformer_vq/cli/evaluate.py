@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from transformer_vq.cli.common import CheckpointOption, progress_bar, run_data, say
+from transformer_vq.cli.common import CheckpointOption, progress_bar, run_data, say, tell
 from transformer_vq.cli.models import FarOptions, RunFolder, WeightsOption, bounded, local
 from transformer_vq.cli.parse import DataPaths, UsageError, flat, option, require_whole
 from transformer_vq.data import run_tokenizer
@@ -129,7 +129,8 @@ class Evaluate:
         from transformer_vq.run.weights import Cost, save_cost
 
         cost = Cost(info.step, info.seconds, result.bpb, rounded.bpb, result.tokens)
-        save_cost(self.run, self.weights, cost)
+        if not save_cost(self.run, self.weights, cost):
+            tell(f"{self.run} cannot be written to, so what {self.weights} costs is not kept there")
         return {
             "weights": self.weights,
             "rounded_bpb": cost.rounded_bpb,

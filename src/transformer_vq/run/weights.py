@@ -3,7 +3,6 @@
 {"int8": {"step": 5000, "seconds": 3120.5, "bpb": 1.412, "rounded_bpb": 1.4127, "tokens": 4096}}
 """
 
-import contextlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,11 +61,14 @@ def load_cost(folder: Path, info: RunInfo, weights: Weights) -> Cost | None:
     return cost if known and (cost.step, cost.seconds) == (info.step, info.seconds) else None
 
 
-def save_cost(folder: Path, weights: Weights, cost: Cost) -> None:
-    """Keep it, if the folder can be written to: else it is measured again when it is needed."""
+def save_cost(folder: Path, weights: Weights, cost: Cost) -> bool:
+    """Keep it, if the folder can be written to; whether it could."""
     content = {**_content(folder), weights: asdict(cost)}
-    with contextlib.suppress(OSError):
+    try:
         write_whole(folder / FILE, (json.dumps(content, indent=2) + "\n").encode())
+    except OSError:
+        return False
+    return True
 
 
 def require_small(cost: Cost, weights: Weights) -> None:
