@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from transformer_vq.cli.common import CheckpointOption, progress_bar, run_data, say, tell
@@ -103,7 +104,7 @@ class Evaluate:
         rounding = {}
         if self.weights != "as-saved":
             rounded = score(round_weights(model, self.weights), info, part, **options)
-            rounding = self._rounding(info, result, rounded)
+            rounding = self._rounding(folder, info, result, rounded)
         record = {
             "run": str(self.run),
             "step": info.step,
@@ -123,13 +124,13 @@ class Evaluate:
         return 0
 
     def _rounding(
-        self, info: "RunInfo", result: "Evaluation", rounded: "Evaluation"
+        self, folder: Path, info: "RunInfo", result: "Evaluation", rounded: "Evaluation"
     ) -> dict[str, Any]:
         """What rounded weights cost, as JSON has it; kept for the commands that write."""
         from transformer_vq.run.weights import Cost, save_cost
 
         cost = Cost(info.step, info.seconds, result.bpb, rounded.bpb, result.tokens)
-        if not save_cost(self.run, self.weights, cost):
+        if not save_cost(folder, self.weights, cost):
             tell(f"{self.run} cannot be written to, so what {self.weights} costs is not kept there")
         return {
             "weights": self.weights,

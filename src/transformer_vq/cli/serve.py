@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from transformer_vq.cli.common import CheckpointOption, size
-from transformer_vq.cli.models import FarOptions, RunFolder, WeightsOption, local, open_model, open_run
+from transformer_vq.cli.models import (
+    FarOptions,
+    RunFolder,
+    WeightsOption,
+    local,
+    open_model,
+    open_run,
+)
 from transformer_vq.cli.parse import UsageError, option, require_whole
 from transformer_vq.errors import UserError
 
