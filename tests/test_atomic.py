@@ -69,3 +69,20 @@ def test_a_folder_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch, s
     with pytest.raises(type(error)):
         fill(path, b"new", replace=True)
     assert calls and (path / "file").read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_two_writers_at_once(tmp_path, monkeypatch):
+    """The one who ends last wins, and nothing of the other is in it."""
+    path, real = tmp_path / "file", os.fsync
+
+    def meanwhile(descriptor):
+        monkeypatch.setattr(os, "fsync", real)
+        found.append(write_whole(path, b"second", shared=True))
+        assert path.read_bytes() == b"second"
+        real(descriptor)
+
+    found = []
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    found.append(write_whole(path, b"first", shared=True))
+    assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
+    assert found[1].st_ino == path.stat().st_ino != found[0].st_ino

@@ -5,6 +5,7 @@ import pytest
 
 from transformer_vq import costs
 from transformer_vq.config import ModelConfig, TrainConfig
+from transformer_vq.nn.decode import prepare
 from transformer_vq.nn.model import init_model, init_state
 from transformer_vq.presets import PRESETS
 
@@ -58,3 +59,27 @@ def test_costs_of_attention():
     one, two = costs.decode_bytes(config, 1), costs.decode_bytes(config, 2)
     assert two - one == costs.state_bytes(config) + 4 * config.d_model
     assert costs.decode_flops(config) > 2 * costs.parameter_count(config) * 0.8
+
+
+@pytest.mark.parametrize("config", VARIANTS)
+def test_what_an_engine_has(config):
+    """Beside the arrays of a `Device`: the model, its decoder, rows with what penalties count."""
+
+    def arrays():
+        model, state = init_model(config, 0), init_state(config, 1)
+        decoder = prepare(model, state)
+        prepared = (decoder.units, decoder.params.get("w_out"))
+        return [jax.tree.leaves(tree) for tree in ((model.params, model.codebook), prepared, state)]
+
+    sizes = [sum(x.size * x.dtype.itemsize for x in leaves) for leaves in jax.eval_shape(arrays)]
+    expected = sizes[0] + sizes[1] + 5 * (sizes[2] + 9 * config.vocab_size)
+    assert costs.serving_bytes(config, 3) == pytest.approx(expected, rel=0.05)
+
+
+def test_slots_that_fit():
+    config = ModelConfig(d_model=64, attention="full")
+    for limit in (100, 1000):
+        memory = costs.serving_bytes(config, 7, limit)
+        assert costs.slots_that_fit(config, memory, limit) == 7
+        assert costs.slots_that_fit(config, memory - 1, limit) == 6
+    assert costs.slots_that_fit(config, 1000) == 0

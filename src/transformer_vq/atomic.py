@@ -2,29 +2,36 @@
 
 import contextlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes, *, shared: bool = False) -> os.stat_result | None:
     """Replace the content of a file at once; a device or a pipe is written to as it is.
+
+    `shared`: others may do so at the same moment; the last one wins. What the system says of the
+    new file, by which it can be told from what others write; None for a device.
 
     Raises `OSError` naming the file; then it is as it was.
     """
     if path.exists() and not path.is_file():
         path.write_bytes(content)
-        return
-    draft = path.with_name(f".{path.name}.new")
+        return None
+    mark = f"{secrets.token_hex(8)}." if shared else ""
+    draft = path.with_name(f".{path.name}.{mark}new")
     try:
         with draft.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())  # the new content is on the disk before the new name is
+            found = os.fstat(file.fileno())
         draft.replace(path)
     except OSError as error:
         draft.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from None
+    return found
 
 
 @contextlib.contextmanager

@@ -78,6 +78,32 @@ def state_bytes(config: ModelConfig, capacity: int = DEFAULT_CAPACITY) -> int:
     return config.num_units * config.num_kv_heads * head + logits + 3 * _INT_BYTES
 
 
+def slot_bytes(config: ModelConfig, capacity: int = DEFAULT_CAPACITY) -> int:
+    """Bytes of a sequence in a slot of an engine.
+
+    Its state, and for each token of the vocabulary what is added to its score, whether it was read,
+    and how often it was written: 4, 1 and 4.
+    """
+    return state_bytes(config, capacity) + 9 * config.vocab_size
+
+
+def serving_bytes(config: ModelConfig, slots: int, capacity: int = DEFAULT_CAPACITY) -> int:
+    """Bytes that an engine has: the model, its weights again as decoding wants them, and rows.
+
+    Those are the slots, the batch of one, and the prompt that is being read. What programs need on
+    the way, and states that are kept, come on top.
+    """
+    model = least_decoding_bytes(config, 0)
+    prepared = decode_bytes(config) - state_bytes(config)
+    return model + prepared + (slots + 2) * slot_bytes(config, capacity)
+
+
+def slots_that_fit(config: ModelConfig, memory: int, capacity: int = DEFAULT_CAPACITY) -> int:
+    """The most slots of which the `serving_bytes` fit in so many bytes; 0 if not one does."""
+    rest = memory - serving_bytes(config, 0, capacity)
+    return max(0, rest // slot_bytes(config, capacity))
+
+
 def decode_flops(config: ModelConfig, history: int = DEFAULT_CAPACITY) -> int:
     """Operations to decode one token, whatever came before it.
 

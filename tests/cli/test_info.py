@@ -5,11 +5,13 @@ import json
 import jax
 
 from tests.helpers import STEPS
-from transformer_vq.cli import main
+from transformer_vq import costs
+from transformer_vq.cli import info, main
 from transformer_vq.run.folder import load_run
 
 
-def test_info(capsys, run, data):
+def test_info(capsys, run, data, monkeypatch):
+    monkeypatch.setattr(info, "memory_at_hand", lambda: 3 << 30)
     assert main(["info", "--run", run, "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     model, _ = load_run(run)
@@ -18,7 +20,11 @@ def test_info(capsys, run, data):
     assert record["training"]["step"] == STEPS
     assert record["training"]["tokens"] == STEPS * 8 * 64
     assert [c["step"] for c in record["checkpoints"]] == [STEPS]
+    serving = record["serving"]
+    rest = (2 << 30) - costs.serving_bytes(model.config, serving["slots"])
+    assert serving["memory"] == 3 << 30 and 0 <= rest < serving["slot_bytes"]
     assert main(["info", "--run", run]) == 0
     printed = capsys.readouterr().out
     assert f"{record['model']['parameters']:,}" in printed
+    assert f"{serving['slots']:,} of" in printed and "in the 3.22 GB" in printed
     assert f"{record['training']['validation_loss']:.4f}" in printed

@@ -27,7 +27,7 @@ class Server:
         self._err = open(folder / "err", "w+")  # noqa: SIM115 (as long as the process)
         arguments = ["--run", self.run, "--port", port, "--slots", 2, "--max-queue", 4]
         arguments += ["--prompt-chunk", 16, "--exact", "--api-key-file", folder / "keys"]
-        arguments += ["--state-dir", folder / "states", *options]
+        arguments += ["--state-dir", folder / "states", "--state-disk", 10, *options]
         self.process = subprocess.Popen(
             [TVQ, "serve", *map(str, arguments)],
             env=env,
@@ -98,6 +98,19 @@ def server(tmp_path_factory, server_env):
     folder = tmp_path_factory.mktemp("serve")
     make_run(folder / "run")
     (folder / "keys").write_text("\n".join(KEYS) + "\n\n")
+    made = Server(folder, server_env)
+    try:
+        yield made.wait()
+    finally:
+        made.close()
+
+
+@pytest.fixture(scope="module")
+def replica(server, server_env, tmp_path_factory):
+    """Another server of the same run, with the same keys and the same folder of states."""
+    folder = tmp_path_factory.mktemp("replica")
+    for name in ("run", "keys", "states"):
+        (folder / name).symlink_to(server.folder / name)
     made = Server(folder, server_env)
     try:
         yield made.wait()

@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import signal
+import subprocess
 import threading
 import time
 
@@ -12,8 +13,10 @@ import numpy as np
 import openai
 import pytest
 
-from tests.serve.conftest import KEYS, Server
+from tests.helpers import TVQ
+from tests.serve.conftest import KEYS
 from transformer_vq.cli import main
+from transformer_vq.serve.prompts import LOOK_AGAIN
 
 SETTINGS = dict(model="run", max_tokens=12, seed=7)
 
@@ -344,14 +347,101 @@ def test_known_prompts_are_not_read_again(server):
     assert turn2["usage"]["prompt_tokens_details"]["cached_tokens"] == len(whole)
 
 
+def test_a_file_of_requests_has_the_same_answers(server, server_env, tmp_path):
+    """`tvq batch`, with a state that the server made."""
+    httpx.post(f"{server.url}/v1/states", json={"name": "b", "prompt": "It"}, headers=auth())
+    (tmp_path / "states/all").mkdir(parents=True)
+    content = httpx.get(f"{server.url}/v1/states/b/file", headers=auth()).content
+    (tmp_path / "states/all/b.tvq").write_bytes(content)
+    bodies = [dict(prompt="It was", seed=i, max_tokens=12, logprobs=1) for i in range(4)]
+    bodies += [dict(prompt=" is", seed=i, max_tokens=12, state="b") for i in range(4)]
+    bodies.append(dict(prompt="x", n=0))
+    path = tmp_path / "requests.jsonl"
+    path.write_text("".join(json.dumps(body) + "\n" for body in bodies))
+    command = [TVQ, "batch", "--run", server.run, "--input", path, "--out", tmp_path / "answers"]
+    command += [
+        "--exact",
+        "--slots",
+        "2",
+        "--prompt-chunk",
+        "16",
+        "--state-dir",
+        tmp_path / "states",
+    ]
+    process = subprocess.run(command, env=server_env, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    out = tmp_path / "answers"
+    assert process.stdout == f"9 requests are answered in {out}, 1 of them with an error\n"
+    answers = {}
+    for line in (tmp_path / "answers").read_text().splitlines():
+        value = json.loads(line)
+        answers[value["custom_id"]] = value["response"]
+    assert len(answers) == 9 and answers["line-9"]["status_code"] == 400
+    for i, body in enumerate(bodies[:-1], 1):
+        choice = complete(server, **body).json()["choices"][0]
+        assert answers[f"line-{i}"]["body"]["choices"] == [choice]
+
+
+def test_replicas_go_on_from_each_others_states(server, replica):
+    """One folder, two processes, any balancer: a session is as if one server had it."""
+    names = "alone", "shared"
+    found = {name: [] for name in names}
+    for turn in range(4):
+        for name in names:
+            asked = replica if name == "shared" and turn % 2 else server
+            body = dict(prompt=f" turn {turn}", seed=turn, max_tokens=9, return_token_ids=True)
+            before = {"state": name} if turn else {}
+            answer = complete(asked, **body, **before, save_state=name, presence_penalty=0.5)
+            found[name].append(answer.json()["choices"][0]["token_ids"])
+    assert found["alone"] == found["shared"]
+
+    def states(one, path="", method="GET"):
+        return httpx.request(method, f"{one.url}/v1/states{path}", headers=auth(), timeout=60)
+
+    listed = [states(one).json()["data"] for one in (server, replica)]
+    assert listed[0] == listed[1] and {"id": "shared", "object": "state"} in listed[0]
+    assert states(replica, "/alone", "DELETE").json()["deleted"]
+    assert states(server, "/alone").status_code == 404
+
+    # Both write one name, both read it: always whole, and in the end the same.
+    def write(one, prompt):
+        for _ in range(10):
+            body = {"name": "race", "prompt": prompt}
+            made = httpx.post(f"{one.url}/v1/states", json=body, headers=auth(), timeout=60)
+            statuses.append(made.status_code)
+
+    statuses = []
+    write(server, "aaa")
+    threads = [
+        threading.Thread(target=write, args=given)
+        for given in ((server, "aaa"), (replica, "bbbbb"), (server, "bbbbb"), (replica, "aaa"))
+    ]
+    for thread in threads:
+        thread.start()
+    tokens = set()
+    while any(thread.is_alive() for thread in threads):
+        for one in (server, replica):
+            seen = states(one, "/race")
+            statuses.append(seen.status_code)
+            tokens.add(seen.json()["tokens"])
+    assert set(statuses) == {200} and tokens == {3, 5}
+    files = [states(one, "/race/file").content for one in (server, replica)]
+    sizes = [states(one, "/race").json()["tokens"] for one in (server, replica)]
+    assert files[0] == files[1] and sizes[0] == sizes[1]
+    assert not list((server.folder / "states").rglob("*.new"))
+
+
 def test_nothing_was_compiled_after_the_start(server):
     """After all of the above. (JAX says what it compiles: it did so before the start.)"""
     assert "Finished XLA compilation" in server.errors()
     assert "compil" not in server.errors(since_ready=True).lower()
 
 
-def test_sigterm_drains_and_states_outlive_it(server, server_env):
-    """What runs is answered, nothing new is taken; another process goes on from the states."""
+def test_sigterm_drains_and_states_outlive_it(server, replica):
+    """What runs is answered, nothing new is taken; another process goes on from the states, and
+    knows the prompts."""
+    known = "known to the first one"
+    complete(server, prompt=known, max_tokens=1)
     stream = endless(server, seed=1)
     stream.close()
     stream = server.client(max_retries=0).completions.create(
@@ -366,21 +456,21 @@ def test_sigterm_drains_and_states_outlive_it(server, server_env):
     *_, last = stream
     assert last.choices[0].finish_reason == "length"
     assert server.process.wait(60) == 0
+    time.sleep(LOOK_AGAIN)
+    usage = complete(replica, prompt=known, max_tokens=1).json()["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": len(known)}
+    usage = complete(replica, KEYS[1], prompt=known, max_tokens=1).json()["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 0}
     settings = dict(seed=5, presence_penalty=0.5, repetition_penalty=1.2, return_token_ids=True)
-    second = Server(server.folder, server_env)
-    try:
-        second.wait()
-        prompt = "It was the best of times"
-        whole = complete(second, prompt=prompt, **settings, max_tokens=30).json()
-        rest = complete(second, prompt="", state="one", **settings, max_tokens=18).json()
-        expected = whole["choices"][0]["token_ids"]
-        assert rest["choices"][0]["token_ids"] == expected[12:]
-        held = endless(second)
-        second.process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
-        assert second.process.poll() is None
-        second.process.send_signal(signal.SIGTERM)
-        assert second.process.wait(60) == 128 + signal.SIGTERM
-        held.close()
-    finally:
-        second.close()
+    prompt = "It was the best of times"
+    whole = complete(replica, prompt=prompt, **settings, max_tokens=30).json()
+    rest = complete(replica, prompt="", state="one", **settings, max_tokens=18).json()
+    expected = whole["choices"][0]["token_ids"]
+    assert rest["choices"][0]["token_ids"] == expected[12:]
+    held = endless(replica)
+    replica.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert replica.process.poll() is None
+    replica.process.send_signal(signal.SIGTERM)
+    assert replica.process.wait(60) == 128 + signal.SIGTERM
+    held.close()

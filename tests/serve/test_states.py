@@ -1,6 +1,8 @@
 """States that are kept: never above their bytes, what was used least recently goes."""
 
+import os
 import random
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ pytest.importorskip("pydantic", reason="NOT TESTED: the extra serve is not insta
 
 from transformer_vq.engine.scheduler import Snapshot
 from transformer_vq.errors import UserError
+from transformer_vq.serve import states
 from transformer_vq.serve.states import StateStore, StoreFull
 
 ROW = 10
@@ -113,3 +116,33 @@ def test_files_are_shared(tmp_path):
         two.load("", "s3")
     with pytest.raises(UserError, match="the name of a state is"):
         two.load("", "../s3")
+
+
+def test_two_writers_of_a_name(tmp_path, monkeypatch):
+    """Another process saves between our writing and our looking: what it wrote is what is there."""
+    one, two = make_store(tmp_path), make_store(tmp_path)
+    one.save("", "a", snapshot(1))
+    real = states.write_whole
+
+    def overtaken(*given, **options):
+        found = real(*given, **options)
+        monkeypatch.setattr(states, "write_whole", real)
+        two.save("", "a", snapshot(3))
+        return found
+
+    monkeypatch.setattr(states, "write_whole", overtaken)
+    one.save("", "a", snapshot(2))
+    assert one.load("", "a").position == two.load("", "a").position == 3
+    # And deletes it while we read.
+    monkeypatch.setattr(states, "_found", lambda path: os.stat(tmp_path))
+    two.delete("", "a")
+    assert one.load("", "a") is None and one.data("", "a") is None
+
+
+def test_drafts_of_the_killed_go(tmp_path):
+    (tmp_path / "all").mkdir()
+    for name, age in ((".a.tvq.0f.new", 7200), (".b.tvq.0f.new", 60), ("c.tvq", 7200)):
+        (tmp_path / "all" / name).touch()
+        os.utime(tmp_path / "all" / name, times=(time.time() - age,) * 2)
+    make_store(tmp_path)
+    assert {path.name for path in (tmp_path / "all").iterdir()} == {".b.tvq.0f.new", "c.tvq"}

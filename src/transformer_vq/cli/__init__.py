@@ -4,9 +4,10 @@ A command is a dataclass: its fields are the options, `main()` does the work and
 status. JAX is imported in there, never at the top of a module, so that help and wrong options
 answer at once.
 
-Exit status: 0; 1 if something given cannot be used; 2 for wrong options; 130 after Ctrl-C; 141 if
-the reader of the output has gone. What is neither a `UserError` nor the machine's (files, memory)
-is a fault of the program: it keeps its traceback, with status 1.
+Exit status: 0; 1 if something given cannot be used; 2 for wrong options; 130 after Ctrl-C (and 143
+after SIGTERM, for a command that ends by it in good order); 141 if the reader of the output has
+gone. What is neither a `UserError` nor the machine's (files, memory) is a fault of the program: it
+keeps its traceback, with status 1.
 """
 
 import importlib
@@ -30,6 +31,7 @@ COMMANDS = {
     "score": ("score", "Score", "how probable a model finds a text, its lines and its tokens"),
     "sample": ("sample", "Sample", "write text"),
     "serve": ("serve", "Serve", "serve a model: OpenAI's API, and a page to play on"),
+    "batch": ("batch", "Batch", "answer a file of requests, or of prompts, one a line"),
     "draw": ("draw", "Draw", "draw pictures"),
     "tokenizer": ("tokenizer", "Tokenizer", "make a vocabulary from text"),
     "prefill": ("prefill", "Prefill", "read a long prompt once and keep the state it leaves"),

@@ -22,6 +22,7 @@ from transformer_vq.data import (
     as_source,
     bundled_corpus,
     find_files,
+    free_memory,
     is_task,
     open_source,
 )
@@ -152,6 +153,17 @@ def require_memory(least: int, what: str, smaller: str, mesh: "Mesh | None" = No
             f"the parameters, {what} take {size(least)}, and the memory is {size(memory)}: make "
             f"the model (--config.*) or {smaller} smaller"
         )
+
+
+def memory_at_hand() -> int:
+    """Bytes that one device of this process can still take, as far as the system says."""
+    import jax
+
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return free_memory()
+    stats = device.memory_stats() or {}
+    return max(0, stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0))
 
 
 def open_data(paths: Sequence[str | Path], *, tokenizer: Tokenizer, **how: Any) -> Source:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from transformer_vq import costs
-from transformer_vq.cli.common import CheckpointOption, number, size, tell
+from transformer_vq.cli.common import CheckpointOption, memory_at_hand, number, size, tell
 from transformer_vq.cli.models import RunFolder, local
 from transformer_vq.cli.parse import option
-from transformer_vq.config import ModelConfig
+from transformer_vq.cli.served import STATE_CACHE
+from transformer_vq.config import DEFAULT_CAPACITY, ModelConfig
 from transformer_vq.errors import plain
 from transformer_vq.run.log import to_json
 
@@ -53,6 +54,8 @@ def describe(folder: Path, checkpoint: str = "latest") -> dict[str, Any]:
     last: dict[str, Any] = {}
     for record in records:
         last |= record
+    memory = memory_at_hand()
+    room = info.context_limit or DEFAULT_CAPACITY
     return {
         "run": str(folder),
         "model": {
@@ -62,6 +65,11 @@ def describe(folder: Path, checkpoint: str = "latest") -> dict[str, Any]:
             "decode_bytes": costs.decode_bytes(config),
             "decode_flops": costs.decode_flops(config),
             "train_flops": costs.run_flops(config, train),
+        },
+        "serving": {
+            "slot_bytes": costs.slot_bytes(config, room),
+            "memory": memory,
+            "slots": costs.slots_that_fit(config, memory - (STATE_CACHE << 20), room),
         },
         "data": {**dataclasses.asdict(info.data), "tokenizer": info.tokenizer},
         "training": {
@@ -139,6 +147,12 @@ def _show(record: dict[str, Any]) -> None:
         f"{size(model['decode_bytes'])} read, {number(model['decode_flops'])}FLOP",
     )
     table.add_row("a trained token", f"{number(model['train_flops'])}FLOP")
+    serving = record["serving"]
+    table.add_row(
+        "slots to serve",
+        f"{serving['slots']:,} of {size(serving['slot_bytes'])} in the {size(serving['memory'])} "
+        f"that are free, beside the model and a --state-cache of {STATE_CACHE:,} MB",
+    )
     section("training")
     table.add_row("data", Text(plain(data["path"])))
     named = plain(f"({data['tokenizer']}), {data['fingerprint'][:16]}…")

@@ -19,6 +19,7 @@ SMALLER = {  # what to make smaller where memory runs out
     "sample": "--num-samples or the prompt",
     "prefill": "the prompt",
     "serve": "--slots or --state-cache",
+    "batch": "--slots or --state-cache",
     "score": "the text",
     "tokenizer": "--vocab-size or the data",
     "bench": "--batch, --length or the model (--config.*)",

@@ -50,6 +50,7 @@ class Device:
       largest: tokens of a prompt that are read at once, one of `PREFILL_SIZES`. It changes the
         rounding of states, so it follows nothing that happens.
       room: tokens that each row must be able to take; only full attention has such a limit.
+      device: of JAX, where all of it is; None: where the model is, or JAX's default.
 
     Raises `UserError` for another `largest`.
     """
@@ -61,14 +62,22 @@ class Device:
         *,
         largest: int = PREFILL_SIZES[-1],
         room: int | None = None,
+        device: Any = None,
     ):
         if largest not in PREFILL_SIZES:
             sizes = ", ".join(map(str, PREFILL_SIZES))
             raise UserError(
                 f"the size of a prompt's chunks is {shown(largest)}: it must be one of {sizes}"
             )
+        if device is not None:
+            model = jax.device_put(model, device)
         self.model, self.largest, self.widths = model, largest, tuple(sorted(set(widths)))
         self.vocab_size = model.config.vocab_size
+        with jax.default_device(device):
+            self._make(model, room)
+
+    def _make(self, model: Model, room: int | None) -> None:
+        """All arrays and programs."""
         self._empty = init_state(model.config, 1, room=room)
         self.capacity = self._empty.capacity
         state = sum(x.nbytes for x in jax.tree.leaves(self._empty))
@@ -77,7 +86,9 @@ class Device:
         self._decoders = {width: decoder_for(model, self._empty, width) for width in self.widths}
         self._slots = {width: _new_slots(model, width, room) for width in self.widths}
         row = _new_slots(model, 1, room)
-        self._compiled = _compile(model, self._decoder, self._decoders, row, self._slots, largest)
+        self._compiled = _compile(
+            model, self._decoder, self._decoders, row, self._slots, self.largest
+        )
 
     # Prompts are read at one row, before they have a slot.
 

@@ -45,6 +45,7 @@ class Engine:
         self._live: set[Request] = set()
         self._closing = False
         self._dead = False
+        self.error: Exception | None = None  # what made it fail
         self.scheduler: Scheduler | None = None  # once it is ready; others only read its numbers
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -104,7 +105,6 @@ class Engine:
         return len(self._live)
 
     def _run(self) -> None:
-        error: Exception | None = None
         try:
             scheduler = self._make()
             with self._changed:
@@ -112,15 +112,15 @@ class Engine:
             self.on_ready()
             while self._do(scheduler):
                 pass
-        except Exception as caught:
-            error = caught
+        except Exception as error:
+            self.error = error
         with self._changed:
             self._dead = True
             lost, self._live = self._live, set()
         if lost:
             why = "the engine has ended"
             self._deliver([Event(r, None, finish="error", error=why, last=True) for r in lost])
-        self.on_end(error)
+        self.on_end(self.error)
 
     def _do(self, scheduler: Scheduler) -> bool:
         """What has come in, and one step. Whether to go on."""

@@ -99,6 +99,9 @@ class Service:
         if body.save_state is not None and len(given) > 1:
             raise ApiError(400, "save_state keeps one state: give one prompt", param="save_state")
         mode = body.cache or loaded.cache
+        if start is None and loaded.store.in_files:
+            for tokens in given:
+                await asyncio.to_thread(loaded.store.fetch, owner, tokens, mode)
         prompts = [self._prompt(body, owner, tokens, start, mode, seed) for tokens in given]
         completion = Completion(self, body, owner, prompts, seed)
         self._submit(completion, *(prompt.request for prompt in prompts))

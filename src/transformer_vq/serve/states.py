@@ -1,9 +1,11 @@
 """States that are kept: after known prompts, and under names. In memory, and in files."""
 
+import contextlib
 import hashlib
 import os
 import re
 import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ import numpy as np
 from transformer_vq.atomic import write_whole
 from transformer_vq.engine.scheduler import Snapshot
 from transformer_vq.errors import UserError
+from transformer_vq.serve.prompts import Key, PromptFiles
 from transformer_vq.serve.protocol import NAME
 
 CacheMode = Literal["exact", "any", "off"]
@@ -51,6 +54,7 @@ class StateStore:
       folder: where named states are files, which other processes may read and write too.
       grid: chunks of prompts end at multiples of this.
       pack, unpack: of `engine.snapshots.SnapshotFiles`.
+      prompts: files for states after known prompts, which memory has no room for.
 
     All methods may be called from any thread.
     """
@@ -64,14 +68,18 @@ class StateStore:
         grid: int,
         pack: Callable[[Snapshot], bytes],
         unpack: Callable[[bytes, str], Snapshot],
+        prompts: PromptFiles | None = None,
     ):
         self.row_bytes, self.most_bytes, self._folder = row_bytes, most_bytes, folder
         self.grid, self._pack, self._unpack = grid, pack, unpack
+        self._prompts = prompts
         self._known: OrderedDict[tuple[str, bytes], Known] = OrderedDict()
         self._lengths: Counter[tuple[str, int]] = Counter()
         self._seen: OrderedDict[bytes, None] = OrderedDict()
         self._named: OrderedDict[tuple[str, str], _Named] = OrderedDict()
         self._lock = threading.RLock()
+        if folder is not None:
+            _remove_drafts(folder)
 
     @property
     def num_bytes(self) -> int:
@@ -95,11 +103,47 @@ class StateStore:
                 found = self._known.get(key)
                 if found is None:
                     continue
-                on_grid = length % self.grid == 0 or length == len(tokens)
-                if mode == "any" or (found.exact and on_grid):
+                if self._serves(mode, found.exact, length, tokens):
                     self._known.move_to_end(key)
                     return found
         return None
+
+    def _serves(self, mode: CacheMode, exact: bool, length: int, tokens: Sequence[int]) -> bool:
+        """Whether a state after so many tokens of a prompt may be used."""
+        on_grid = length % self.grid == 0 or length == len(tokens)
+        return mode == "any" or (exact and on_grid)
+
+    @property
+    def in_files(self) -> bool:
+        """Whether states after known prompts may be in files, which `fetch` reads."""
+        return self._prompts is not None
+
+    def fetch(self, owner: str, tokens: Sequence[int], mode: CacheMode) -> None:
+        """Have in memory what `find` would find if files counted."""
+        if self._prompts is None or mode == "off":
+            return
+        known = self.find(owner, tokens, mode)
+        least = known.length if known else 0
+        lengths = [n for n in self._prompts.lengths(owner) if least < n <= len(tokens)]
+        digests = _digests(tokens, lengths)
+        for length in reversed(lengths):
+            key = Key(owner, length, digests[length])
+            exact = self._prompts.exact(key)
+            if exact is None or not self._serves(mode, exact, length, tokens):
+                continue
+            if snapshot := self._prompts.read(key):
+                self.keep(owner, tokens[:length], snapshot, exact=exact)
+                return
+
+    def close(self) -> None:
+        """Write what is known of prompts to files, as far as there is room; it takes a while."""
+        if self._prompts is not None:
+            self._prompts.wait()
+            with self._lock:
+                room = self._prompts.most_bytes // self.row_bytes
+                newest = list(self._known.items())[max(0, len(self._known) - room) :]
+            for (owner, digest), known in newest:
+                self._prompts.write(Key(owner, known.length, digest), known.snapshot, known.exact)
 
     def worth_keeping(self, owner: str, tokens: Sequence[int], known: int) -> frozenset[int]:
         """After how many tokens of this prompt, of which some are known, to keep its state.
@@ -146,7 +190,12 @@ class StateStore:
         """Let go of what was used least recently until one more fits; whether it does."""
         while self.num_bytes + self.row_bytes > self.most_bytes:
             if self._known:
-                self._forget(next(iter(self._known)))
+                oldest = next(iter(self._known))
+                if self._prompts is not None:
+                    known = self._known[oldest]
+                    key = Key(oldest[0], known.length, oldest[1])
+                    self._prompts.put(key, known.snapshot, known.exact)
+                self._forget(oldest)
                 continue
             in_files = [key for key, named in self._named.items() if named.stamp]
             if not in_files:
@@ -164,8 +213,7 @@ class StateStore:
         stamp, path = None, self._path(owner, name)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, data or self._pack(snapshot))
-            stamp = _stamp(path)
+            stamp = _stamp(write_whole(path, data or self._pack(snapshot), shared=True))
         with self._lock:
             self._named.pop((owner, name), None)
             if self._make_room():
@@ -186,7 +234,7 @@ class StateStore:
     def load(self, owner: str, name: str) -> Snapshot | None:
         """A named state; None if there is none. Raises `StateError` for a file that is none."""
         path = self._path(owner, name)
-        stamp = _stamp(path) if path else None
+        stamp = _stamp(_found(path))
         with self._lock:
             named = self._named.get((owner, name))
             if named is not None and named.stamp == stamp:
@@ -195,7 +243,10 @@ class StateStore:
             self._named.pop((owner, name), None)  # another process has replaced or deleted it
         if path is None or stamp is None:
             return None
-        snapshot = self._unpack(path.read_bytes(), f"the state {name}")
+        data = _content(path)
+        if data is None:
+            return None
+        snapshot = self._unpack(data, f"the state {name}")
         with self._lock:
             if self._make_room():
                 self._named[owner, name] = _Named(snapshot, stamp)
@@ -205,7 +256,7 @@ class StateStore:
         """The content of the file of a named state; None if there is none."""
         path = self._path(owner, name)
         if path is not None:
-            return path.read_bytes() if path.is_file() else None
+            return _content(path)
         snapshot = self.load(owner, name)
         return None if snapshot is None else self._pack(snapshot)
 
@@ -237,13 +288,33 @@ class StateStore:
         return self._folder / (owner or "all") / f"{name}{SUFFIX}"
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """What changes when a file is replaced; None if there is none."""
+def _found(path: Path | None) -> os.stat_result | None:
+    """What the system says of a file; None if there is none."""
     try:
-        found = os.stat(path)
+        return os.stat(path) if path else None
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_ino
+
+
+def _stamp(found: os.stat_result | None) -> tuple[int, int] | None:
+    """What is another one when a file is replaced."""
+    return (found.st_mtime_ns, found.st_ino) if found else None
+
+
+def _content(path: Path) -> bytes | None:
+    """What is in a file; None if there is none, or none any more."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _remove_drafts(folder: Path) -> None:
+    """Remove what processes that were killed have not finished, an hour after."""
+    for draft in folder.glob(f"*/.*{SUFFIX}.*.new"):
+        with contextlib.suppress(OSError):  # another process removes it, too
+            if time.time() - draft.stat().st_mtime > 3600:
+                draft.unlink()
 
 
 def _digests(tokens: Sequence[int], lengths: Sequence[int]) -> dict[int, bytes]:
