@@ -31,6 +31,7 @@ class Bench:
     examples: ClassVar[str] = """
   tvq bench decode --preset small --batch 1 8 32
   tvq bench decode --preset enwik8 --config.compute-dtype float32 --batch 1 --json
+  tvq bench decode --preset small --batch 1 --profile
   tvq bench prefill --preset small --length 8192 100000
   tvq bench train --preset small --batch 4 --length 1024 8192
   tvq bench train --preset small --batch 1 --length 2048 8192 --attention vq full
@@ -57,6 +58,9 @@ class Bench:
         tuple[Literal["as-saved", "bfloat16", "int8"], ...],
         option("decode: how the large matrices are kept, one by one", "KIND..."),
     ] = ("as-saved",)
+    profile: Annotated[
+        bool, option("decode: where the time of a step goes, by layer and operation")
+    ] = False
     repeats: Annotated[int, option("measurements of each", "INT")] = 5
     json: Annotated[bool, option("print JSON: one object, with all measurements")] = False
     config: tyro.conf.FlagConversionOff[ConfigOptions] = field(default_factory=dict)
@@ -66,9 +70,10 @@ class Bench:
             for value in getattr(self, name):
                 require_whole(f"--{name}", value)
         require_whole("--repeats", self.repeats, high=10**6)
-        if self.what != "decode" and self.weights != ("as-saved",):
+        if self.what != "decode" and (self.profile or self.weights != ("as-saved",)):
             raise UsageError(
-                f"--weights is for tvq bench decode, and this is {self.what}: leave it out"
+                f"--profile and --weights are for tvq bench decode, and this is {self.what}: leave "
+                f"them out"
             )
         try:
             config = ModelConfig.preset(self.preset, **self.config)
@@ -90,7 +95,10 @@ class Bench:
         for row in self._measure(config):
             rows.append(row)
             if not self.json:
-                print(_LINES[self.what](row), flush=True)
+                if self.profile:
+                    _show_profile(row)
+                else:
+                    print(_LINES[self.what](row), flush=True)
         if self.json:
             record = {"what": self.what, "preset": self.preset, **about}
             print(json.dumps({**record, "config": config.to_dict(), "results": rows}))
@@ -98,11 +106,15 @@ class Bench:
 
     def _measure(self, config: ModelConfig):
         from transformer_vq.measure import bench
+        from transformer_vq.measure.profile import profile_decode
 
         if self.what == "decode":
             for batch in self.batch or (1, 8, 32):
                 self._require_memory(config, batch)
                 for position, weights in itertools.product(self.position, self.weights):
+                    if self.profile:
+                        yield profile_decode(config, batch, position=position, weights=weights)
+                        continue
                     yield bench.bench_decode(
                         config, batch, position=position, rounds=self.repeats, weights=weights
                     )
@@ -191,3 +203,49 @@ _LINES = {
     "train": _train_line,
     "evaluate": _prefill_line,
 }
+
+
+LEAST_SHARE = 0.01  # of the time, of a row of its own
+
+
+def _show_profile(row: dict[str, Any]) -> None:
+    """The operations of a decoding step as a table, 80 columns wide."""
+    operations, memory = row["operations"], row["bandwidth"]
+    total = sum(op["seconds"] for op in operations)
+    print(
+        f"batch {row['batch']}, position {row['position']:,}, weights {row['weights']}: "
+        f"{row['ms_per_step']:.2f} ms/step, {row['ms_recorded']:.2f} while it was recorded; memory "
+        f"reads {memory / 1e9:.1f} GB/s\n"
+    )
+
+    def line(*cells: str) -> None:
+        layer, kind, *numbers = cells
+        widths = (6, 10, 9, 7, 6)
+        right = "".join(f"{cell:>{width}}" for cell, width in zip(numbers, widths, strict=True))
+        print(f"{layer:22.22}{kind:20.20}{right}")
+
+    def add(layer: str, kind: str, calls: float, nbytes: float, seconds: float) -> None:
+        speed = nbytes / seconds if seconds else 0.0
+        moved = f"{speed / 1e9:.1f}" if nbytes else ""
+        line(
+            "/".join(layer.split("/")[-2:]),
+            kind,
+            f"{calls:,.0f}",
+            size(int(nbytes)),
+            f"{1e6 * seconds:,.1f}",
+            f"{seconds / total:.1%}",
+            moved,
+        )
+
+    line("layer", "operation", "calls", "bytes", "us", "share", "GB/s")
+    shown = [op for op in operations if op["seconds"] >= LEAST_SHARE * total]
+    for op in shown:
+        add(op["layer"], op["kind"], op["calls"], op["bytes"], op["seconds"])
+    if rest := operations[len(shown) :]:
+        sums = (sum(op[name] for op in rest) for name in ("calls", "bytes", "seconds"))
+        add("less than 1 % each", f"{len(rest)} kinds", *sums)
+    print(
+        "\nOf one step, equal units added up. Bytes are what an operation reads and writes:\n"
+        "what is in a cache comes faster than memory reads. Operations may overlap.",
+        flush=True,
+    )
