@@ -60,6 +60,16 @@ def test_a_checkpoint_of_flax(tmp_path, tree):
     same(read_weights(path).params)
 
 
+def test_what_orbax_writes_in_its_place(tmp_path):
+    """Its code for msgpack is that of flax."""
+    orbax = pytest.importorskip("orbax.checkpoint.msgpack_utils")
+    content = orbax.msgpack_serialize(train_state(step=np.int32(7)))
+    (tmp_path / "checkpoint").write_bytes(content)
+    weights = read_weights(tmp_path)
+    same(weights.params)
+    assert weights.step == 7
+
+
 def test_bfloat16_and_chunks(tmp_path):
     half = W.astype(jnp.bfloat16)
     chunks = {"__msgpack_chunked_array__": True, "shape": {"0": 2, "1": 3}}
