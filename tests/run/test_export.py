@@ -24,6 +24,7 @@ from transformer_vq.run.folder import (
     load_run,
     make_run_folder,
 )
+from transformer_vq.run.weights import Cost, load_cost, save_cost
 
 MODEL = make_model()
 INFO = RunInfo(
@@ -57,6 +58,18 @@ def test_what_is_written_is_read(out):
     assert content["model"] == MODEL.config.to_dict()
     assert {path.name for path in out.iterdir()} < set(FILES)
     assert (out / "README.md").read_text() == "# Card\n"
+
+
+def test_what_rounding_costs_goes_with_the_weights_that_were_rounded(out, tmp_path):
+    cost = Cost(INFO.step, INFO.seconds, 1.5, 1.501, 4096)
+    save_cost(out, "int8", cost)
+    save_cost(out, "bfloat16", dataclasses.replace(cost, step=39))  # of another checkpoint
+    assert gather(out).costs == gather(out, dtype="float32").costs == {"int8": cost}
+    assert gather(out, dtype="bfloat16").costs == {}
+    write(gather(out), tmp_path / "again", "")
+    assert load_cost(tmp_path / "again", INFO, "int8") == cost
+    write(CARRIED, out, "", overwrite=True)
+    assert load_cost(out, INFO, "int8") is None
 
 
 def test_an_export_is_exported_again(out, tmp_path):

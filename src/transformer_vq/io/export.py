@@ -5,6 +5,7 @@ DIR/
   model.safetensors  the arrays under their paths (`params.units.w_q`, `codebook.sum`), with a hash
                      of all of them and of the sizes in config.json
   metrics.jsonl      what the training measured, where that is known
+  weights.json       what rounding the weights costs, where that is known
   tokenizer.json or tokenizer.model   the vocabulary, unless the tokens are bytes
   README.md          the model card
 
@@ -37,6 +38,7 @@ FILES = (
     CONFIG_FILE,
     MODEL_FILE,
     "metrics.jsonl",
+    "weights.json",
     "tokenizer.json",
     "tokenizer.model",
     "README.md",

@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -26,8 +26,10 @@ from transformer_vq.io.export import (
 )
 from transformer_vq.io.hub import local_folder
 from transformer_vq.nn.model import Model
+from transformer_vq.nn.products import Weights
 from transformer_vq.run.folder import RunInfo, find_step, load_run
 from transformer_vq.run.log import Record, read_metrics, to_json
+from transformer_vq.run.weights import Cost, load_cost, save_cost
 
 _OURS = {*FILES, "report.html"}  # that of `tvq report`
 
@@ -41,6 +43,7 @@ class Carried:
     tokenizer: Tokenizer = ByteTokenizer()
     records: list[Record] = field(default_factory=list)  # what its training measured
     environment: dict[str, Any] = field(default_factory=dict)  # versions and devices of it
+    costs: dict[Weights, Cost] = field(default_factory=dict)  # of rounding its weights
 
     @property
     def is_finite(self) -> bool:
@@ -56,7 +59,9 @@ def gather(run: str | os.PathLike, checkpoint: str = "latest", dtype: str | None
     """
     folder = local_folder(run)
     model, info = load_run(folder, find_step(folder, checkpoint))
-    if dtype:
+    costs = {weights: load_cost(folder, info, weights) for weights in get_args(Weights)}
+    if dtype and dtype != info.config.param_dtype:
+        costs.clear()  # they were of other weights
         model = cast_model(model, dtype)
     return Carried(
         model,
@@ -64,6 +69,7 @@ def gather(run: str | os.PathLike, checkpoint: str = "latest", dtype: str | None
         run_tokenizer(folder, info.tokenizer),
         [r for r in read_metrics(folder / "metrics.jsonl") if r["step"] <= info.step],
         read_environment(folder),
+        {weights: cost for weights, cost in costs.items() if cost},
     )
 
 
@@ -87,6 +93,8 @@ def write(carried: Carried, out: str | os.PathLike, card: str, *, overwrite: boo
             carried.tokenizer.save(folder)
             if lines:
                 (folder / "metrics.jsonl").write_text(lines, "utf-8")
+            for weights, cost in carried.costs.items():
+                save_cost(folder, weights, cost)
             (folder / "README.md").write_text(card, "utf-8")
             return size
     except OSError as error:
