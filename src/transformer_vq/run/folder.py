@@ -31,7 +31,7 @@ from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.data import OnError, Source, Tokenizer, as_source, run_tokenizer
 from transformer_vq.errors import UserError, cut, shown
 from transformer_vq.io.checkpoint import Checkpoints
-from transformer_vq.io.export import is_export, load_model, read_config
+from transformer_vq.io.export import MODEL_FILE, is_export, load_model, read_config
 from transformer_vq.io.hub import local_folder
 from transformer_vq.nn.layers import wide
 from transformer_vq.nn.model import Model, init_model
@@ -237,7 +237,7 @@ def load(folder: str | os.PathLike, checkpoint: str | int = "latest") -> tuple[M
 
 def refuse_export(folder: Path) -> None:
     """Raise `RunError` for the folder of an exported model, where no run can be."""
-    if is_export(folder):
+    if is_export(folder) and os.path.exists(folder / MODEL_FILE):
         raise RunError(
             f"{folder} holds an exported model, which cannot be trained on: use another folder"
         )
