@@ -143,6 +143,21 @@ def test_cut_short(good, folder, where):
     refused(folder, "damaged, cut or no safetensors file")
 
 
+def test_bytes_of_no_array(good, folder):
+    """All hashes fit, but something hides between the arrays."""
+    size = int.from_bytes(good[:8], "little")
+    header = json.loads(good[8 : 8 + size])
+    arrays = [entry for name, entry in header.items() if name != "__metadata__"]
+    last = max(arrays, key=lambda entry: entry["data_offsets"])
+    start, end = last["data_offsets"]
+    last["data_offsets"] = [start + 8, end + 8]
+    text = json.dumps(header).encode()
+    data = good[8 + size :]
+    data = data[:start] + b"8 bytes!" + data[start:]
+    (folder / MODEL_FILE).write_bytes(len(text).to_bytes(8, "little") + text + data)
+    refused(folder, "damaged, cut or no safetensors file")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
