@@ -135,7 +135,6 @@ def user_env() -> dict[str, str]:
 @pytest.fixture
 def one_device(monkeypatch):
     """`train` uses one device, for any batch size: it compiles in a fraction of the time."""
-    from transformer_vq.sharding import data_mesh
+    from tests.helpers import train_on_one_device
 
-    mesh = data_mesh(jax.devices()[:1])
-    monkeypatch.setattr("transformer_vq.run.loop.data_mesh", lambda: mesh)
+    train_on_one_device(monkeypatch)

@@ -21,6 +21,7 @@ from transformer_vq.data import Batch, Batches, ByteTokenizer
 from transformer_vq.nn import products
 from transformer_vq.ops.train import init_train_state
 from transformer_vq.run.folder import DataSource, RunInfo, checkpoints_of, open_run
+from transformer_vq.sharding import data_mesh
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -181,6 +182,12 @@ SIZES = [
     "--config.block-len=256",
     *(f"--train.{name}={value}" for name, value in TRAINING.items()),
 ]
+
+
+def train_on_one_device(monkeypatch) -> None:
+    """`train` uses one device where it would use all eight."""
+    mesh = data_mesh(jax.devices()[:1])
+    monkeypatch.setattr("transformer_vq.run.loop.data_mesh", lambda: mesh)
 
 
 def sample(capsys, run: str, *arguments: str) -> dict:

@@ -80,7 +80,7 @@ def trained(name, shape, first_batch=0):
     ("name", "shape"),
     [
         ("shga", (2, 2, 2)),
-        ("mqa", (2, 2, 2)),
+        pytest.param("mqa", (2, 2, 2), marks=pytest.mark.slow),
         pytest.param("full", (2, 2, 2), marks=pytest.mark.slow),
         pytest.param("shga", (1, 8, 1), marks=pytest.mark.slow),
         pytest.param("shga", (8, 1, 1), marks=pytest.mark.slow),

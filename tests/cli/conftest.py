@@ -1,18 +1,17 @@
 """What tests of the command line share: a book, and a run trained on it."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.helpers import SIZES, STEPS
+from tests.helpers import SIZES, STEPS, train_on_one_device
 from transformer_vq.cli import main
 from transformer_vq.data import bundled_corpus
 
 
 @pytest.fixture(autouse=True)
-def no_cache(monkeypatch):
+def no_cache_and_one_device(monkeypatch, one_device):
     monkeypatch.setenv("TVQ_CACHE", "")
 
 
@@ -33,6 +32,9 @@ def data(tmp_path_factory, content) -> Path:
 def run(tmp_path_factory, data) -> str:
     """A trained run. Look, don't touch."""
     out = str(tmp_path_factory.mktemp("runs") / "run")
-    os.environ["TVQ_CACHE"] = ""
-    assert main(["train", "--data", str(data), "--out", out, "--steps", str(STEPS), *SIZES]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TVQ_CACHE", "")
+        train_on_one_device(patch)
+        arguments = ["--data", str(data), "--out", out, "--steps", str(STEPS), *SIZES]
+        assert main(["train", *arguments]) == 0
     return out

@@ -44,10 +44,10 @@ def test_eval_tells_what_the_far_part_brings(capsys, run):
 
 
 def test_eval_forgets_when_it_is_told_to(capsys, run):
-    assert main(["eval", "--run", run, "--context-len", "128", "--json"]) == 0
+    assert main(["eval", "--run", run, "--no-gain", "--context-len", "128", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["tokens"] == 2999 and record["by_position"][-1]["end"] == 128
-    assert main(["eval", "--run", run, "--json"]) == 0  # control
+    assert main(["eval", "--run", run, "--no-gain", "--json"]) == 0  # control
     whole = json.loads(capsys.readouterr().out)
     assert whole["bpb"] != record["bpb"] and whole["by_position"][-1]["end"] == 2999
     said = fails(capsys, 2, "eval", "--run", run, "--context-len", "2500")
@@ -56,7 +56,7 @@ def test_eval_forgets_when_it_is_told_to(capsys, run):
 
 def test_eval_bounds_what_far_keys_weigh(capsys, run):
     def bpb(*arguments):
-        assert main(["eval", "--run", run, "--json", *arguments]) == 0
+        assert main(["eval", "--run", run, "--no-gain", "--json", *arguments]) == 0
         return json.loads(capsys.readouterr().out)["bpb"]
 
     plain = bpb()

@@ -92,7 +92,9 @@ def ragged_pieces(draw):
     return pieces + cut(left, [9])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(  # gated: what gated_heads_documents has too
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "gated")) for n in CASES]
+)
 def test_any_split(name, double):
     """Logits and the final state, tensor by tensor, are those of one call."""
 

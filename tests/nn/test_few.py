@@ -27,6 +27,9 @@ CONFIGS = {
     "full_documents": CASES["full_documents"],
 }
 
+SLOW = ("documents", "no_window")  # what others among these have too
+MOST = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CONFIGS]
+
 ALL = np.full(BATCH, FEW, np.int32)
 
 step = quick_jit(decode_step)
@@ -63,7 +66,7 @@ def some(x, used, count=FEW):
     return np.take_along_axis(x, at, axis=1)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", MOST)
 def test_as_single_steps(name, double):
     """Logits of all tokens, and the state after those that stay, tensor by tensor; call by call."""
     decoder, state, tokens, ids, used = started(name)
@@ -86,7 +89,7 @@ def test_as_single_steps(name, double):
         state = after
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", MOST)
 def test_what_does_not_stay_is_nothing(name, double):
     """Other tokens after those that stay, and padding: the same bits of the state."""
     decoder, state, tokens, ids, used = started(name)

@@ -90,7 +90,9 @@ CONFIGS = {
     "full_gated": make_config(attention="full", num_heads=2),
 }
 SLOW = (  # what others among these have too
+    "block_beyond_the_text",
     "cap",
+    "decay",
     "decay_blocks_beyond_the_window",
     "decay_no_cache",
     "documents",
@@ -98,8 +100,10 @@ SLOW = (  # what others among these have too
     "full_gated",
     "full_memory",
     "memory_no_cache",
+    "no_cache",
     "no_window_one_code",
     "reach",
+    "soft_writes",
     "two_gated_heads",
     "window_beyond_the_text",
 )

@@ -27,7 +27,7 @@ from transformer_vq.nn.forward import Training, forward
 from transformer_vq.nn.rows import chunking
 
 VQ = [name for name, config in CASES.items() if config.attention == "vq"]
-QUICK = ("gated", "memory_documents")
+QUICK = ("gated",)
 
 
 def run(config, tokens_per_chunk, monkeypatch, lengths=None, keys=False, remat=False, dropout=None):
@@ -104,6 +104,7 @@ def test_ragged_rows_and_kept_keys(double, monkeypatch):
     close(grads, expected_grads)
 
 
+@pytest.mark.slow
 def test_no_gradient_through_the_cache(double, monkeypatch):
     config = CASES["gated"].replace(grad_through_cache=False)
     expected, expected_grads = run(config, 10**6, monkeypatch)

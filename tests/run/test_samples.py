@@ -13,7 +13,7 @@ from transformer_vq.run.folder import DataSource, RunInfo
 from transformer_vq.run.samples import open_samples
 
 
-def test_train_replaces_the_vocabulary_of_an_earlier_start(tmp_path):
+def test_train_replaces_the_vocabulary_of_an_earlier_start(tmp_path, one_device):
     """In a folder without checkpoints."""
     config = ModelConfig(d_model=16, d_k=8, num_layers=1, codebook_size=8, window_len=8)
     train = TrainConfig(batch_size=8, sequence_len=16, steps=1, evaluate_every=0)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.helpers import train_on_one_device
 from transformer_vq.cli import main
 from transformer_vq.data import bundled_corpus
 from transformer_vq.io.checkpoint import Checkpoints
@@ -36,6 +37,7 @@ def run(tmp_path_factory) -> Path:
     data.write_bytes(bundled_corpus().read_bytes()[:40_000])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TVQ_CACHE", "")
+        train_on_one_device(patch)
         assert main(["train", "--data", str(data), "--out", str(out), *OPTIONS]) == 0
     return out
 
