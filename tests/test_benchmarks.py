@@ -27,6 +27,16 @@ def test_fields_that_a_kind_of_model_does_not_have_are_left_out(capsys):
         recall.measured(recall.Options(tasks="riddle"))
 
 
+def test_each_task_has_its_number_of_updates():
+    steps = [
+        recall.recipe(name, 90, 0, recall.Options(updates=updates)).steps
+        for name, updates in (("far", None), ("copy", None), ("copy", 7))
+    ]
+    assert steps == [1000, 1500, 7]
+    with pytest.raises(UserError, match="steps is 0"):
+        recall.recipe("copy", 90, 0, recall.Options(updates=0))
+
+
 def test_a_table_and_a_figure_of_rows(tmp_path):
     rows = [
         {"task": "far", "model": model, "seed": seed, "filler": filler, "accuracy": seed / filler}
