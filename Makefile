@@ -3,6 +3,7 @@
 #   make demo                  train on Moby-Dick, evaluate, sample: at most five minutes of training
 #   make serve                 serve the model of the demo (it is trained first, if need be)
 #   make test                  the test suite, without the slow tests
+#   make test-clients          other people's clients, as they are, and a browser
 #   make lint                  style, types, import rules
 #   make docs                  the docs as a site, in site/
 #   make demo PYTHON=python3.12 VENV=/tmp/venv      every variable below can be set like this
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 # True for an interpreter that can make the environment and that we support.
 SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: help demo serve test test-slow test-newest lint docs format hooks clean
+.PHONY: help demo serve test test-slow test-newest test-clients lint docs format hooks clean
 .NOTPARALLEL:
 
 help: ## list what can be made
@@ -64,6 +65,23 @@ test-newest: ## run a quick part of the tests with the newest JAX, on Python 3.1
 	  --constraint $(NEWEST)/constraints.txt --editable '.[test,text,parquet,hub,tensorboard,serve]'; \
 	$(NEWEST)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" -p no:cacheprovider $(NEWEST_ARGS)
 
+# Other people's clients, in an environment of their own, and the system's Chromium, if it is there.
+CLIENTS      := $(VENV)-clients
+CLIENTS_ARGS ?=
+CLIENTS_PINS := tests/clients/requirements.txt
+
+test-clients: $(VENV)/.installed-test ## run the tests with clients as they are: OpenAI's, lm-eval, a browser ...
+	@[ -x $(CLIENTS)/bin/python ] || $(BIN)/python -m venv $(CLIENTS)
+	@if ! cmp -s $(CLIENTS_PINS) $(CLIENTS)/installed.txt; then \
+	  echo "installing the clients into $(CLIENTS) (the first time takes some minutes)"; \
+	  if ! $(CLIENTS)/bin/python -m pip install -qq --disable-pip-version-check -r $(CLIENTS_PINS); then \
+	    echo "NOT TESTED with clients: their packages cannot be installed"; exit 0; \
+	  fi; \
+	  cp $(CLIENTS_PINS) $(CLIENTS)/installed.txt; \
+	fi; \
+	TVQ=$(BIN)/tvq $(CLIENTS)/bin/python -m pytest -c tests/clients/pytest.ini tests/clients \
+	  --durations=5 $(CLIENTS_ARGS)
+
 docs: $(VENV)/.installed-docs ## build the docs as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 	@echo "the docs are in site/index.html"
@@ -84,7 +102,7 @@ hooks: $(VENV)/.installed-dev ## run the checks at every commit
 	$(BIN)/pre-commit install
 
 clean: ## remove the environment and the caches; runs/ stays
-	rm -rf $(VENV) $(NEWEST) site .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist
+	rm -rf $(VENV) $(NEWEST) $(CLIENTS) site .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---------------------------------------------------------------- the environment

@@ -79,6 +79,8 @@ settings.register_profile(
 )
 settings.load_profile("tvq")
 
+collect_ignore = ["clients"]  # `make test-clients`, in another environment
+
 SHARED = Path(os.environ.get("TVQ_SHARED") or Path(__file__).parents[1].parent / "shared")
 
 

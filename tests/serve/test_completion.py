@@ -192,18 +192,44 @@ def test_a_full_queue_takes_all_prompts_or_none():
 
 
 def test_a_stream_that_nobody_reads_ends(monkeypatch):
-    """What waits for the reader is bounded."""
+    """What waits for the reader is bounded, alternatives included."""
     monkeypatch.setattr(completion, "MOST_UNREAD", 50)
 
     async def act(client, service, scheduler):
         from transformer_vq.serve.protocol import ApiError, CompletionRequest
 
-        body = CompletionRequest(prompt="A", max_tokens=10**6, stream=True)
-        slow = await service.complete(body, "", 1)
-        await until(lambda: scheduler.idle and scheduler.cancelled)
-        with pytest.raises(ApiError, match="the stream is not read"):
-            async for _ in slow.chunks():
-                pass
-        assert not service.busy
+        read = []
+        for logprobs in (None, 4):
+            scheduler.cancelled.clear()
+            body = CompletionRequest(prompt="A", max_tokens=10**6, stream=True, logprobs=logprobs)
+            slow = await service.complete(body, "", 1)
+            await until(lambda: scheduler.idle and scheduler.cancelled)
+            read.append(0)
+            with pytest.raises(ApiError, match="the stream is not read"):
+                async for chunk in slow.chunks():
+                    read[-1] += len(chunk["choices"][0]["text"])
+            assert not service.busy
+        return read
 
-    served(act)
+    assert served(act) == [51, 12]
+
+
+def test_a_stream_keeps_nothing_of_what_was_read():
+    """It may have no end."""
+
+    async def act(client, service, scheduler):
+        from transformer_vq.serve.protocol import CompletionRequest
+
+        whole = CompletionRequest(prompt="A", max_tokens=300, logprobs=1)
+        kept = []
+        for body in (whole, whole.model_copy(update={"stream": True})):
+            made = await service.complete(body, "", 1)
+            if body.stream:
+                assert [chunk async for chunk in made.chunks()]
+            else:
+                await made.whole()
+            (choice,) = made._choices
+            kept.append((len(choice.entries), len(choice.text)))
+        return kept
+
+    assert served(act) == [(300, 300), (0, 0)]

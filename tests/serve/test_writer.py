@@ -73,7 +73,7 @@ def test_include_stop_and_min_tokens(text, stop, least):
 
 def test_names_of_tokens():
     decoder = StreamDecoder(BYTES)
-    names = [token_name(decoder, token) for token in range(256)]
+    names = [token_name(token, decoder.adds(token)) for token in range(256)]
     assert len(set(names)) == 256
     assert (names[65], names[10], names[0xE2]) == ("A", "\n", "bytes:\\xe2")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -23,6 +24,7 @@ from transformer_vq.errors import UserError
 
 if TYPE_CHECKING:
     from transformer_vq.engine.scheduler import Scheduler
+    from transformer_vq.serve.chat import ChatTemplate
     from transformer_vq.serve.service import Service
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -55,6 +57,14 @@ class Serve:
     api_key_file: Annotated[
         Path | None, option("keys, one a line, of which clients send one", "FILE", default="none")
     ] = None
+    chat_template: Annotated[
+        str | None,
+        option(
+            "makes prompts of chats: Jinja2, in a file or as it is",
+            "FILE|TEXT",
+            default="that of the run, if it has one",
+        ),
+    ] = None
     state_cache: StateCacheOption = STATE_CACHE
     state_dir: Annotated[
         Path | None, option("folder for named states", "DIR", default="only in memory")
@@ -79,6 +89,7 @@ class Serve:
         require_libraries("serve", "fastapi", "uvicorn", "prometheus_client")
         keys = [] if self.api_key_file is None else _read_keys(self.api_key_file)
         folder = run_folder(self.run)
+        template = _chat_template(self.chat_template, folder)
 
         from transformer_vq.engine.engine import Engine
         from transformer_vq.serve.process import listen, run
@@ -88,7 +99,7 @@ class Serve:
         service = Service()
         load = functools.partial(self._load, service, folder)
         engine = Engine(load, service.deliver, max_queue=self.max_queue)
-        app = make_app(service, keys=keys, local=self.host in LOOPBACK)
+        app = make_app(service, keys=keys, local=self.host in LOOPBACK, template=template)
         sock = listen(self.host, self.port)
         host = f"[{self.host}]" if ":" in self.host else self.host
         address = f"http://{host}:{sock.getsockname()[1]}"
@@ -140,3 +151,41 @@ def _read_keys(path: Path) -> list[str]:
         if keys and all(key.isascii() for key in keys):
             return keys
     raise UserError(f"--api-key-file {path} has no usable key: write one a line, in ASCII")
+
+
+def _chat_template(given: str | None, folder: Path) -> "ChatTemplate | None":
+    """The template that is given, or that of the model; None if there is none.
+
+    Raises `UserError` for one that cannot be used.
+    """
+    source = _own_template(folder) if given is None else _given_template(given)
+    if source is None:
+        return None
+    require_libraries("serve --chat-template", "jinja2")
+
+    from transformer_vq.serve.chat import ChatTemplate
+
+    return ChatTemplate(source)
+
+
+def _given_template(given: str) -> str:
+    if "{" in given or "\n" in given:
+        return given
+    try:
+        return Path(given).read_text("utf-8")
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise UserError(
+            f"--chat-template {given} cannot be read ({why}): give a file, or a template in Jinja2"
+        ) from None
+
+
+def _own_template(folder: Path) -> str | None:
+    """That of the model, in the files in which Hugging Face's tokenizers have it."""
+    with contextlib.suppress(OSError, ValueError):
+        return (folder / "chat_template.jinja").read_text("utf-8")
+    with contextlib.suppress(OSError, ValueError):
+        config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+        template = config.get("chat_template") if isinstance(config, dict) else None
+        return template if isinstance(template, str) else None
+    return None

@@ -15,7 +15,7 @@ from transformer_vq.serve.writer import Entry, Piece, Writer, logprobs_object
 if TYPE_CHECKING:
     from transformer_vq.serve.service import Service
 
-MOST_UNREAD = 65_536  # tokens of a stream that its reader has not taken
+MOST_UNREAD = 65_536  # tokens and alternatives of a stream that its reader has not taken
 
 
 @dataclass
@@ -49,6 +49,9 @@ class _Choice:
 class Completion:
     """The answers to all prompts of a request, as they come."""
 
+    prefix = "cmpl"  # of ids
+    object, chunk_object = "text_completion", "text_completion"  # what the response is called
+
     def __init__(
         self,
         service: "Service",
@@ -58,7 +61,7 @@ class Completion:
         seed: int,
     ):
         self._service, self._body, self._owner, self.seed = service, body, owner, seed
-        self.id = f"cmpl-{uuid.uuid4().hex}"
+        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self._loaded = service.ready
         self._prompts = {prompt.request: prompt for prompt in prompts}
@@ -73,7 +76,7 @@ class Completion:
         }
         self._changed = asyncio.Event()
         self._unread: deque[tuple[_Choice, Piece, Finish | None]] = deque()
-        self._unread_tokens = 0
+        self._unread_size = 0
         self._error: ApiError | None = None
         self.began = time.monotonic()
         self.first_token: float | None = None  # seconds until there was one
@@ -153,17 +156,22 @@ class Completion:
             self._add(choice, piece, finish)
 
     def _add(self, choice: _Choice, piece: Piece, finish: Finish | None) -> None:
-        choice.text += piece.text
-        choice.entries += piece.entries
         choice.finish = finish
         # An answer that ended at a stop text may have been the last: the engine says no more of it.
         if all(c.finish for c in self._choices_of[choice.prompt.request]):
             self._service.forget(choice.prompt.request)
-        if self._body.stream:
-            self._unread.append((choice, piece, finish))
-            self._unread_tokens += len(piece.entries)
-            if self._unread_tokens > MOST_UNREAD:
-                self.fail(ApiError(500, "the stream is not read", code="slow_reader"))
+        if not self._body.stream:
+            choice.text += piece.text
+            choice.entries += piece.entries
+            return
+        self._unread.append((choice, piece, finish))  # and then it is nowhere: a stream has no end
+        self._unread_size += self._size(piece)
+        if self._unread_size > MOST_UNREAD:
+            self.fail(ApiError(500, "the stream is not read", code="slow_reader"))
+
+    def _size(self, piece: Piece) -> int:
+        """How many tokens and alternatives a piece has."""
+        return len(piece.entries) * (1 + (self._body.logprobs or 0))
 
     # The end of it.
 
@@ -209,9 +217,9 @@ class Completion:
         await self._save(self._choices[0])
         choices = self._best()
         return {
-            **self._head(),
+            **self._head(self.object),
             "choices": [
-                self._choice(i, choice, Piece(choice.text, choice.entries), choice.finish)
+                self._choice(i, Piece(choice.text, choice.entries), choice.finish, chunk=False)
                 for i, choice in enumerate(choices)
             ],
             "usage": self.usage,
@@ -223,13 +231,13 @@ class Completion:
         while left:
             while self._unread:
                 choice, piece, finish = self._unread.popleft()
-                self._unread_tokens -= len(piece.entries)
+                self._unread_size -= self._size(piece)
                 if finish is not None:
                     left -= 1
                     await self._save(choice)
                 yield {
-                    **self._head(),
-                    "choices": [self._choice(choice.index, choice, piece, finish)],
+                    **self._head(self.chunk_object),
+                    "choices": [self._choice(choice.index, piece, finish, chunk=True)],
                     **({"usage": None} if self._body.stream_options.include_usage else {}),
                 }
             if self._error is not None:
@@ -237,7 +245,7 @@ class Completion:
             if left:
                 await self._news()
         if self._body.stream_options.include_usage:
-            yield {**self._head(), "choices": [], "usage": self.usage}
+            yield {**self._head(self.chunk_object), "choices": [], "usage": self.usage}
 
     def _best(self) -> list[_Choice]:
         """With `best_of`, the n most probable answers to each prompt."""
@@ -254,27 +262,32 @@ class Completion:
             found += sorted(self._choices[first : first + samples], key=mean, reverse=True)[:n]
         return found
 
-    def _head(self) -> dict[str, Any]:
+    def _head(self, name: str) -> dict[str, Any]:
         return {
             "id": self.id,
-            "object": "text_completion",
+            "object": name,
             "created": self.created,
             "model": self._loaded.name,
             "seed": self.seed,
         }
 
     def _choice(
-        self, index: int, choice: _Choice, piece: Piece, finish: Finish | None
+        self, index: int, piece: Piece, finish: Finish | None, *, chunk: bool
     ) -> dict[str, Any]:
-        found: dict[str, Any] = {"index": index, "text": piece.text, "finish_reason": finish}
-        logprobs = self._body.logprobs
-        ids = self._body.return_token_ids
-        found["logprobs"] = None
-        if logprobs is not None:
-            found["logprobs"] = logprobs_object(piece.entries, logprobs, ids=ids)
-        if ids:
+        found = {"index": index, **self._content(index, piece, chunk=chunk)}
+        found |= {"finish_reason": finish, "logprobs": None}
+        if self._body.logprobs is not None:
+            found["logprobs"] = self._logprobs(piece, self._body.logprobs)
+        if self._body.return_token_ids:
             found["token_ids"] = [entry.token for entry in piece.entries]
         return found
+
+    def _content(self, index: int, piece: Piece, *, chunk: bool) -> dict[str, Any]:
+        """The text of an answer, or what it has grown by."""
+        return {"text": piece.text}
+
+    def _logprobs(self, piece: Piece, alternatives: int) -> dict[str, Any]:
+        return logprobs_object(piece.entries, alternatives, ids=self._body.return_token_ids)
 
     @property
     def cached_tokens(self) -> int:

@@ -34,6 +34,8 @@ class Metrics:
             "of a decoding step, all slots busy",
             lambda s: s.step_seconds[max(s.step_seconds)],
         )
+        live = Gauge("tvq_requests", "requests that have not ended", registry=self._registry)
+        live.set_function(lambda: service.live)
         cached = Gauge(
             "tvq_cached_tokens", "tokens of prompts, known before", registry=self._registry
         )

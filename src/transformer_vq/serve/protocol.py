@@ -1,11 +1,12 @@
 """The API as types: what a request may say, what is checked of it, and how errors look."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MOST_SAMPLES = 128  # of one prompt
 MOST_PROMPTS = 256  # of one request
+MOST_STOPS = 16  # texts that end an answer
 MOST_ALTERNATIVES = 20  # ops.decode.TOP_LOGPROBS
 MOST_SEED = 2**53 - 1 - MOST_SAMPLES  # JSON's numbers are exact up to there
 NAME = r"^[A-Za-z0-9_-]{1,64}$"  # of a state
@@ -39,6 +40,21 @@ class ApiError(Exception):
         }
 
 
+class ErrorContent(BaseModel):
+    """What was wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """An answer with an error."""
+
+    error: ErrorContent
+
+
 class Strict(BaseModel):
     """No field that is not known, no value of another type; null is as if it were left out."""
 
@@ -58,20 +74,11 @@ class StreamOptions(Strict):
     include_usage: bool = False
 
 
-class CompletionRequest(Strict):
-    """`POST /v1/completions`: OpenAI's fields but `suffix`, and some more."""
+class Sampled(Strict):
+    """What completions of text and of chats have in common."""
 
     model: str | None = Field(None, description="the id of the model, as /v1/models has it")
-    prompt: Prompt = Field("", description="text, texts, tokens, or lists of tokens")
-    max_tokens: int = Field(16, ge=0, le=2**31 - 1, description="tokens to write; 0: none")
     n: int = Field(1, ge=1, le=MOST_SAMPLES, description="answers to each prompt")
-    best_of: int | None = Field(
-        None, ge=1, le=MOST_SAMPLES, description="answers of which the n most probable are given"
-    )
-    echo: bool = Field(False, description="the prompt comes before the answer")
-    logprobs: int | None = Field(
-        None, ge=0, le=MOST_ALTERNATIVES, description="log-probabilities, with so many alternatives"
-    )
     stop: Text | list[Text] = Field([], description="texts before which an answer ends")
     seed: int | None = Field(None, ge=0, le=MOST_SEED, description="the n-th answer has seed + n")
     stream: bool = False
@@ -91,40 +98,100 @@ class CompletionRequest(Strict):
     min_tokens: int = Field(0, ge=0, le=2**31 - 1)
     return_token_ids: bool = False
     include_stop_str_in_output: bool = False
-    state: Name | None = Field(None, description="a state that the prompt goes on from")
-    save_state: Name | None = Field(None, description="keep the state after the answer")
     cache: Literal["exact", "any", "off"] | None = Field(
         None, description="which states of known prompts may be used"
     )
-
-    @property
-    def samples(self) -> int:
-        """How many answers are written for each prompt."""
-        return max(self.n, self.best_of or 0)
 
     @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
     @model_validator(mode="after")
-    def _together(self) -> "CompletionRequest":
+    def _check_lists(self) -> Self:
+        if len(self.stops) > MOST_STOPS:
+            raise ValueError(f"stop has {len(self.stops)} texts: at most {MOST_STOPS} are allowed")
+        for token, bias in self.logit_bias.items():
+            if not (token.isascii() and token.isdecimal()):
+                raise ValueError(f"logit_bias has {token!r}: its keys are token ids")
+            if not -100 <= bias <= 100:
+                raise ValueError(f"logit_bias is {bias} for {token}: it must be from -100 to 100")
+        return self
+
+
+class CompletionRequest(Sampled):
+    """`POST /v1/completions`: OpenAI's fields but `suffix`, and some more."""
+
+    prompt: Prompt = Field("", description="text, texts, tokens, or lists of tokens")
+    max_tokens: int = Field(16, ge=0, le=2**31 - 1, description="tokens to write; 0: none")
+    best_of: int | None = Field(
+        None, ge=1, le=MOST_SAMPLES, description="answers of which the n most probable are given"
+    )
+    echo: bool = Field(False, description="the prompt comes before the answer")
+    logprobs: int | None = Field(
+        None, ge=0, le=MOST_ALTERNATIVES, description="log-probabilities, with so many alternatives"
+    )
+    state: Name | None = Field(None, description="a state that the prompt goes on from")
+    save_state: Name | None = Field(None, description="keep the state after the answer")
+
+    @property
+    def samples(self) -> int:
+        """How many answers are written for each prompt."""
+        return max(self.n, self.best_of or 0)
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
         if self.best_of is not None and self.best_of < self.n:
             raise ValueError(f"best_of is {self.best_of}, and n is {self.n}: it must be n or more")
         if self.best_of is not None and self.best_of > self.n and self.stream:
             raise ValueError("best_of is larger than n: then nothing can be streamed")
-        if len(self.stops) > 16:
-            raise ValueError(f"stop has {len(self.stops)} texts: at most 16 are allowed")
         if self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"min_tokens is {self.min_tokens}: it must be at most max_tokens, {self.max_tokens}"
             )
         if self.save_state is not None and self.samples > 1:
             raise ValueError("save_state keeps one state: n and best_of must be 1")
-        for token, bias in self.logit_bias.items():
-            if not (token.isascii() and token.isdecimal()):
-                raise ValueError(f"logit_bias has {token!r}: its keys are token ids")
-            if not -100 <= bias <= 100:
-                raise ValueError(f"logit_bias is {bias} for {token}: it must be from -100 to 100")
+        return self
+
+
+class TextPart(Strict):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    """What somebody has said in a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart] = ""
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(part.text for part in self.content)
+
+
+class ChatRequest(Sampled):
+    """`POST /v1/chat/completions`: OpenAI's fields for text without tools."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="tokens to write")
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="the same")
+    logprobs: bool = False
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MOST_ALTERNATIVES, description="so many alternatives, with logprobs"
+    )
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        lengths = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(lengths) > 1:
+            raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is given without logprobs: set logprobs to true")
         return self
 
 
@@ -149,6 +216,83 @@ class StateRequest(Strict):
     name: Name
     prompt: str | list[Token] = ""
     state: Name | None = None
+
+
+# Answers, as /openapi.json has them.
+
+
+class Usage(BaseModel):
+    """What was counted."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: dict[Literal["cached_tokens"], int]
+
+
+class Answer(BaseModel):
+    """What answers to completions of text and of chats have in common."""
+
+    id: str
+    created: int
+    model: str
+    seed: int
+    usage: Usage
+
+
+class Choice(BaseModel):
+    """The same of each of their answers."""
+
+    index: int
+    finish_reason: Literal["stop", "length"]
+    token_ids: list[int] = Field([], description="with return_token_ids")
+
+
+class Logprobs(BaseModel):
+    """Log-probabilities of a text."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int]
+    top_token_ids: list[list[int]] = Field([], description="with return_token_ids")
+
+
+class TextChoice(Choice):
+    """An answer."""
+
+    text: str
+    logprobs: Logprobs | None
+
+
+class CompletionAnswer(Answer):
+    """The answers to `POST /v1/completions`."""
+
+    object: Literal["text_completion"]
+    choices: list[TextChoice]
+
+
+class ChatToken(BaseModel):
+    """A token of an answer to a chat."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[dict[str, Any]] = []
+
+
+class ChatChoice(Choice):
+    """An answer to a chat."""
+
+    message: dict[Literal["role", "content", "refusal"], str | None]
+    logprobs: dict[Literal["content", "refusal"], list[ChatToken] | None] | None
+
+
+class ChatAnswer(Answer):
+    """The answers to `POST /v1/chat/completions`."""
+
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
 
 
 def validation_error(error: dict[str, Any]) -> ApiError:

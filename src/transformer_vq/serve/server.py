@@ -1,56 +1,76 @@
 """The API over HTTP. It parses, passes on to the `Service`, and writes; it imports no JAX."""
 
 import asyncio
-import json
 import re
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
 
 from transformer_vq.engine.scheduler import Snapshot
 from transformer_vq.errors import UserError
-from transformer_vq.serve.completion import Completion
+from transformer_vq.serve.chat import ChatCompletion, ChatTemplate, completion_of
 from transformer_vq.serve.guard import Guard, error_response
 from transformer_vq.serve.metrics import Metrics
 from transformer_vq.serve.protocol import (
     NAME,
     ApiError,
+    ChatAnswer,
+    ChatRequest,
+    CompletionAnswer,
     CompletionRequest,
     DetokenizeRequest,
+    ErrorAnswer,
+    Sampled,
     StateRequest,
     TokenizeRequest,
     validation_error,
 )
+from transformer_vq.serve.respond import respond
 from transformer_vq.serve.service import Service, no_room, no_state
 from transformer_vq.serve.states import StoreFull
 
-PING = 15.0  # seconds of silence after which a stream says that it lives
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+Documented = dict[int | str, dict[str, Any]]
+ERROR: dict[str, Any] = {"model": ErrorAnswer, "description": "an error"}
+FILE: Documented = {200: {"content": {"application/octet-stream": {}}}}
+STREAM = {"text/event-stream": {}}  # beside JSON
+OF_TEXT: Documented = {200: {"model": CompletionAnswer, "content": STREAM}}
+OF_CHAT: Documented = {200: {"model": ChatAnswer, "content": STREAM}}
 PAGE = {"/": ("index.html", "text/html"), "/page.css": ("page.css", "text/css")}
 PAGE["/page.js"] = ("page.js", "text/javascript")
 
 
-def make_app(service: Service, *, keys: Sequence[str] = (), local: bool = True) -> FastAPI:
+def make_app(
+    service: Service,
+    *,
+    keys: Sequence[str] = (),
+    local: bool = True,
+    template: ChatTemplate | None = None,
+) -> FastAPI:
     """The application.
 
     Args:
       service: what answers; bound to the loop that the application starts in.
       keys: of which a client must send one; none: everybody may ask.
       local: only for hosts that mean this machine, so that no page of another can ask.
+      template: makes prompts of chats; None: there are no chats.
     """
     app = FastAPI(
-        title="Transformer-VQ", version=version("transformer-vq"), docs_url=None, redoc_url=None
+        title="Transformer-VQ",
+        version=version("transformer-vq"),
+        docs_url=None,
+        redoc_url=None,
+        responses={"4XX": ERROR, "5XX": ERROR},
     )
     metrics = Metrics(service)
     app.add_middleware(Guard, service=service, keys=keys, local=local, metrics=metrics)
@@ -58,8 +78,9 @@ def make_app(service: Service, *, keys: Sequence[str] = (), local: bool = True) 
     _add_status(app, service, metrics, needs_key=bool(keys))
     _add_page(app)
     _add_completions(app, service, metrics)
+    _add_chat(app, service, metrics, template)
     for prefix in ("", "/v1"):
-        _add_tokenizer(app, service, prefix)
+        _add_tokenizer(app, service, prefix, template)
     _add_states(app, service)
     return app
 
@@ -75,7 +96,9 @@ def _add_errors(app: FastAPI) -> None:
 
     async def of_http(_: Request, error: Any) -> Response:
         said = error.detail if error.status_code != 404 else "there is nothing at this address"
-        return error_response(ApiError(error.status_code, said))
+        response = error_response(ApiError(error.status_code, said))
+        response.headers.update(error.headers or {})  # which methods there are, with a 405
+        return response
 
     async def of_program(_: Request, error: Exception) -> Response:
         return error_response(ApiError(500, "this is a fault of the server", code="fault"))
@@ -109,7 +132,7 @@ def _add_status(app: FastAPI, service: Service, metrics: Metrics, *, needs_key: 
         """Of this program."""
         return {"version": version("transformer-vq")}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics_() -> Response:
         """For Prometheus."""
         return Response(metrics.text(), media_type=metrics.media_type)
@@ -160,119 +183,56 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _add_completions(app: FastAPI, service: Service, metrics: Metrics) -> None:
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=OF_TEXT)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue prompts, as OpenAI's API does."""
-        seed = secrets.randbelow(2**32) if body.seed is None else body.seed
-        completion = await service.complete(body, request.state.owner, seed)
-        if body.stream:
-            return EventStream(completion, metrics)
-        answer = asyncio.ensure_future(completion.whole())
-        try:
-            await _first(answer, request.receive)
-        finally:
-            if not answer.done():
-                answer.cancel()
-                completion.cancel()
-        if answer.cancelled() or not answer.done():
-            return Response(status_code=499)  # nobody is there to read it
-        content = answer.result()
-        metrics.completed(completion)
-        return JSONResponse(content)
-
-    @app.post("/v1/chat/completions")
-    async def chat() -> Response:
-        """Not for models that continue text."""
-        raise ApiError(
-            404,
-            "this model continues text and knows no chat template: use /v1/completions",
-            code="no_chat_template",
-        )
+        completion = await service.complete(body, request.state.owner, _seed(body))
+        return await respond(completion, body.stream, request, metrics)
 
 
-async def _first(answer: "asyncio.Future[Any]", receive: Receive) -> None:
-    """Wait until there is an answer, or nobody who waits for it."""
-    gone = asyncio.ensure_future(_gone(receive))
-    try:
-        await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        gone.cancel()
+def _add_chat(
+    app: FastAPI, service: Service, metrics: Metrics, template: ChatTemplate | None
+) -> None:
+    path = "/v1/chat/completions"
+    if template is None:
+
+        @app.post(path, include_in_schema=False)
+        async def no_chat() -> Response:
+            """Not for models that continue text."""
+            raise ApiError(
+                404,
+                "this server has no chat template, so it only continues text: use "
+                "/v1/completions, or start it with --chat-template",
+                code="no_chat_template",
+            )
+
+        return
+
+    @app.post(path, responses=OF_CHAT)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        """Answer a chat, as OpenAI's API does."""
+        of_text = completion_of(service, template, body)
+        owner = request.state.owner
+        completion = await service.complete(of_text, owner, _seed(body), ChatCompletion)
+        return await respond(completion, body.stream, request, metrics)
 
 
-async def _gone(receive: Receive) -> None:
-    """Wait until the client has gone."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-class EventStream(Response):
-    """Server-sent events of a completion; it ends when the client goes."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, completion: Completion, metrics: Metrics):
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
-        self._completion, self._metrics = completion, metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writing = asyncio.ensure_future(self._write(send))
-        try:
-            await _first(writing, receive)
-            if writing.done():
-                writing.result()
-        except OSError:  # the client has gone in the middle of a write
-            pass
-        finally:
-            writing.cancel()
-            self._completion.cancel()
-
-    async def _write(self, send: Send) -> None:
-        headers = self.raw_headers
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-
-        async def line(text: str, more: bool = True) -> None:
-            await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
-
-        try:
-            async for chunk in _or_ping(self._completion.chunks()):
-                await line(f"data: {json.dumps(chunk)}\n\n" if chunk else ": ping\n\n")
-            self._metrics.completed(self._completion)
-        except ApiError as error:
-            await line(f"data: {json.dumps(error.content)}\n\n")
-        await line("data: [DONE]\n\n", more=False)
-
-
-async def _or_ping(
-    chunks: AsyncIterator[dict[str, Any]],
-) -> AsyncIterator[dict[str, Any] | None]:
-    """The chunks; None after every while in which there was none."""
-    following = None
-    try:
-        while True:
-            following = following or asyncio.ensure_future(anext(chunks, None))
-            done, _ = await asyncio.wait((following,), timeout=PING)
-            if not done:
-                yield None
-                continue
-            chunk, following = following.result(), None
-            if chunk is None:
-                return
-            yield chunk
-    finally:
-        if following is not None:
-            following.cancel()
+def _seed(body: Sampled) -> int:
+    return secrets.randbelow(2**32) if body.seed is None else body.seed
 
 
 # Text and tokens.
 
 
-def _add_tokenizer(app: FastAPI, service: Service, prefix: str) -> None:
+def _add_tokenizer(
+    app: FastAPI, service: Service, prefix: str, template: ChatTemplate | None
+) -> None:
     @app.post(f"{prefix}/tokenize", include_in_schema=not prefix)
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
-        """The tokens of a text."""
+        """The tokens of a text; of `eos_token` of `/tokenizer_info` alone, that token."""
         service.require_model(body.model)
-        tokens = service.encode(body.prompt)
+        at_end = body.prompt == service.eos_text
+        tokens = [service.ready.tokenizer.eos_id] if at_end else service.encode(body.prompt)
         return {
             "tokens": tokens,
             "count": len(tokens),
@@ -293,11 +253,11 @@ def _add_tokenizer(app: FastAPI, service: Service, prefix: str) -> None:
         return {
             "tokenizer_class": tokenizer.name,
             "vocab_size": tokenizer.vocab_size,
-            "eos_token": tokenizer.decode_text([tokenizer.eos_id]),
+            "eos_token": service.eos_text,
             "eos_token_id": tokenizer.eos_id,
             "bos_token": None,
             "pad_token": None,
-            "chat_template": None,
+            "chat_template": template.source if template else None,
         }
 
 
@@ -341,7 +301,7 @@ def _add_states(app: FastAPI, service: Service) -> None:
             raise no_state(name)
         return {"id": name, "object": "state", "deleted": True}
 
-    @app.get("/v1/states/{name}/file")
+    @app.get("/v1/states/{name}/file", response_class=Response, responses=FILE)
     async def state_file(name: str, request: Request) -> Response:
         """A state as the file that `tvq sample --state` reads."""
         store, owner = service.ready.store, request.state.owner

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from transformer_vq.data import Tokenizer
+from transformer_vq.data.vocabulary import END_OF_TEXT
 from transformer_vq.engine.engine import Engine, EngineDead, QueueFull
 from transformer_vq.engine.request import SamplingParams, check_params
 from transformer_vq.engine.scheduler import Event, Request, Snapshot
@@ -75,7 +76,12 @@ class Service:
     @property
     def busy(self) -> bool:
         """Whether any request has not ended."""
-        return bool(self._followers)
+        return bool(self.live)
+
+    @property
+    def live(self) -> int:
+        """Requests that have not ended."""
+        return len(self._followers)
 
     def require_model(self, name: str | None) -> None:
         """Raise `ApiError` for a model that is not the one that is served."""
@@ -90,8 +96,13 @@ class Service:
 
     # Completions.
 
-    async def complete(self, body: CompletionRequest, owner: str, seed: int) -> Completion:
-        """Begin to answer. Raises `ApiError` for what cannot be answered, or not now."""
+    async def complete(
+        self, body: CompletionRequest, owner: str, seed: int, kind: type[Completion] = Completion
+    ) -> Completion:
+        """Begin to answer. Raises `ApiError` for what cannot be answered, or not now.
+
+        `kind`: how the answer is written.
+        """
         loaded = self.ready
         self.require_model(body.model)
         start = None if body.state is None else await self.named(owner, body.state)
@@ -103,7 +114,7 @@ class Service:
             for tokens in given:
                 await asyncio.to_thread(loaded.store.fetch, owner, tokens, mode)
         prompts = [self._prompt(body, owner, tokens, start, mode, seed) for tokens in given]
-        completion = Completion(self, body, owner, prompts, seed)
+        completion = kind(self, body, owner, prompts, seed)
         self._submit(completion, *(prompt.request for prompt in prompts))
         self.cached_tokens += completion.cached_tokens
         return completion
@@ -253,6 +264,12 @@ class Service:
             return self.ready.tokenizer.encode(text)
         except ValueError as error:  # half a character (a surrogate), too
             raise ApiError(400, f"the text has no tokens: {error}", param="prompt") from None
+
+    @property
+    def eos_text(self) -> str:
+        """What clients write for the token that ends a document, which most often has no text."""
+        tokenizer = self.ready.tokenizer
+        return tokenizer.decode_text([tokenizer.eos_id]) or END_OF_TEXT
 
     def check_tokens(self, name: str, tokens: Sequence[int]) -> None:
         """Raise `ApiError` for a token that the vocabulary does not have."""

@@ -21,8 +21,10 @@ class Entry:
     start: int  # in the characters of the text
     end: int
     logprob: float | None
+    content: bytes  # of the token; empty without log-probabilities, as the name is
     top: dict[str, float] | None  # of alternatives, by name
     top_ids: list[int]  # the same alternatives
+    top_contents: list[bytes]
 
 
 @dataclass
@@ -33,9 +35,8 @@ class Piece:
     entries: list[Entry] = field(default_factory=list)
 
 
-def token_name(decoder: StreamDecoder, token: int) -> str:
+def token_name(token: int, content: bytes) -> str:
     r"""A token as text; `bytes:\xe2` if it is no characters, `token_id:0` if it is empty."""
-    content = decoder.adds(token)
     try:
         return content.decode() or f"token_id:{token}"
     except UnicodeDecodeError:
@@ -135,15 +136,18 @@ class Writer:
     def _entry(
         self, token: int, logprob: float | None, top: dict[int, float] | None
     ) -> tuple[Entry, str]:
-        name, named, ids = "", None, []
+        name, content, named, ids, contents = "", b"", None, [], []
         if self._alternatives is not None:
-            name = token_name(self._decoder, token)
+            content = self._decoder.adds(token)
+            name = token_name(token, content)
             if top is not None:
                 named, ids = self._named(token, name, logprob, top)
+                contents = [self._decoder.adds(other) for other in ids]
         start = self._seen
         text = self._decoder.push(token)
         self._seen += len(text)
-        return Entry(token, name, start, self._seen, logprob, named, ids), text
+        entry = Entry(token, name, start, self._seen, logprob, content, named, ids, contents)
+        return entry, text
 
     def _named(
         self, token: int, name: str, logprob: float | None, top: dict[int, float]
@@ -153,7 +157,9 @@ class Writer:
         named: dict[str, float] = {}
         ids: list[int] = []
         for other, value in list(top.items())[: self._alternatives]:
-            key = name if other == token else token_name(self._decoder, other)
+            key = name
+            if other != token:
+                key = token_name(other, self._decoder.adds(other))
             if key in named or (key == name and other != token):
                 key = f"token_id:{other}"
             named[key] = max(value, LEAST)
