@@ -114,6 +114,7 @@ def test_no_gradient_through_the_cache(double, monkeypatch):
     far(grads, run(CASES["gated"], 1, monkeypatch)[1])
 
 
+@pytest.mark.slow
 def test_dropout_does_not_depend_on_chunks(double, monkeypatch):
     """Every block of every row draws for itself."""
     rates = dict(embedding=0.2, residual=0.3, layer=0.4, sinusoid=0.2)

@@ -178,6 +178,7 @@ def test_the_state_is_carried_from_chunk_to_chunk():
     assert abs(losses(other)[0] - chunks) > 1e-4
 
 
+@pytest.mark.slow  # test_sharding has a quicker one
 def test_eight_devices_are_as_one(monkeypatch):
     """In micro-batches: on one device in 16, on eight in 2."""
     assert jax.device_count() >= 8
