@@ -46,7 +46,8 @@ test-slow: $(VENV)/.installed-test ## run the slow tests
 NEWEST      := $(VENV)-newest
 NEWEST_JAX  := 0.12.0.1
 NEWEST_ARGS ?= tests/nn/test_reference.py tests/nn/test_products.py tests/ops/test_train.py \
-               tests/ops/test_sample.py tests/engine/test_score.py tests/test_public_api.py
+               tests/ops/test_sample.py tests/engine/test_score.py tests/measure/test_profile.py \
+               tests/measure/test_compile.py tests/test_public_api.py
 
 test-newest: ## run a quick part of the tests with the newest JAX, on Python 3.13 or 3.12
 	@for python in python3.13 python3.12 \

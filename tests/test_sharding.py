@@ -186,6 +186,8 @@ def test_wrong_meshes_are_a_sentence():
 class Device:
     """Of another process: enough of a device for a mesh."""
 
+    platform = device_kind = "cpu"
+
     def __init__(self, number, process):
         self.id, self.process_index = number, process
 

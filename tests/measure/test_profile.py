@@ -12,6 +12,9 @@ from transformer_vq.measure import bench
 from transformer_vq.measure.hlo import Program
 from transformer_vq.measure.profile import by_layer
 
+# From jaxlib 0.11 on Python 3.12, of its own types; as an error it would end the process.
+pytestmark = pytest.mark.filterwarnings("ignore:builtin type event_stats:DeprecationWarning")
+
 # A table of 100 rows, of which a step reads one and writes one; and a product.
 UNIT = "jit(f)/while/body/jit(g)/unit/in/dot_general"
 AT = 'metadata={op_name="jit(f)/at"}'
