@@ -3,7 +3,7 @@
 For each task, model and seed, a small model is trained from nothing on episodes (docs/data.md,
 "Tasks of memory") whose answers are farther back than its window reaches. Then it is asked on
 held-out ones, with as much filler as it was trained with, 4 and 16 times as much. Models are with
-key shift, gain and a gate that forgets (vq), the same without the far part
+key shift, gain and, in one of two units, a gate that forgets (vq), the same without the far part
 (no-cache: what a window alone gives), and of full attention. A block in training holds an
 episode, so that gradients reach every key; outputs do not depend on it (`--config.block-len 4
 --config.soft-writes True`, or `--config.reach 64`, to compare). Evaluation carries the state
@@ -52,7 +52,7 @@ TASKS = {  # what is trained on
     "passkey": Task("passkey", pairs=5),
 }
 READING = "reading"
-UPDATES, UPDATES_OF = 1000, {"copy": 1500}  # copying comes up late
+UPDATES, UPDATES_OF = 1000, {"copy": 2500}  # copying comes up late
 MODELS: dict[str, dict[str, Any]] = {
     "vq": {},
     "no-cache": {"use_cache": False, "reach": 0, "soft_writes": False},
@@ -68,6 +68,7 @@ CONFIG = ModelConfig(
     key_shift=True,
     score_gain=True,
     forget="gated",
+    long_units=1,  # of two
 )
 TRAIN = TrainConfig(
     learning_rate=3e-3,
@@ -100,7 +101,7 @@ class Options:
     tasks: str = "far,updates,copy,passkey,reading"
     models: str = "vq,no-cache,full"
     seeds: int = 1
-    updates: int | None = None  # of each task its own by default: 1,000, of copy 1,500
+    updates: int | None = None  # of each task its own by default: 1,000, of copy 2,500
     pairs: int | None = None  # keys, letters or digits to remember; of each task its own by default
     filler: int | None = None  # bytes of filler in training
     lengths: str = "1,4,16"  # filler when it is asked, over that of training

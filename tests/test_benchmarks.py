@@ -32,7 +32,7 @@ def test_each_task_has_its_number_of_updates():
         recall.recipe(name, 90, 0, recall.Options(updates=updates)).steps
         for name, updates in (("far", None), ("copy", None), ("copy", 7))
     ]
-    assert steps == [1000, 1500, 7]
+    assert steps == [1000, 2500, 7]
     with pytest.raises(UserError, match="steps is 0"):
         recall.recipe("copy", 90, 0, recall.Options(updates=0))
 
