@@ -1,16 +1,24 @@
-"""Scripts in benchmarks/: what `recall.py` trains, asks and prints."""
+"""Scripts in benchmarks/: what `recall.py` trains, asks and prints; what `peers.py` compares."""
 
 import importlib.util
 import json
+import subprocess
+import sys
 
 import pytest
 
 from tests.helpers import ROOT
 from transformer_vq.errors import UserError
 
-spec = importlib.util.spec_from_file_location("recall", ROOT / "benchmarks/recall.py")
-recall = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(recall)
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+recall, peers = script("recall"), script("peers")
 
 TINY = {"d_model": 8, "d_k": 4, "codebook_size": 8}
 
@@ -73,3 +81,66 @@ def test_models_are_trained_and_asked(capsys, monkeypatch):
     ]
     assert all(0 <= r["accuracy"] <= 1 for r in rows[:6])
     assert all(r["gain"] == r["first"] - r["second"] for r in rows[6:])
+
+
+def timed(*seconds, **more):
+    return {"seconds": list(seconds), **more}
+
+
+PEERS = [
+    {
+        "what": "decode",
+        "length": length,
+        "tokens": 60,
+        "results": {
+            "transformer-vq": timed(1, 2, 3, state_bytes=8_500_000),
+            "llama": timed(4, 4, 4, state_bytes=10_000 * length),
+            "mamba": timed(1) if length == 512 else {"error": "MemoryError: "},
+        },
+    }
+    for length in (512, 8192)
+]
+
+
+def test_a_table_and_a_figure_of_peers(tmp_path):
+    """Medians, and in parentheses the median of the ratios of each turn (4, 2 and 1.33)."""
+    assert list(peers.table(PEERS, ["transformer-vq", "llama", "mamba"])) == [
+        "| tokens/s | tokens | Transformer-VQ | Llama | Mamba |",
+        "|---|---|---|---|---|",
+        "| decoding | 512 | 30 | 15 (2.00) | 60 (1.00) |",
+        "| decoding | 8,192 | 30 | 15 (2.00) | failed: MemoryError:  |",
+        "| state, MB | 512 | 8.5 | 5.1 |  |",
+        "| state, MB | 8,192 | 8.5 | 81.9 |  |",
+    ]
+    peers.draw(PEERS, ["transformer-vq", "llama", "mamba"], str(tmp_path / "peers.svg"))
+    assert (tmp_path / "peers.svg").read_text().count("<svg") == 1
+
+
+def test_peers_that_are_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        SystemExit, match=r"torch and transformers. Install .* pip install -e '.\[pe"
+    ):
+        peers.complain(["transformer-vq", "llama"], None)
+    with pytest.raises(SystemExit, match=r"there is no src/transformer_vq/ops/sample.py in it"):
+        peers.complain(["transformer-vq", "reference"], str(tmp_path))
+    peers.complain(["transformer-vq"], None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [(), ("llama", "mamba")])
+def test_peers_are_timed(names, user_env):
+    """Tiny models of all kinds answer every question, in processes of their own."""
+    for module in ("torch", "transformers") if names else ():
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"NOT TESTED: {module} is not installed (the extra peers)")
+    options = "--smoke --contexts 40 --prompts 40 --lengths 64 --turns 2 --rounds 1 --json --peers"
+    command = [sys.executable, ROOT / "benchmarks/peers.py", *options.split(), *names]
+    done = subprocess.run(command, capture_output=True, text=True, env=user_env)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    assert [row["what"] for row in rows] == ["decode", "prompt", "train"]
+    for row in rows:
+        assert list(row["results"]) == ["transformer-vq", *names]
+        assert all(len(result["seconds"]) == 2 for result in row["results"].values()), row
+    assert done.stdout.splitlines()[-1].startswith("| state, MB | 40 | ")

@@ -1,0 +1,394 @@
+"""One model of `peers.py`, in a process of its own: `python benchmarks/peer.py llama [--smoke]`.
+
+Reads questions from standard input, a JSON object a line, and answers each with one: {"what":
+"decode", "length": 512, "tokens": 64} with {"seconds": ...}. What a question needs is made at its
+first time, which its answer counts too, and kept until another question comes.
+"""
+
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+VOCAB = 256
+SIZES = {  # of bench-small, and of a trial
+    False: dict(d_model=256, d_k=64, num_layers=4, codebook_size=256, block=256),
+    True: dict(d_model=32, d_k=8, num_layers=1, codebook_size=16, block=16),
+}
+Call = Callable[[], Any]
+
+
+def our_config(sizes: dict[str, int]) -> Any:
+    """The preset `small`, in these sizes."""
+    from transformer_vq import ModelConfig
+
+    block = sizes["block"]
+    fields = {name: size for name, size in sizes.items() if name != "block"}
+    return ModelConfig.preset("small", **fields, window_len=block, block_len=block)
+
+
+def our_parameters(sizes: dict[str, int]) -> int:
+    """How many numbers of it are trained."""
+    from transformer_vq import costs
+
+    return costs.parameter_count(our_config(sizes))
+
+
+class Ours:
+    """This project: bench-small with its memory, as `tvq` makes it."""
+
+    def __init__(self, sizes: dict[str, int]):
+        from transformer_vq import init_model
+        from transformer_vq.measure.memory import trim_after_compiling
+
+        trim_after_compiling()
+        self.config, self.parameters = our_config(sizes), our_parameters(sizes)
+        self.model = init_model(self.config, 0)
+
+    def decode(self, length: int, tokens: int) -> tuple[Call, int]:
+        """A call that writes the next tokens, greedily; and the bytes of the state."""
+        from transformer_vq import SamplingParams, costs, stream
+        from transformer_vq.engine.prefill import read
+
+        state = read(self.model, None, random_tokens(1, length))
+        params = SamplingParams(max_tokens=10**6, temperature=0.0)
+        written = stream(self.model, [[0]], params, state)
+        return lambda: list(islice(written, tokens)), costs.state_bytes(self.config)
+
+    def prompt(self, length: int) -> Call:
+        """A call that reads a prompt into a state."""
+        from transformer_vq.engine.prefill import read
+
+        prompt = random_tokens(1, length)
+        return lambda: read(self.model, None, prompt).logits.block_until_ready()
+
+    def train(self, rows: int, length: int) -> Call:
+        """A call of one update."""
+        import jax
+        import numpy as np
+
+        from transformer_vq import TrainConfig
+        from transformer_vq.data import Batch
+        from transformer_vq.ops.train import init_train_state, make_train_step
+        from transformer_vq.sharding import data_mesh, shard_rows
+
+        train, mesh = TrainConfig(batch_size=rows, sequence_len=length), data_mesh()
+        tokens = random_tokens(rows, length + 1)
+        mask, documents = np.ones((rows, length), bool), np.zeros((rows, length), np.int32)
+        batch = shard_rows(mesh, Batch(tokens[:, :-1], tokens[:, 1:], mask, documents))
+        step, kept = (
+            make_train_step(self.config, train, mesh),
+            [init_train_state(self.config, train)],
+        )
+
+        def update() -> None:
+            kept[0], _ = step(kept[0], batch)
+            jax.block_until_ready(kept[0])
+
+        return update
+
+
+class HuggingFace:
+    """A model of Hugging Face transformers, as it is: PyTorch without compilation."""
+
+    def __init__(self, sizes: dict[str, int]):
+        import torch
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        torch.manual_seed(0)
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        self.torch, self.sizes = torch, sizes
+        self.target = our_parameters(sizes)
+        self.model = self.make()
+
+    def make(self) -> Any:
+        """The model, of as many parameters as ours as nearly as its sizes allow."""
+        raise NotImplementedError
+
+    @property
+    def parameters(self) -> int:
+        return sum(array.numel() for array in self.model.parameters())
+
+    def prompt(self, length: int) -> Call:
+        """A call that reads a prompt into a cache."""
+        torch = self.torch
+        prompt = torch.as_tensor(random_tokens(1, length)).long()
+
+        def read() -> None:
+            with torch.inference_mode():
+                self.model.eval()(input_ids=prompt, use_cache=True, logits_to_keep=1)
+
+        return read
+
+    def train(self, rows: int, length: int) -> Call:
+        """A call of one update, its units computed again in the backward pass, as ours does."""
+        torch = self.torch
+        self.model = self.make().train()
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, weight_decay=2e-4)
+        tokens = torch.as_tensor(random_tokens(rows, length + 1)).long()
+
+        def update() -> None:
+            logits = self.model(input_ids=tokens[:, :-1], use_cache=False).logits
+            targets = tokens[:, 1:].flatten()
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return update
+
+
+class Llama(HuggingFace):
+    """Llama: full attention by PyTorch's fused kernel, a cache of all keys and values."""
+
+    def make(self) -> Any:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        width, layers = self.sizes["d_model"], self.sizes["num_layers"]
+        besides = 2 * VOCAB * width + layers * 4 * width**2  # embeddings, attention
+        inner = round((self.target - besides) / (layers * 3 * width))
+        config = LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=width,
+            intermediate_size=max(8, inner // 8 * 8),
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=2**20,
+            attn_implementation="sdpa",
+        )
+        return LlamaForCausalLM(config)
+
+    def decode(self, length: int, tokens: int) -> tuple[Call, int]:
+        """A call that writes the next tokens, greedily; and the bytes of the cache, which is filled
+        with random numbers, not by reading."""
+        from transformers import DynamicCache
+
+        torch, model = self.torch, self.model.eval()
+        heads, width = 4, self.sizes["d_model"] // 4
+        cache = DynamicCache()
+        for layer in range(self.sizes["num_layers"]):
+            keys, values = (torch.randn(1, heads, length, width) for _ in range(2))
+            cache.update(keys, values, layer)
+
+        def write() -> None:
+            token = torch.zeros((1, 1), dtype=torch.long)
+            with torch.inference_mode():
+                for _ in range(tokens):
+                    out = model(input_ids=token, past_key_values=cache, use_cache=True)
+                    token = out.logits[:, -1:].argmax(-1)
+            cache.crop(length)
+
+        return write, 4 * 2 * self.sizes["num_layers"] * length * heads * width
+
+
+class Mamba(HuggingFace):
+    """Mamba: a recurrent state. Training scans in parallel where mambapy is installed."""
+
+    def make(self) -> Any:
+        from transformers import MambaConfig, MambaForCausalLM
+
+        def of(layers: int) -> Any:
+            config = MambaConfig(
+                vocab_size=VOCAB,
+                hidden_size=self.sizes["d_model"],
+                num_hidden_layers=layers,
+                use_mambapy=True,
+                tie_word_embeddings=False,
+            )
+            return MambaForCausalLM(config)
+
+        one, two = (sum(x.numel() for x in of(n).parameters()) for n in (1, 2))
+        return of(max(1, round((self.target - one) / (two - one)) + 1))
+
+    def decode(self, length: int, tokens: int) -> tuple[Call, int]:
+        """A call that writes the next tokens, greedily; and the bytes of the state, which is that
+        after 16 tokens: after more of them it costs the same."""
+        torch, model = self.torch, self.model.eval()
+        with torch.inference_mode():
+            prompt = torch.as_tensor(random_tokens(1, 16)).long()
+            cache = model(input_ids=prompt, use_cache=True).cache_params
+
+        def write() -> None:
+            token = torch.zeros((1, 1), dtype=torch.long)
+            with torch.inference_mode():
+                for _ in range(tokens):
+                    out = model(input_ids=token, cache_params=cache, use_cache=True)
+                    token = out.logits[:, -1:].argmax(-1)
+
+        config = model.config
+        a_unit = config.intermediate_size * (config.state_size + config.conv_kernel)
+        return write, 4 * config.num_hidden_layers * a_unit
+
+
+class Reference:
+    """The paper's implementation (its branch `main`), with the sizes of ours and its own programs:
+    `sample_op` with nucleus 0.9, `eval_op`, `train_op`. Its time does not depend on the context."""
+
+    def __init__(self, sizes: dict[str, int]):
+        import jax
+
+        self.jax, self.sizes = jax, sizes
+        self.params = self.init()
+
+    def config(self, **fields: Any) -> Any:
+        """Its configuration."""
+        from transformer_vq.nn.types import TransformerConfig
+
+        block, width = self.sizes["block"], self.sizes["d_model"]
+        mine = dict(
+            param_dtype="float32", dtype="float32", global_batch_size=1, sequence_len=block,
+            update_len=block, block_len=block, mem_len=block, grad_thru_cache=True, agg_cache=True,
+            d_model=width, d_k=self.sizes["d_k"], d_v=2 * width, d_ff=0, n_head=1,
+            n_code=self.sizes["codebook_size"], n_layer=self.sizes["num_layers"], n_vocab=VOCAB,
+            pe_abs=False, pe_lam=100_000, p_dropemb=0.0, p_dropsin=0.0, p_dropres=0.0,
+            p_droplyr=0.0, p_nucleus=0.9, c_beta=1e-4, c_gamma=0.99, e_tie=False, e_preln=True,
+            e_scale=1.0, is_train=False,
+        )  # fmt: skip
+        return TransformerConfig.create(**{**mine, **fields})
+
+    def init(self) -> Any:
+        """Random parameters."""
+        from transformer_vq.nn.model import Transformer
+        from transformer_vq.nn.vq import VQSpec
+
+        jax, config = self.jax, self.config(is_train=True)
+        jnp, length = jax.numpy, config.block_len
+        ones = jnp.ones([1], jnp.int32)
+        keys = jax.random.split(jax.random.PRNGKey(0), 3)
+        variables = Transformer(config).init(
+            dict(zip(("params", "ephemeral", "timeless"), keys, strict=True)),
+            inputs=jnp.zeros([1, length], jnp.int32),
+            doc_ids=jnp.zeros([1, length], jnp.int32),
+            state=Transformer.initial_state(config, 1),
+            vq_spec=VQSpec.create(
+                n_device=ones, n_block_per_update=ones, loss_mask=jnp.ones([1, length], jnp.int32)
+            ),
+        )
+        return variables["params"]
+
+    @property
+    def parameters(self) -> int:
+        from flax.traverse_util import flatten_dict
+
+        flat = flatten_dict(self.params).items()
+        return sum(x.size for path, x in flat if not path[-1].startswith("c_"))
+
+    def _spread(self, tree: Any) -> Any:
+        """For one device, as `pmap` wants it."""
+        return self.jax.tree.map(lambda x: x[None], tree)
+
+    def _batch(self, rows: int, length: int) -> Any:
+        tokens, jnp = random_tokens(rows, length + 1), self.jax.numpy
+        batch = dict(
+            inputs=tokens[:, :-1],
+            targets=tokens[:, 1:],
+            doc_ids=jnp.zeros((rows, length), jnp.int32),
+            loss_mask=jnp.ones((rows, length), jnp.int32),
+        )
+        return self._spread(self.jax.tree.map(jnp.asarray, batch))
+
+    def decode(self, length: int, tokens: int) -> tuple[Call, int]:
+        """A call that writes tokens, from an empty state."""
+        from transformer_vq.nn.model import Transformer
+        from transformer_vq.ops.sample import sample_op
+
+        config = self.config(sequence_len=tokens, block_len=1)
+        params, key = self._spread(self.params), self.jax.random.PRNGKey(0)[None]
+        state = self.jax.eval_shape(lambda: Transformer.initial_state(config, 1))
+        size = sum(x.size * x.dtype.itemsize for x in self.jax.tree.leaves(state))
+        return lambda: sample_op(config, 0, params, key).block_until_ready(), size
+
+    def prompt(self, length: int) -> Call:
+        """A call that scores a text: it has no other way to read one."""
+        from transformer_vq.ops.evaluate import eval_op
+
+        config, params = self.config(sequence_len=length), self._spread(self.params)
+        batch = self._batch(1, length)
+        return lambda: self.jax.block_until_ready(eval_op(config, params, batch))
+
+    def train(self, rows: int, length: int) -> Call:
+        """A call of one update."""
+        import optax
+        from flax.training.train_state import TrainState
+        from flax.traverse_util import flatten_dict, unflatten_dict
+
+        from transformer_vq.ops.train import train_op
+
+        config = self.config(
+            global_batch_size=rows, sequence_len=length, update_len=length, is_train=True
+        )
+        labels = unflatten_dict(
+            {
+                path: "codebook" if path[-1].startswith("c_") else "main"
+                for path in flatten_dict(self.params)
+            }
+        )
+        adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, b2=0.98))
+        tx = optax.multi_transform({"main": adam, "codebook": optax.sgd(1.0)}, labels)
+        state = TrainState.create(apply_fn=None, params=self.params, tx=tx)
+        kept = [self._spread(self.jax.tree.map(self.jax.numpy.asarray, state))]
+        batch, key = self._batch(rows, length), self.jax.random.PRNGKey(0)[None]
+
+        def update() -> None:
+            kept[0], _ = train_op(config, kept[0], batch, key)
+            self.jax.block_until_ready(kept[0])
+
+        return update
+
+
+KINDS = {"transformer-vq": Ours, "llama": Llama, "mamba": Mamba, "reference": Reference}
+
+
+def random_tokens(rows: int, length: int) -> Any:
+    """Whole numbers below the size of the vocabulary, int32 `[rows, length]`."""
+    import numpy as np
+
+    return np.random.default_rng(0).integers(0, VOCAB, (rows, length), np.int32)
+
+
+def prepared(model: Any, question: dict[str, Any]) -> tuple[Call, dict[str, Any]]:
+    """The call that a question times, and what else its answer tells."""
+    what, length = question["what"], question["length"]
+    if what == "decode":
+        call, size = model.decode(length, question["tokens"])
+        return call, {"state_bytes": size}
+    return (model.prompt(length) if what == "prompt" else model.train(question["rows"], length)), {}
+
+
+def main() -> None:
+    """Answer until the questions end."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no answer
+    model, asked, call, more = None, None, None, {}
+    for line in sys.stdin:
+        question = json.loads(line)
+        try:
+            began = time.perf_counter()
+            if model is None:
+                model = KINDS[sys.argv[1]](SIZES["--smoke" in sys.argv])
+            if question["what"] == "parameters":
+                answer = {"parameters": model.parameters}
+            else:
+                if question != asked:
+                    call = None
+                    gc.collect()
+                    call, more = prepared(model, question)
+                    asked, began = question, time.perf_counter()
+                assert call is not None
+                call()
+                answer = {"seconds": time.perf_counter() - began, **more}
+        except Exception as error:  # whatever a peer raises: the others go on
+            answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        print(json.dumps(answer), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()
