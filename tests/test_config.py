@@ -55,6 +55,8 @@ def model_configs(draw):
             fields[name] = draw(rate)
         elif name.endswith("_dtype"):
             fields[name] = draw(dtype)
+    rounds = fields["compute_dtype"] == "float32"
+    fields["products"] = draw(st.sampled_from(["float32", "bfloat16"][: 1 + rounds]))
     fields |= FOR_CODES  # off, for what full attention has no use for
     if fields["attention"] == "vq":
         fields |= dict(

@@ -22,6 +22,7 @@ Forget = Literal["none", "constant", "gated"]
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 Optimizer = Literal["adamw", "lion", "adafactor", "muon"]
 Schedule = Literal["cosine", "linear", "inverse-sqrt", "wsd"]
+Products = Literal["float32", "bfloat16"]
 CodebookInit = Literal["data", "random"]
 
 DEFAULT_CAPACITY = 4096  # tokens that a state of full attention holds, unless told otherwise
@@ -107,6 +108,8 @@ class ModelConfig:
                                 "[0, 1)")  # fmt: skip
     compute_dtype: DType = choice("float32", "activations and products")
     param_dtype: DType = choice("float32", "parameters and codebook")
+    products: Products = choice("float32", "bfloat16: round what products of training and prompts "
+                                "multiply, their sums in float32; fast on some CPUs")  # fmt: skip
     state_dtype: DType = choice("float32", "values kept in a decoding state")
 
     def __post_init__(self) -> None:
@@ -117,6 +120,12 @@ class ModelConfig:
         if self.d_model % 2:
             raise ConfigError(
                 f"d_model is {self.d_model}: it must be even (sine and cosine halves)", "d_model"
+            )
+        if self.products != "float32" and self.compute_dtype != "float32":
+            raise ConfigError(
+                f"products is {self.products} and compute_dtype is {self.compute_dtype}: products "
+                f"of float32 are what it rounds, so one of the two must be float32",
+                "products",
             )
         if self.attention == "full":
             for name, off in FOR_CODES.items():

@@ -62,6 +62,7 @@ def test_eval_bounds_what_far_keys_weigh(capsys, run):
     plain = bpb()
     assert bpb("--far-decay", "200") != plain and bpb("--far-cap", "20") != plain
     assert bpb("--far-cap", "1000000") == plain  # control: there are never so many
+    assert 0 < abs(bpb("--products", "bfloat16") - plain) < 0.01  # no bound: products are rounded
     said = fails(capsys, 2, "eval", "--run", run, "--far-decay", "-1")
     assert "--far-decay is -1" in said
 

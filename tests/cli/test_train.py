@@ -12,9 +12,35 @@ import pytest
 from tests.helpers import SIZES, STEPS, fails, start
 from transformer_vq import costs
 from transformer_vq.cli import main
+from transformer_vq.cli.parse import UsageError
+from transformer_vq.cli.train import Train
 from transformer_vq.config import ModelConfig
+from transformer_vq.run import peak
 from transformer_vq.run.folder import load_run
 from transformer_vq.run.log import read_metrics
+from transformer_vq.run.peak import Rates
+
+
+def test_products_are_as_asked_for_or_as_is_faster(capsys, monkeypatch):
+    config = ModelConfig.preset("tiny")
+
+    def made(asked, saved=None, **options):
+        return Train(products=asked, **options)._with_products(config, saved).products
+
+    assert made("bfloat16") == "bfloat16" and made("float32") == "float32"
+    for lead, faster in ((3e11, "bfloat16"), (1.1e11, "float32")):
+        monkeypatch.setattr(peak, "product_rates", lambda config, lead=lead: Rates(1e11, lead))
+        assert made("auto") == faster
+        assert capsys.readouterr().out.startswith(f"products: {faster}, for those of a unit run")
+    with pytest.raises(UsageError, match="and the run says float32 already: leave it out"):
+        made("auto", saved={"config": {}})
+    with pytest.raises(UsageError, match="auto measures one machine, and there are several"):
+        made("auto", distributed=True)
+    half = ModelConfig.preset("tiny", compute_dtype="bfloat16")
+    with pytest.raises(
+        UsageError, match=r"--config.products is bfloat16 and --config.compute-dtype is"
+    ):
+        Train(products="bfloat16")._with_products(half, None)
 
 
 def test_dry_run_tells_and_leaves_nothing(capsys, tmp_path, monkeypatch):

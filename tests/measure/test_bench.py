@@ -38,12 +38,24 @@ def test_figures(arguments, capsys, monkeypatch):
         assert row["tokens_per_second"] > 0 and row["peak_bytes"] > 0
         if arguments[0] == "decode":
             assert row["bandwidth"] > 0 and row["ms_low"] <= row["ms_per_step"] <= row["ms_high"]
+
             fraction = row["bytes_per_step"] / (row["ms_per_step"] / 1e3) / row["bandwidth"]
             assert row["bandwidth_fraction"] == pytest.approx(fraction)
         if arguments[0] == "train":
             rate = row["tokens_per_second"] * row["flops_per_token"] / row["product_rate"]
             assert row["mfu"] == pytest.approx(rate)
             assert row["block_len"] == 8
+
+
+def test_drafts_beside_plain_decoding(capsys, monkeypatch):
+    """What repeats itself is guessed, noise is not; both are what plain decoding writes."""
+    monkeypatch.setenv("TVQ_CACHE", "")
+    noise, repeats = record(capsys, "decode", "--batch", "1", "--draft")["results"]
+    assert noise["same"] and repeats["same"]
+    assert noise["right"] < 0.2 * noise["guessed"]
+    assert repeats["right"] > 0.5 * repeats["guessed"] > 0
+    for row in (noise, repeats):
+        assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
 
 
 @pytest.mark.parametrize(
@@ -53,6 +65,8 @@ def test_figures(arguments, capsys, monkeypatch):
         (["train", "--repeats", "0"], "--repeats is 0: it must be a whole number from 1"),
         (["prefill", "--preset", "none"], "unknown preset 'none'"),
         (["flight"], "flight"),
+        (["prefill", "--draft"], "--draft and --weights are for tvq bench decode, and this is pre"),
+        (["decode", "--draft", "--profile"], "--profile is of plain decoding: leave out --draft"),
         (["train", "--batch", "3", *TINY], "batch_size is 3: it must be a multiple of the 8"),
     ],
 )

@@ -99,3 +99,34 @@ def test_a_step_in_parts_is_a_step(large, rows, head_type):
         np.testing.assert_allclose(mine, plain, atol=2e-5)
     other, _ = extend(model, init_state(config, rows), tokens[:, ::-1])  # control
     assert np.abs(other - expected).max() > 1e-2
+
+
+def as_bfloat16(x):
+    return np.asarray(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32))
+
+
+def test_rounded_products_and_their_gradients():
+    """They are products of rounded numbers, exact but for float32; so are those of gradients."""
+    rng = np.random.default_rng(0)
+    x, y, g = (rng.normal(size=n).astype(np.float32) for n in [(3, 5, 7), (3, 7, 4), (3, 5, 4)])
+    out, pull = jax.vjp(products.matmul_rounded, *map(jnp.asarray, (x, y)))
+    to_x, to_y = pull(jnp.asarray(g))
+    a, b, c = map(as_bfloat16, (x, y, g))
+    swapped_a, swapped_b = np.swapaxes(a, 1, 2), np.swapaxes(b, 1, 2)
+    expected = {"out": a @ b, "to x": c @ swapped_b, "to y": swapped_a @ c}
+    exact = {"out": x @ y, "to x": g @ np.swapaxes(y, 1, 2), "to y": np.swapaxes(x, 1, 2) @ g}
+    for (name, value), mine in zip(expected.items(), (out, to_x, to_y), strict=True):
+        assert mine.dtype == jnp.float32
+        np.testing.assert_allclose(mine, value, rtol=1e-5, atol=1e-5)
+        assert np.abs(mine - exact[name]).max() > 1e-3, name  # control: it is rounded
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    moved = jax.jvp(products.matmul_rounded, (x, y), (x, jnp.zeros_like(y)))[1]
+    np.testing.assert_allclose(moved, out, rtol=1e-5, atol=1e-5)
+
+
+def test_a_shared_factor_of_a_rounded_product():
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.normal(size=n), jnp.float32) for n in [(2, 3, 5, 7), (2, 1, 7, 4)])
+    out = products.product(x, y, rounded=True)
+    np.testing.assert_allclose(out, as_bfloat16(x) @ as_bfloat16(y), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(products.product(x, y, rounded=False), jnp.matmul(x, y))

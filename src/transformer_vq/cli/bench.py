@@ -32,6 +32,7 @@ class Bench:
   tvq bench decode --preset small --batch 1 8 32
   tvq bench decode --preset enwik8 --config.compute-dtype float32 --batch 1 --json
   tvq bench decode --preset small --batch 1 --profile
+  tvq bench decode --preset small --batch 1 --draft
   tvq bench prefill --preset small --length 8192 100000
   tvq bench train --preset small --batch 4 --length 1024 8192
   tvq bench train --preset small --batch 1 --length 2048 8192 --attention vq full
@@ -61,6 +62,9 @@ class Bench:
     profile: Annotated[
         bool, option("decode: where the time of a step goes, by layer and operation")
     ] = False
+    draft: Annotated[
+        bool, option("decode: with and without drafts, on noise and on text that repeats itself")
+    ] = False
     repeats: Annotated[int, option("measurements of each", "INT")] = 5
     json: Annotated[bool, option("print JSON: one object, with all measurements")] = False
     config: tyro.conf.FlagConversionOff[ConfigOptions] = field(default_factory=dict)
@@ -70,11 +74,13 @@ class Bench:
             for value in getattr(self, name):
                 require_whole(f"--{name}", value)
         require_whole("--repeats", self.repeats, high=10**6)
-        if self.what != "decode" and (self.profile or self.weights != ("as-saved",)):
+        if self.what != "decode" and (self.profile or self.draft or self.weights != ("as-saved",)):
             raise UsageError(
-                f"--profile and --weights are for tvq bench decode, and this is {self.what}: leave "
-                f"them out"
+                f"--profile, --draft and --weights are for tvq bench decode, and this is "
+                f"{self.what}: leave them out"
             )
+        if self.profile and self.draft:
+            raise UsageError("--profile is of plain decoding: leave out --draft or --profile")
         try:
             config = ModelConfig.preset(self.preset, **self.config)
         except ValueError as error:
@@ -91,6 +97,13 @@ class Bench:
                 f"{config.compute_dtype}; jax {about['jax']} on {about['devices']} x "
                 f"{about['device']}"
             )
+        if self.what in ("train", "prefill", "evaluate") and config.compute_dtype == "float32":
+            from transformer_vq.run.peak import product_rates
+
+            rates = product_rates(config)
+            about["product_rates"] = rates._asdict()
+            if not self.json:
+                print(f"products: {config.products}; {rates}", flush=True)
         rows = []
         for row in self._measure(config):
             rows.append(row)
@@ -98,7 +111,8 @@ class Bench:
                 if self.profile:
                     _show_profile(row)
                 else:
-                    print(_LINES[self.what](row), flush=True)
+                    line = _draft_line if self.draft else _LINES[self.what]
+                    print(line(row), flush=True)
         if self.json:
             record = {"what": self.what, "preset": self.preset, **about}
             print(json.dumps({**record, "config": config.to_dict(), "results": rows}))
@@ -106,11 +120,18 @@ class Bench:
 
     def _measure(self, config: ModelConfig):
         from transformer_vq.measure import bench
+        from transformer_vq.measure.drafts import TEXTS, bench_drafts
         from transformer_vq.measure.profile import profile_decode
 
         if self.what == "decode":
             for batch in self.batch or (1, 8, 32):
                 self._require_memory(config, batch)
+                if self.draft:
+                    for weights, text in itertools.product(self.weights, TEXTS):
+                        yield bench_drafts(
+                            config, batch, text=text, rounds=self.repeats, weights=weights
+                        )
+                    continue
                 for position, weights in itertools.product(self.position, self.weights):
                     if self.profile:
                         yield profile_decode(config, batch, position=position, weights=weights)
@@ -166,6 +187,19 @@ def _decode_line(row: dict[str, Any]) -> str:
         f"from the cache), the prompt's program in {row['compile_seconds_prompt']:.1f} s "
         f"({row['compile_seconds_prompt_warm_cache']:.1f} s); peak {size(row['peak_bytes'])}, "
         f"state {size(row['state_bytes'])}"
+    )
+
+
+def _draft_line(row: dict[str, Any]) -> str:
+    text = {"noise": "cannot be guessed", "repeats": "repeats itself"}[row["text"]]
+    share = f"{row['right'] / row['guessed']:.0%}" if row["guessed"] else "none"
+    differ = "" if row["same"] else "; rounding has decided a draw otherwise"
+    return (
+        f"batch {row['batch']:3}, weights {row['weights']}, text that {text}: "
+        f"{row['tokens_per_second']:,.0f} tokens/s, with drafts "
+        f"{row['drafted_tokens_per_second']:,.0f}, {row['ratio']:.2f} times as fast "
+        f"({row['ratio_low']:.2f} to {row['ratio_high']:.2f}; all turns "
+        f"{row['ratio_of_all']:.2f}); {share} of {row['guessed']:,} guesses right{differ}"
     )
 
 

@@ -138,6 +138,8 @@ def _show(record: dict[str, Any]) -> None:
     table.add_row(
         "parameters", f"{model['parameters']:,}, and {model['codebook']:,} in the codebooks"
     )
+    if config.products != "float32":
+        table.add_row("products", f"rounded to {config.products}, sums in float32")
     section("costs")
     most = config.default_capacity
     limit = "whatever its length" if most is None else f"of at most {most:,} tokens"

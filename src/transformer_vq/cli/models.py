@@ -29,7 +29,7 @@ FarOptions = Annotated[
         ModelConfig,
         "FarOptions",
         lambda f: "(default: as the model was trained)",
-        only=("far_decay", "far_cap"),
+        only=("far_decay", "far_cap", "products"),
     ),
     flat_names,
 ]

@@ -5,7 +5,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -69,6 +69,7 @@ class Train:
   tvq train --data enwik8.gz --out runs/e8 --preset small --config.d-model 384 \\
       --train.batch-size 16 --train.sequence-len 4096 --train.update-len 1024
   tvq train --data recall:pairs=6,filler=32 --out runs/recall --config.window-len 4
+  tvq train --data book.txt --out runs/fast --products auto
   tvq train --preset enwik8 --dry-run
   srun tvq train --distributed --data enwik8.gz --out runs/e8 --preset enwik8 --mesh.fsdp 8
 """
@@ -119,6 +120,13 @@ class Train:
     steps: Annotated[
         int | None, option("updates in all: short for --train.steps", "INT", default="1000")
     ] = None
+    products: Annotated[
+        Literal["auto", "float32", "bfloat16"] | None,
+        option(
+            "short for --config.products; auto measures at the start which is faster here",
+            default="float32, or as the run has it",
+        ),
+    ] = None
     dry_run: Annotated[
         bool,
         option("compile, print sizes, memory and costs, and stop; without --data and --out"),
@@ -152,6 +160,8 @@ class Train:
             raise UsageError("--out is missing: give it (see tvq train --help)")
         saved = _saved_run(self.out, by_hand=bool(self.data)) if self.resume else None
         config, train = self._configs(saved)
+        if self.products is not None:
+            config = self._with_products(config, saved)
         mesh = self._mesh()
         if not self.data and saved is None:
             missing = f"there is no run in {self.out} to resume" if self.resume else "no --data"
@@ -226,6 +236,8 @@ class Train:
         if self.resume:
             raise UsageError("--dry-run is for a run from the start: leave out --resume")
         config, train = self._configs(None)
+        if self.products is not None:
+            config = self._with_products(config, None)
         mesh = self._mesh()
         if self.tokenizer and "vocab_size" not in self.config:
             config = config.replace(vocab_size=load_tokenizer(self.tokenizer).vocab_size)
@@ -255,6 +267,35 @@ class Train:
         print(f"in all: {number(total)} tokens, {number(flops * total)}FLOP")
         print("dry run: nothing was trained")
         return 0
+
+    def _with_products(self, config: ModelConfig, saved: dict[str, Any] | None) -> ModelConfig:
+        """The configuration with products as asked for, or as is faster here."""
+        if saved or "products" in self.config:
+            where = "the run" if saved else "--config.products"
+            raise UsageError(
+                f"--products is {self.products}, and {where} says {config.products} already: leave "
+                f"it out"
+            )
+        made = self.products
+        if made == "auto":
+            if self.distributed or self.coordinator:
+                raise UsageError(
+                    "--products auto measures one machine, and there are several: give float32 or "
+                    "bfloat16"
+                )
+
+            from transformer_vq.cli.common import say
+            from transformer_vq.run.peak import product_rates
+
+            made = "float32"
+            if config.compute_dtype == "float32":
+                rates = product_rates(config)
+                made = rates.faster
+                say(f"products: {made}, for {rates}")
+        try:
+            return config.replace(products=made)
+        except ValueError as error:
+            raise as_usage(error, "--config.", ModelConfig) from None
 
     def _mesh(self) -> MeshConfig:
         """The mesh asked for, of processes that can find each other."""

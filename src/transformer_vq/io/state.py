@@ -23,7 +23,7 @@ from transformer_vq.nn.model import Model, State, init_state
 LATER_FIELDS = (
     FOR_CODES
     | dict.fromkeys(("key_shift", "score_gain", "sink"), False)
-    | dict(zero_outputs=False, embedding_shortcut=False, logit_cap=0)
+    | dict(zero_outputs=False, embedding_shortcut=False, logit_cap=0, products="float32")
 )
 VERSION = 2  # 1 had no spare rows in its tables
 FORMAT = "transformer-vq state"
@@ -145,7 +145,7 @@ def unpack_state(
     if header.get("model") != (digest or model_hash(model)):
         raise OtherModel(
             f"{name} is the state of another model: use the one it was made with, with the same "
-            f"far_decay, far_cap and weights"
+            f"far_decay, far_cap, products and weights"
         )
     positions = arrays.get(".position", np.zeros(1))
     keys = arrays.get(".units[0].keys")  # of full attention: as long as the state's capacity

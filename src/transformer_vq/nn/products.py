@@ -5,12 +5,14 @@ tokens, scattered sums by product. What to write instead is decided here and now
 rest of the package reads as the mathematics does. docs/benchmarks.md has the measurements.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero, linear_call
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,15 @@ class Narrow:
     scale: jax.Array | None  # float32 [out]; None: all are 1
 
 
-Matrix = jax.Array | OutputMajor | Narrow
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rounding:
+    """A matrix `[in, out]` whose products round what they multiply (`matmul_rounded`)."""
+
+    matrix: jax.Array
+
+
+Matrix = jax.Array | OutputMajor | Narrow | Rounding
 
 
 def narrow(matrix: jax.Array, weights: Weights) -> Narrow:
@@ -125,6 +135,8 @@ def matmul(x: jax.Array, matrix: Matrix) -> jax.Array:
     x = x.reshape(-1, x.shape[-1])
     if isinstance(matrix, Narrow):
         y = matmul_narrow(x, matrix)
+    elif isinstance(matrix, Rounding):
+        y = matmul_rounded(x, matrix.matrix)
     else:
         y = matmul_few(x, matrix.matrix) if isinstance(matrix, OutputMajor) else x @ matrix
     return y.reshape(*lead, y.shape[-1])
@@ -205,6 +217,61 @@ def matmul_table(weights: jax.Array, table: jax.Array) -> jax.Array:
     weights = weights.reshape(*lead, parts, -1)
     table = table.reshape(*table.shape[:2], parts, -1, width)
     return jnp.einsum("bgrpj,bgpjv->bgprv", weights, table).sum(2)
+
+
+# Products that round what they multiply: training and prompts.
+
+
+@jax.custom_jvp
+def matmul_rounded(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x `[..., r, k]` times y `[..., k, c]` of equal leading axes, both rounded to bfloat16, the
+    sums in float32; and so are the products of its gradient.
+
+    Some processors make these several times as fast as products of float32. JAX's transpose of
+    such a product multiplies float32 by bfloat16, for which XLA's CPU backend turns both to
+    float32, so it is given here.
+    """
+    return _rounded(x, y, (1, 0))
+
+
+@functools.partial(matmul_rounded.defjvp, symbolic_zeros=True)
+def _matmul_rounded_jvp(primals, tangents):
+    (x, y), (d_x, d_y) = primals, tangents
+    out = matmul_rounded(x, y)
+    parts = []
+    if not isinstance(d_x, SymbolicZero):
+        moved = linear_call(
+            lambda y, d_x: _rounded(d_x, y, (1, 0)), lambda y, g: _rounded(g, y, (1, 1)), y, d_x
+        )
+        parts.append(moved)
+    if not isinstance(d_y, SymbolicZero):
+        moved = linear_call(
+            lambda x, d_y: _rounded(x, d_y, (1, 0)), lambda x, g: _rounded(x, g, (0, 0)), x, d_y
+        )
+        parts.append(moved)
+    return out, functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(out)
+
+
+def product(x: jax.Array, y: jax.Array, *, rounded: bool) -> jax.Array:
+    """x `[..., r, k]` times y `[..., k, c]`, rounded or not. The last of the leading axes of y may
+    be 1 where that of x is not."""
+    if not rounded:
+        return jnp.matmul(x, y)
+    if x.shape[-3] == y.shape[-3]:
+        return matmul_rounded(x, y)
+    *lead, some, rows, width = x.shape
+    out = matmul_rounded(x.reshape(*lead, some * rows, width), y[..., 0, :, :])
+    return out.reshape(*lead, some, rows, -1)
+
+
+def _rounded(x: jax.Array, y: jax.Array, summed: tuple[int, int]) -> jax.Array:
+    """The product over the `summed` ones of the last two axes of x and of y."""
+    lead = tuple(range(x.ndim - 2))
+    over = (len(lead) + summed[0],), (len(lead) + summed[1],)
+    x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
+    return jax.lax.dot_general(
+        x, y, (over, (lead, lead)), preferred_element_type=jnp.dtype(jnp.float32)
+    )
 
 
 # Sums, and what has sums for a gradient.

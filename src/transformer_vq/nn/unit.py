@@ -23,7 +23,7 @@ from transformer_vq.nn.attention import (
 )
 from transformer_vq.nn.forget import ForgetGate, fades
 from transformer_vq.nn.layers import Mlp, iota
-from transformer_vq.nn.products import Matrix, Weights, computed_once, matmul
+from transformer_vq.nn.products import Matrix, Rounding, Weights, computed_once, matmul
 from transformer_vq.nn.shift import key_mix, last_key, shift_keys
 from transformer_vq.nn.timeline import Timeline
 from transformer_vq.nn.vq import SamplePositions
@@ -45,10 +45,10 @@ class Fused:
 class Separate:
     """The projections of the input as matrices of their own."""
 
-    w_q: jax.Array  # [D, H K]
-    w_k: jax.Array  # [D, G K]
-    w_v: jax.Array  # [D, G V]
-    w_g: jax.Array | None  # [D, H V]; in gated heads only
+    w_q: Matrix  # [D, H K]
+    w_k: Matrix  # [D, G K]
+    w_v: Matrix  # [D, G V]
+    w_g: Matrix | None  # [D, H V]; in gated heads only
 
 
 @jax.tree_util.register_dataclass
@@ -125,12 +125,13 @@ def prepare_unit(
         return array.astype(dtype)
 
     def stored(matrix: jax.Array) -> Matrix:
-        decodes = layout == "decode"
-        return products.for_few_rows(matrix, weights, dtype) if decodes else cast(matrix)
+        if layout == "decode":
+            return products.for_few_rows(matrix, weights, dtype)
+        return Rounding(cast(matrix)) if config.products == "bfloat16" else cast(matrix)
 
     projections = [params[name] for name in ["w_q", "w_k", "w_v"] + ["w_g"] * gated]
     if layout == "separate":
-        project = Separate(*map(cast, projections), *([] if gated else [None]))
+        project = Separate(*map(stored, projections), *([] if gated else [None]))
     else:
         project = Fused(stored(jnp.concatenate(projections, axis=1)))
     scale = config.d_k**-0.25
@@ -289,10 +290,14 @@ def _columns(
     """Columns `[B, T, ...]` of queries, keys, values and, in gated heads, the gate."""
     silu = jax.nn.silu
     if isinstance(project, Separate):
-        q, k, v = (x @ matrix for matrix in (project.w_q, project.w_k, project.w_v))
+
+        def product(matrix: Matrix) -> jax.Array:
+            return x @ matrix if isinstance(matrix, jax.Array) else matmul(x, matrix)
+
+        q, k, v = (product(matrix) for matrix in (project.w_q, project.w_k, project.w_v))
         if project.w_g is None:
             return q, k, v, None
-        return q, k, silu(v), silu(x @ project.w_g)
+        return q, k, silu(v), silu(product(project.w_g))
     heads, groups, d_k, d_v = config.num_heads, config.num_kv_heads, config.d_k, config.d_v
     gated = config.head_type == "shga"
     ends = (heads * d_k, (heads + groups) * d_k, (heads + groups) * d_k + groups * d_v)

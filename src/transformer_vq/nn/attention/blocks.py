@@ -185,7 +185,8 @@ def attend_chunk(
         )
     q = block_queries(chunk.q, cut, groups=new.codes.shape[1])
     u, w = (a[:, None, :, None] for a in (weights.u, weights.w))
-    out, lse = blockwise.attend(blockwise.Queries(q + u, q + w), near, far)
+    queries = blockwise.Queries(q + u, q + w)
+    out, lse = blockwise.attend(queries, near, far, config.products == "bfloat16")
     if weights.sink is not None:
         nothing = wide(weights.sink)[:, None, :, None]  # [G, 1, R, 1]
         if fades is not None:  # scores are short of what all columns of a query have in common

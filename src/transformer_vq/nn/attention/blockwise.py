@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Bool, Float
 
+from transformer_vq.nn import products
 from transformer_vq.nn.layers import wide
 from transformer_vq.types import (
     BlockOutputs,
@@ -89,32 +90,33 @@ def _swap(x: Float[jax.Array, "*any x y"]) -> Float[jax.Array, "*any y x"]:
 
 
 def _over_blocks(
-    queries: BlockQueries, shared: Float[jax.Array, "G #R K y"]
+    queries: BlockQueries, shared: Float[jax.Array, "G #R K y"], rounded: bool
 ) -> Float[jax.Array, "B G n R c y"]:
     """Queries times what all blocks share, `[G, R or 1, K, y]`."""
     x = jnp.moveaxis(queries, (1, 3), (0, 1))  # [G, r, B, n, c, x]
     groups, repeats, *lead, width = x.shape
-    y = jnp.matmul(x.reshape(groups, repeats, -1, width), shared)
+    y = products.product(x.reshape(groups, repeats, -1, width), shared, rounded=rounded)
     return jnp.moveaxis(y.reshape(groups, repeats, *lead, -1), (0, 1), (1, 3))
 
 
 def _over_heads(
-    queries: Float[jax.Array, "B G n R c x"], keys: Float[jax.Array, "B G n x y"]
+    queries: Float[jax.Array, "B G n R c x"], keys: Float[jax.Array, "B G n x y"], rounded: bool
 ) -> Float[jax.Array, "B G n R c y"]:
     """Queries, or weights, times what all R query heads of a key/value head share."""
     *lead, repeats, rows, width = queries.shape
-    y = jnp.matmul(queries.reshape(*lead, repeats * rows, width), keys)
+    queries = queries.reshape(*lead, repeats * rows, width)
+    y = products.product(queries, keys, rounded=rounded)
     return y.reshape(*lead, repeats, rows, -1)
 
 
-def _near_scores(queries: Queries, near: Near) -> list[BlockScores]:
+def _near_scores(queries: Queries, near: Near, rounded: bool) -> list[BlockScores]:
     """Scores of near keys, `[B, G, n, R, c, j]` in two parts, in wide."""
-    bias = wide(_over_blocks(queries.position, jnp.moveaxis(near.biases, 0, -1)))
+    bias = wide(_over_blocks(queries.position, jnp.moveaxis(near.biases, 0, -1), rounded))
     bias = _by_column(bias, near.visible.shape[-1])
     scores, start = [], 0
     for keys in near.keys:
         end = start + keys.shape[3]
-        part = wide(_over_heads(queries.content, _swap(keys))) + bias[..., start:end]
+        part = wide(_over_heads(queries.content, _swap(keys), rounded)) + bias[..., start:end]
         if near.offsets is not None:
             part += near.offsets[:, :, :, None, :, start:end].astype(part.dtype)
         visible = near.visible[:, None, :, None, :, start:end]
@@ -131,9 +133,9 @@ def _by_column(bias: Float[jax.Array, "*any c d"], width: int) -> Float[jax.Arra
     return jnp.pad(bias, [(0, 0)] * (bias.ndim - 1) + [(beyond, 0)]) if beyond else bias
 
 
-def _far_scores(content: BlockQueries, far: Far) -> BlockScores:
+def _far_scores(content: BlockQueries, far: Far, rounded: bool) -> BlockScores:
     """Scores of codes, `[B, G, n, R, c, S]`, in wide."""
-    scores = wide(_over_blocks(content, _swap(far.words)[:, None]))
+    scores = wide(_over_blocks(content, _swap(far.words)[:, None], rounded))
     scores += far.log_mass[:, :, :, None, None]
     if far.offsets is not None:
         scores += far.offsets[:, None, :, None, :, None].astype(scores.dtype)
@@ -141,33 +143,38 @@ def _far_scores(content: BlockQueries, far: Far) -> BlockScores:
 
 
 @jax.named_scope("softmax")
-def _forward(queries: Queries, near: Near, far: Far | None) -> tuple[BlockOutputs, LogSums]:
+def _forward(
+    queries: Queries, near: Near, far: Far | None, rounded: bool
+) -> tuple[BlockOutputs, LogSums]:
     """Outputs, and the logarithm of the sum of exponentials of each query's scores."""
     dtype = queries.content.dtype
-    columns = list(zip(_near_scores(queries, near), near.values, strict=True))
+    columns = list(zip(_near_scores(queries, near, rounded), near.values, strict=True))
     if far is not None:
-        columns.append((_far_scores(queries.content, far), far.means))
+        columns.append((_far_scores(queries.content, far, rounded), far.means))
     columns = [(scores, values) for scores, values in columns if scores.shape[-1]]
     tops = [scores.max(-1, keepdims=True) for scores, _ in columns]
     top = functools.reduce(jnp.maximum, tops)
     weights = [jnp.exp(scores - top) for scores, _ in columns]
     total = functools.reduce(jnp.add, [w.sum(-1, keepdims=True) for w in weights])
     sums = [
-        _over_heads(w.astype(dtype), values)
+        _over_heads(w.astype(dtype), values, rounded)
         for w, (_, values) in zip(weights, columns, strict=True)
     ]
     out = (wide(functools.reduce(jnp.add, sums)) / total).astype(dtype)
     return out, (top + jnp.log(total))[..., 0]
 
 
-@jax.custom_jvp
-def attend(queries: Queries, near: Near, far: Far | None) -> tuple[BlockOutputs, LogSums]:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def attend(
+    queries: Queries, near: Near, far: Far | None, rounded: bool
+) -> tuple[BlockOutputs, LogSums]:
     """Outputs `[B, G, n, R, c, V]`, and the logarithm of the sum of exponentials of each query's
-    scores, `[B, G, n, R, c]`, in wide. No gradient reaches `far.words`."""
-    return _forward(queries, near, far)
+    scores, `[B, G, n, R, c]`, in wide. No gradient reaches `far.words`. `rounded`: as products
+    (`products.matmul_rounded`)."""
+    return _forward(queries, near, far, rounded)
 
 
-def _attend_jvp(primals, tangents):
+def _attend_jvp(rounded, primals, tangents):
     """With weights P = exp(scores - lse): d lse = sum(P ds), d out = P dv + (P ds) v - out d lse.
 
     Linear in the tangents, so JAX makes the backward pass of it, that of flash attention. Offsets
@@ -177,17 +184,18 @@ def _attend_jvp(primals, tangents):
     offsets = tangents[1].offsets
     masses = None if far is None else tangents[2].log_mass
     d_queries, d_near, d_far = jax.tree.map(_number, tangents, is_leaf=_is_zero)
-    out, lse = _forward(*primals)
+    out, lse = _forward(queries, near, far, rounded)
     out, lse = (checkpoint_name(x, name) for x, name in zip((out, lse), SAVED, strict=True))
     dtype = out.dtype
 
     def near_scores(queries, keys, biases):
-        return _near_scores(queries, near._replace(keys=keys, biases=biases))
+        return _near_scores(queries, near._replace(keys=keys, biases=biases), rounded)
 
     def part(scores, d_scores, values, d_values):
         weights = jnp.exp(scores - lse[..., None])
         d_weights = (weights * d_scores).astype(dtype)
-        moved = _over_heads(d_weights, values) + _over_heads(weights.astype(dtype), d_values)
+        moved = _over_heads(d_weights, values, rounded)
+        moved += _over_heads(weights.astype(dtype), d_values, rounded)
         return moved, d_weights @ jnp.ones((scores.shape[-1], 1), dtype)
 
     scores, d_scores = jax.jvp(
@@ -204,7 +212,7 @@ def _attend_jvp(primals, tangents):
     if far is not None:
         content, d_content = queries.content, d_queries.content
         scores, d_scores = jax.jvp(
-            lambda content: _far_scores(content, far), (content,), (d_content,)
+            lambda content: _far_scores(content, far, rounded), (content,), (d_content,)
         )
         if masses is not None and not _is_zero(masses):
             visible = far.visible[:, None, :, None, :, None]
