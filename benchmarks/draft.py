@@ -96,9 +96,9 @@ def compile_all(model, prompts, params, guide) -> None:
     short = [replace(p, max_tokens=40) for p in params]
     for draft in (False, guide):
         session = Session(model, prompts, short, draft=draft)
-        if session._drafts is not None:
+        if session._slots.drafts is not None:
             sizes = iter(SIZES)
-            session._drafts.pace.choose = lambda steps, sizes=sizes: (next(sizes, 1), 1)
+            session._slots.drafts.pace.choose = lambda steps, sizes=sizes: (next(sizes, 1), 1)
         list(session)
 
 

@@ -233,6 +233,8 @@ def test_devices_share_requests(devices):
     one = generate(SAMPLER, PROMPTS, requests())
     assert generate(SAMPLER, PROMPTS, requests(), mesh=mesh) == one
     assert list(stream(SAMPLER, PROMPTS[:2], requests()[:2], mesh=mesh))
+    # Fewer slots than requests, one on each device: the last ones join where others have ended.
+    assert generate(SAMPLER, PROMPTS, requests(), mesh=mesh, slots=devices) == one
     assert len({len(tokens) for tokens in one}) > 5  # control: they end apart
     others = [dataclasses.replace(p, seed=p.seed + 100) for p in requests()]
     assert generate(SAMPLER, PROMPTS, others, mesh=mesh) != one
@@ -261,9 +263,9 @@ def test_states_go_between_meshes(tmp_path):
 def test_every_device_holds_its_rows():
     mesh = data_mesh(jax.devices()[:8])
     session = Session(SAMPLER, PROMPTS, mesh=mesh)
-    for x in jax.tree.leaves(session._state):
+    for x in jax.tree.leaves(session._slots.rows):
         assert x.shape[0] == 16 and x.addressable_shards[0].data.shape[0] == 2
-    for x in jax.tree.leaves((session._model, session._decoder)):
+    for x in jax.tree.leaves((session._model, session._slots.decoder)):
         assert x.sharding.is_fully_replicated
 
 

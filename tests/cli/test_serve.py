@@ -1,11 +1,15 @@
 """`tvq serve` where it cannot: one sentence. What it does where it can: tests/serve."""
 
 import builtins
+import os
+import re
 import socket
+import subprocess
 
 import pytest
 
-from tests.helpers import fails, make_run
+from tests.helpers import TVQ, fails, make_run
+from transformer_vq import SamplingParams, generate, load
 
 pytest.importorskip("fastapi", reason="NOT TESTED: the extra serve is not installed")
 
@@ -31,6 +35,7 @@ def test_without_its_libraries(capsys, monkeypatch, tmp_path):
         (["--slots", "0"], 2, "--slots is 0: it must be"),
         (["--prompt-chunk", "17"], 2, "--prompt-chunk is '17': it must be one of 16, 128, 1024"),
         (["--state-disk", "5"], 2, "--state-disk is 5: give --state-dir, where it is"),
+        (["--exact", "--draft", "text"], 2, "--exact and --draft are both given: tokens that are"),
         (["--drain", "nan"], 2, "--drain is nan: it must be a number of seconds"),
         (["--far-cap", "-1"], 2, "--far-cap is -1"),
         (["--host", "192.0.2.1"], 1, "cannot listen at 192.0.2.1, port 8000"),
@@ -45,6 +50,42 @@ def test_wrong_options(capsys, tmp_path, monkeypatch, options, status, words):
     (tmp_path / "run").mkdir()
     port = ["--port", "0"] if "--far-cap" in options else []
     assert words in fails(capsys, status, "serve", *make, *port, *options)
+
+
+@pytest.mark.slow
+def test_drafts(tmp_path):
+    """They change no token, and are used; nothing is compiled for them once it is ready."""
+    httpx = pytest.importorskip("httpx")
+    run = make_run(tmp_path / "run")
+    arguments = ["--run", run, "--draft", "text", "--slots", "2"]
+    arguments += ["--port", "0", "--prompt-chunk", "16"]
+    env = {**os.environ, "JAX_LOG_COMPILES": "1"}
+    with (
+        open(tmp_path / "err", "w+") as err,
+        subprocess.Popen(
+            [TVQ, "serve", *arguments], env=env, stdout=subprocess.PIPE, stderr=err, text=True
+        ) as server,
+    ):
+        try:
+            url = re.findall(r"http://\S+", server.stdout.readline())[0]
+            before = os.path.getsize(tmp_path / "err")
+            answers = []
+            for logprobs in (None, 2):
+                body = dict(prompt="It was. " * 5, max_tokens=300, temperature=0, seed=1)
+                body |= dict(return_token_ids=True, logprobs=logprobs)
+                answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+                answers.append(answer["choices"][0]["token_ids"])
+            metrics = dict(
+                x.split() for x in httpx.get(f"{url}/metrics").text.splitlines()[2:] if x[0] != "#"
+            )
+        finally:
+            server.kill()
+    said = (tmp_path / "err").read_text()
+    assert "Finished XLA compilation" in said[:before]
+    assert "compil" not in said[before:].lower()
+    plain = SamplingParams(max_tokens=300, temperature=0)
+    assert answers == [generate(load(run)[0], ["It was. " * 5], plain)[0]] * 2
+    assert 0 < float(metrics["tvq_right_guesses"]) <= float(metrics["tvq_guessed_tokens"])
 
 
 def test_a_port_that_is_taken(capsys, tmp_path):

@@ -5,6 +5,7 @@ import itertools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -23,6 +24,7 @@ from tests.engine.plain import (
     random_prompt,
 )
 from transformer_vq import (
+    Model,
     SamplingParams,
     Token,
     generate,
@@ -30,6 +32,7 @@ from transformer_vq import (
     stream,
 )
 from transformer_vq.engine.batch import Session
+from transformer_vq.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -159,6 +162,73 @@ def test_stream():
     head = list(itertools.islice(endless, 8 * 70))
     endless.close()
     assert [t.row for t in head] == list(range(8)) * 70
+
+
+def many_requests(count, **fields):
+    """More requests than slots, of all kinds; the first one is the longest."""
+    rng = np.random.default_rng(3)
+    drawn = [random_request(rng) for _ in range(count)]
+    params = [dataclasses.replace(p, **fields) for _, p in drawn]
+    params[0] = dataclasses.replace(params[0], max_tokens=300, stop=())
+    return [prompt for prompt, _ in drawn], params
+
+
+def test_more_requests_than_slots():
+    """The next one joins where one has ended, while others go on; the same to the bit in any order,
+    and the tokens of a batch of all."""
+    prompts, params = many_requests(20, logprobs=True)
+    tokens = list(stream(MODEL, prompts, params, slots=BATCH))
+    assert 19 in [t.row for t in tokens] and tokens[-1].row == 0
+    found = [[(int(t), t.logprob) for t in tokens if t.row == row] for row in range(20)]
+    back = list(stream(MODEL, prompts[::-1], params[::-1], slots=BATCH))
+    assert found == [[(int(t), t.logprob) for t in back if t.row == 19 - row] for row in range(20)]
+    whole = generate(MODEL, prompts[:BATCH], params[:BATCH])
+    assert [[t for t, _ in row] for row in found[:BATCH]] == whole
+    one = generate(MODEL, prompts, params[1], slots=5)  # rounded up to the same eight
+    assert one[1] == generate(MODEL, prompts[1:9], params[1])[0]
+
+
+@pytest.mark.parametrize(
+    "model", [MODEL, pytest.param(FULL, marks=pytest.mark.slow)], ids=["shga", "full"]
+)
+def test_more_requests_than_slots_go_on_from_states(model):
+    """Each from its own row, or all from one; where there is no room, that is said before."""
+    tokens, lengths = padded([[i] * 3 for i in range(8)], LENGTH)
+    _, state = EXTEND(model, empty_state(model), tokens, lengths=lengths)
+    states = jax.tree.map(lambda x: jnp.concatenate([x, x[1:2]]), state)
+    params = [SamplingParams(max_tokens=5 + i, seed=i) for i in range(9)]
+    prompts = [[]] * 9
+    whole = generate(model, [[i] * 3 for i in (*range(8), 1)], params)
+    assert generate(model, prompts, params, states, slots=8) == whole
+    forked = generate(model, prompts, params, jax.tree.map(lambda x: x[:1], state), slots=8)
+    assert forked[0] == whole[0] and forked[1] != whole[1]
+    if model is FULL:
+        long = [*params[:8], SamplingParams(max_tokens=LENGTH)]
+        with pytest.raises(ValueError, match=f"would reach {LENGTH + 3} tokens"):
+            generate(model, prompts, long, state=jax.tree.map(lambda x: x[:1], state), slots=8)
+
+
+def test_what_slots_cannot_do():
+    with pytest.raises(UserError, match="slots is 0: it must be a whole number from 1 on"):
+        generate(MODEL, [[1]] * 3, slots=0)
+    session = Session(MODEL, [[1]] * 9, SamplingParams(max_tokens=2), slots=8)
+    assert len(list(session)) == 18
+    with pytest.raises(UserError, match=r"9 requests in 8 slots, so the states .* leave slots out"):
+        session.state  # noqa: B018
+
+
+def test_a_model_of_no_numbers():
+    """All that is sound comes, and then what is wrong."""
+    params = {**MODEL.params, "embedding": MODEL.params["embedding"].at[7].set(jnp.nan)}
+    bad = Model(params, MODEL.codebook, MODEL.config)
+    never = SamplingParams(max_tokens=4, banned_tokens=[7])
+    tokens = stream(bad, [[1], [7], [2], *[[3]] * 5], never)
+    rows = list(itertools.islice(tokens, 7 * 4))
+    assert sorted(t.row for t in rows) == sorted(
+        [*[0] * 4, *[i for i in range(2, 8) for _ in "abcd"]]
+    )
+    with pytest.raises(UserError, match="request 1 ends early: the model gives no probabilities"):
+        next(tokens)
 
 
 def make(**fields):

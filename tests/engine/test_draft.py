@@ -10,10 +10,15 @@ import pytest
 
 from tests.engine.plain import MODEL, make_model, random_prompt
 from tests.engine.test_batch import random_request
+from tests.engine.test_scheduler import answer
+from tests.engine.test_scheduler import run as run_all
 from tests.helpers import DOUBLE, close
-from transformer_vq import Model, SamplingParams, generate
+from transformer_vq import Model, SamplingParams, generate, stream
+from transformer_vq.engine import draft as drafts
 from transformer_vq.engine.batch import Session
+from transformer_vq.engine.device import Device
 from transformer_vq.engine.pace import LONGEST_WAIT, SIZES, TRIAL, Pace
+from transformer_vq.engine.scheduler import Request, Scheduler
 from transformer_vq.errors import UserError
 from transformer_vq.ops.draft import LONGEST_MATCH, _continued
 from transformer_vq.sharding import data_mesh
@@ -77,6 +82,58 @@ def test_the_same_tokens(double, monkeypatch):
         guessed, right = guessed + drafted[2][0], right + drafted[2][1]
     assert plain and plain[2] == (0, 0)
     assert 0.1 * guessed < right < guessed  # some are right, and some are not
+
+
+def test_requests_that_join(double, monkeypatch):
+    """Where one has ended, the next one's text is what its guesses come from."""
+    of_sizes(monkeypatch, 4, 1, 4)
+    model = double_model()
+    prompts, params = requests(np.random.default_rng(7), 11, logprobs=True, stop=())
+    plain = generate(model, prompts, params, slots=8)
+    assert generate(model, prompts, params, slots=8, draft=True) == plain
+    itself = Session(model, prompts, params, slots=8, draft=model)
+    assert len(list(itself)) == sum(map(len, plain))
+    guessed, right = itself.drafted
+    assert right >= guessed - 3 * len(prompts) > 0  # a row's last round is cut short
+
+
+@pytest.mark.slow
+def test_drafts_of_a_scheduler(double, monkeypatch):
+    """Requests that come and go, in one slot and in three: the tokens of each alone, no drafts."""
+    of_sizes(monkeypatch, 4, 1, 4)
+    monkeypatch.setattr(drafts, "SIZES", (1, 4))
+    model, rng = double_model(), np.random.default_rng(8)
+    embedding = model.params["embedding"] + 0.3
+    guide = Model({**model.params, "embedding": embedding}, model.codebook, model.config)
+    device = Device(model, (1, 3), largest=16, draft=guide)
+    prompts, params = requests(rng, 9, logprobs=True)
+    given = [Request(prompt, [p]) for prompt, p in zip(prompts, params, strict=True)]
+    scheduler = Scheduler(device)
+    events = run_all(scheduler, [(4 * i, request) for i, request in enumerate(given)])
+    plain, _, _ = run(model, prompts, params)
+    for request, expected, p in zip(given, plain, params, strict=True):
+        tokens, _ = answer(events, request)
+        assert [int(t) for t in tokens] == [t for t, _ in expected]
+        if p.logprobs:
+            np.testing.assert_allclose(
+                [t.logprob for t in tokens], [x for _, x in expected], atol=1e-6
+            )
+    guessed, right = scheduler.drafted
+    assert 0 < right < guessed
+
+
+def test_a_row_of_no_numbers_ends_with_drafts_too(double, monkeypatch):
+    of_sizes(monkeypatch, 4)
+    model = double_model()
+    params = {**model.params, "embedding": model.params["embedding"].at[7].set(jnp.nan)}
+    bad = Model(params, model.codebook, model.config)
+    given = [[1], [7], *[[3]] * 6], SamplingParams(max_tokens=9, banned_tokens=[7])
+    expected = generate(model, *given)
+    found = [[] for _ in expected]
+    with pytest.raises(UserError, match="request 1 ends early: the model gives no probabilities"):
+        for token in stream(bad, *given, draft=True):
+            found[token.row].append(int(token))
+    assert not found[1] and found[0] == expected[0] and found[2:] == expected[2:]
 
 
 def test_a_model_that_guesses(double, monkeypatch):
@@ -177,6 +234,9 @@ def test_a_trial_is_short():
 
 
 def test_refused():
+    full = make_model(attention="full")
+    with pytest.raises(UserError, match="draft is a model of full attention, which takes so many"):
+        Device(MODEL, (1,), largest=16, draft=full)
     params = SamplingParams(max_tokens=2)
     with pytest.raises(UserError, match="draft has a vocabulary of 32 tokens and the model one of"):
         generate(MODEL, [[1]], params, draft=make_model(vocab_size=32))

@@ -126,13 +126,13 @@ def test_widths(device):
     events, widths = [], []
     scheduler.add(long)
     for step in range(400):
-        scheduler.step_seconds = dict.fromkeys(device.widths, 0.25 / 20)  # 20 steps a dispatch
+        scheduler.step_seconds = dict.fromkeys(device.slots, 0.25 / 20)  # 20 steps a dispatch
         if step == 3:
             scheduler.add(short)
         if step == 12:
             clock.now += 2
         events += scheduler.step()
-        widths.append(len(scheduler._slots))
+        widths.append(scheduler.width)
         if scheduler.idle:
             break
     assert widths[0] == 1 and SLOTS in widths and widths[-1] == 1
@@ -177,7 +177,7 @@ def test_cancel_in_every_phase(device):
     scheduler = Scheduler(device, exact=True)
     params = SamplingParams(max_tokens=400, seed=2)
     waiting, reading, running = (Request([i] * 40, [params]) for i in range(3))
-    scheduler.step_seconds = dict.fromkeys(device.widths, 0.1)
+    scheduler.step_seconds = dict.fromkeys(device.slots, 0.1)
     scheduler.add(running)
     while not scheduler.running:
         scheduler.step()
@@ -258,19 +258,20 @@ def test_half_of_the_time_is_for_those_who_write(device, monkeypatch):
     scheduler = Scheduler(device, clock=clock)
     spent = {"read": 0.0, "decode": 0.0}
 
-    def slow(name, seconds):
-        method = getattr(device, name)
+    def slow(owner, name, seconds):
+        method = getattr(owner, name)
 
         def call(*args, **kwargs):
             clock.now += seconds
             spent[name] += seconds
             return method(*args, **kwargs)
 
-        monkeypatch.setattr(device, name, call)
+        monkeypatch.setattr(owner, name, call)
 
-    slow("read", 1.0)
-    slow("decode", 0.25)
-    scheduler.step_seconds = dict.fromkeys(device.widths, 0.06)
+    slow(device, "read", 1.0)
+    for slots in device.slots.values():
+        slow(slots, "decode", 0.25)
+    scheduler.step_seconds = dict.fromkeys(device.slots, 0.06)
     writer = Request([1], [SamplingParams(max_tokens=2000)])
     scheduler.add(writer)
     scheduler.step()
@@ -334,7 +335,7 @@ def test_an_engine_that_fails_says_so(device, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("the device has gone")
 
-    monkeypatch.setattr(device, "decode", fail)
+    monkeypatch.setattr(device.slots[1], "decode", fail)
     engine.submit(Request([1], [SamplingParams()]))
     assert isinstance(ended.get(timeout=60), RuntimeError)
     events = []

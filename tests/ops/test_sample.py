@@ -256,6 +256,7 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+STATIC = dict(steps=32, with_logprobs=False)
 SMALLER = dict(head_type="mqa", num_layers=1, d_v=128)  # one unit: quicker to compile
 
 
@@ -264,10 +265,11 @@ def decoding_loop(function, **fields):
     sizes = dict(vocab_size=64, d_model=64, d_k=16, codebook_size=64, window_len=64)
     model = make_model(**sizes, **fields)
     session = Session(model, [[1]] * 4, SamplingParams())
+    slots, pause = session._slots, decode.Pause(np.int32(32), np.bool_(False))
     lowered = function.lower(
-        session._decoder, session._controls(), session._rows(), steps=32, with_logprobs=False
+        slots.decoder, slots.controls, slots.rows, np.ones(4, bool), pause, **STATIC
     )
-    return lowered.compile(), session._state
+    return lowered.compile(), slots.rows.state
 
 
 def uses(compiled, table):
@@ -303,8 +305,9 @@ def test_reading_a_few_tokens_copies_no_table(unchecked):
     sizes = dict(vocab_size=64, d_model=64, d_k=16, codebook_size=64, window_len=64)
     session = Session(make_model(**sizes, **SMALLER), [[1]] * 4, SamplingParams())
     tokens, lengths = np.zeros((4, 8), np.int32), np.full(4, 8, np.int32)
-    lowered = decode.prefill_few.lower(session._decoder, session._state, tokens, lengths)
-    compiled, table = lowered.compile(), session._state.units[0].values
+    slots = session._slots
+    lowered = decode.prefill_few.lower(slots.decoder, slots.rows.state, tokens, lengths)
+    compiled, table = lowered.compile(), slots.rows.state.units[0].values
     assert "copy" not in uses(compiled, table)
     assert temporary_bytes(compiled) < table.nbytes
 
@@ -389,5 +392,7 @@ def test_nothing_is_compiled_again(tmp_path):
     assert decode.generate_tokens._cache_size() == 1
     assert decode.prefill_few._cache_size() == 1
     assert decode.prefill._cache_size() == len(PREFILL_SIZES) - 1
-    list(Session(model, [[1]] * 7, params, steps=5))  # control: this is another program
+    list(Session(model, [[1]] * 7, params, steps=5))
+    assert decode.generate_tokens._cache_size() == 1
+    list(Session(model, [[1]] * 7, params, steps=129))  # control: this is another program
     assert decode.generate_tokens._cache_size() == 2

@@ -37,6 +37,15 @@ WeightsOption = Annotated[
     Literal["as-saved", "bfloat16", "int8"],
     option("round the large matrices: less to read for each token (docs/sampling.md)"),
 ]
+DraftOption = Annotated[
+    str | None,
+    option(
+        "guess ahead, for the same text in less time: text: from what is written already; or a "
+        "small model with the same vocabulary, as --run takes it",
+        "text|DIR",
+        default="none",
+    ),
+]
 StateOption = Annotated[str | None, option("go on from a saved state", "FILE", default="none")]
 
 

@@ -8,6 +8,7 @@ from tyro.conf import OmitArgPrefixes
 
 from transformer_vq.cli.common import CheckpointOption, tell
 from transformer_vq.cli.models import (
+    DraftOption,
     FarOptions,
     RunFolder,
     WeightsOption,
@@ -82,15 +83,7 @@ class Sample:
     save_state: Annotated[
         str | None, option("save the state after what was written", "FILE", default="none")
     ] = None
-    draft: Annotated[
-        str | None,
-        option(
-            "guess ahead, for the same text in less time: text: from what is written already; or "
-            "a small model with the same vocabulary, as --run takes it",
-            "text|DIR",
-            default="none",
-        ),
-    ] = None
+    draft: DraftOption = None
     weights: WeightsOption = "as-saved"
     far: FarOptions = field(default_factory=dict)
     json: Annotated[bool, option("print JSON: text, token ids, log-probabilities if asked")] = False

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from transformer_vq.cli.common import CheckpointOption, size
-from transformer_vq.cli.models import FarOptions, RunFolder, WeightsOption, open_model
+from transformer_vq.cli.models import (
+    DraftOption,
+    FarOptions,
+    RunFolder,
+    WeightsOption,
+    open_draft,
+    open_model,
+)
 from transformer_vq.cli.parse import UsageError, option, require_whole
 from transformer_vq.cli.served import (
     STATE_CACHE,
@@ -73,6 +80,7 @@ class Serve:
         int, option("disk for states of known prompts, in --state-dir, in MB; 0: none")
     ] = 0
     drain: Annotated[float, option("seconds that answers have when the server is to end")] = 30.0
+    draft: DraftOption = None
     weights: WeightsOption = "as-saved"
     far: FarOptions = field(default_factory=dict)
 
@@ -86,6 +94,11 @@ class Serve:
             raise UsageError(f"--state-disk is {self.state_disk}: give --state-dir, where it is")
         if not 0 <= self.drain < float("inf"):
             raise UsageError(f"--drain is {self.drain}: it must be a number of seconds, 0 or more")
+        if self.exact and self.draft is not None:
+            raise UsageError(
+                "--exact and --draft are both given: tokens that are tried together differ in "
+                "rounding, so give one of them"
+            )
         require_libraries("serve", "fastapi", "uvicorn", "prometheus_client")
         keys = [] if self.api_key_file is None else _read_keys(self.api_key_file)
         folder = run_folder(self.run)
@@ -129,6 +142,7 @@ class Serve:
             state_dir=self.state_dir,
             cache="exact" if self.exact else "any",
             state_disk=self.state_disk,
+            draft=open_draft(self.draft),
         )
         return served.load(service)
 

@@ -69,6 +69,7 @@ class Served:
     state_dir: Path | None
     cache: "CacheMode"  # where a request does not say it
     state_disk: int = 0  # MB
+    draft: "bool | Model" = False  # what guesses tokens ahead
 
     def load(self, service: "Service", device: Any = None) -> "Scheduler":
         """Compile the programs of an engine, and tell the service what it serves.
@@ -88,6 +89,7 @@ class Served:
             largest=self.prompt_chunk,
             room=self.info.context_limit,
             device=device,
+            draft=self.draft,
         )
         prompts = None
         if self.state_disk and self.state_dir is not None:

@@ -1,35 +1,30 @@
 """Requests in batches: prompts in, tokens out."""
 
-import dataclasses
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from transformer_vq import sharding
-from transformer_vq.engine.controls import controls_batch
-from transformer_vq.engine.decoders import decoder_for, model_on
+from transformer_vq.engine.decoders import model_on
+from transformer_vq.engine.device import Slots, seen_tokens
 from transformer_vq.engine.draft import Drafts, check_draft
-from transformer_vq.engine.output import Output
-from transformer_vq.engine.pace import SIZES
 from transformer_vq.engine.prefill import (
     Prompts,
     batch_size,
     begin,
     check_model,
     check_prompts,
+    check_start,
     first_rows,
+    next_power_of_two,
     read_chunks,
 )
 from transformer_vq.engine.request import SamplingParams, Token, check_params
-from transformer_vq.engine.slots import num_rows
+from transformer_vq.engine.running import MOST_STEPS, NO_NUMBERS, Answer, Running
+from transformer_vq.engine.slots import num_rows, take_rows
 from transformer_vq.errors import UserError, is_listed, shown
 from transformer_vq.fields import MOST
 from transformer_vq.nn.model import Model, State
-from transformer_vq.ops.decode import Controls, Generated, Rows, generate_tokens
 
 STEPS_PER_DISPATCH = 32  # tokens per call of the decoding program
 
@@ -42,6 +37,7 @@ def generate(
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     state: State | None = None,
     *,
+    slots: int | None = None,
     mesh: Mesh | None = None,
     draft: bool | Model = False,
 ) -> list[list[int]]:
@@ -55,6 +51,8 @@ def generate(
         equal tokens, whatever else is in the batch.
       state: what came before the prompts, one row each, or one row that all continue (a fork).
         With a state, a prompt may be empty. The state itself is left as it is.
+      slots: how many requests are decoded together, rounded up to a power of two on each device;
+        the next one joins where one has ended. All by default.
       mesh: devices that share the requests (`sharding.data_mesh`), each with the whole model; one
         device by default. Its processes make the same call and get the outputs of all.
       draft: guess tokens ahead and try them together, which gives the same tokens faster: True
@@ -64,9 +62,10 @@ def generate(
     Raises:
       ValueError: for an empty prompt without a state, a token outside of the vocabulary, numbers
         of prompts, parameters and states that differ, tokens beyond a state's capacity, a state
-        whose shapes are of another model, and whatever else cannot be used.
+        whose shapes are of another model, and whatever else cannot be used. Also at the end, if the
+        model came to give no probabilities but not-a-number (NaN) for a request, which ends there.
     """
-    session = Session(model, prompts, params, state, mesh=mesh, draft=draft)
+    session = Session(model, prompts, params, state, slots=slots, mesh=mesh, draft=draft)
     outputs: list[list[int]] = [[] for _ in session.prompts]
     for token in session:
         outputs[token.row].append(int(token))
@@ -79,6 +78,7 @@ def stream(
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     state: State | None = None,
     *,
+    slots: int | None = None,
     mesh: Mesh | None = None,
     draft: bool | Model = False,
 ) -> Iterator[Token]:
@@ -86,7 +86,7 @@ def stream(
 
     A token that may be the start of a stop sequence comes once it is known not to be.
     """
-    session = Session(model, prompts, params, state, mesh=mesh, draft=draft)
+    session = Session(model, prompts, params, state, slots=slots, mesh=mesh, draft=draft)
     return (token for token in session)
 
 
@@ -98,7 +98,7 @@ class Session:
     stop sequence may have consumed up to `steps` tokens more than it yielded.
 
     Args:
-      model, prompts, params, state, mesh, draft: as in `generate`.
+      model, prompts, params, state, slots, mesh, draft: as in `generate`.
       steps: tokens of each row that are decoded in one call of the device.
 
     Raises `ValueError` as `generate` does.
@@ -112,6 +112,7 @@ class Session:
         state: State | None = None,
         *,
         steps: int = STEPS_PER_DISPATCH,
+        slots: int | None = None,
         mesh: Mesh | None = None,
         draft: bool | Model = False,
     ):
@@ -121,124 +122,108 @@ class Session:
             raise UserError("draft is for one device, and there is a mesh: give one of them")
         self.prompts = check_prompts(prompts, model.config, state)
         self.params = _one_each(params, len(self.prompts), model.config.vocab_size)
-        if not isinstance(steps, int) or not 1 <= steps <= MOST:
-            raise UserError(f"steps is {shown(steps)}: it must be a whole number from 1 on")
-        self.steps, self.mesh = steps, mesh
+        for name, value in {"steps": steps, "slots": 1 if slots is None else slots}.items():
+            if not isinstance(value, int) or not 1 <= value <= MOST:
+                raise UserError(f"{name} is {shown(value)}: it must be a whole number from 1 on")
+        self.steps, self.mesh, self._config = steps, mesh, model.config
+        count = len(self.prompts)
+        batch = batch_size(min(count, slots or count), mesh)
+        joining = batch < count
         need = [
             len(prompt) + p.max_tokens for prompt, p in zip(self.prompts, self.params, strict=True)
         ]
-        batch = batch_size(len(need), mesh)
-        self._state = begin(model.config, state, need, batch, mesh)
+        if joining and state is not None:
+            check_start(state, need)
+        self._given, self._need, self._joining = state, need, joining
+        now = self._begin(range(min(batch, count)), batch)
         self._model = model_on(model, mesh)
-        at_once = batch * SIZES[-1] if draft else None  # drafts are read together
-        self._decoder = decoder_for(self._model, self._state, at_once)
-        self._drafts: Drafts | None = None
-        if draft:
-            guide = draft if isinstance(draft, Model) else None
-            self._drafts = Drafts(guide, self.prompts, need, batch)
-        self._read = False  # the prompts
-        self._started: tuple[Controls, Rows] | None = None
-        self._outputs = [Output(p) for p in self.params]
-        self._active = np.ones(len(self.params), bool)
+        most_steps = max(MOST_STEPS, next_power_of_two(steps))
+        drafts = Drafts(draft, batch, max(need), most_steps) if draft else None
+        here = ([], []) if joining else (self.params, self.prompts)
+        self._slots = Slots(
+            self._model, now, *here, most_steps=most_steps, mesh=mesh, drafts=drafts
+        )
+        self._running = Running(self._slots)
+        self._unread = here[1]  # prompts of the first rows
+        self._waiting = deque(range(count) if joining else ())  # requests
+        for row, p in enumerate(here[0]):
+            self._running.answers[row] = Answer(p, row)
+            if drafts is not None:
+                drafts.begin(row, self.prompts[row])
+        self._lost = -1  # a request that ended in numbers that are none
         self._ready: deque[Token] = deque()
+
+    def _begin(self, requests: Sequence[int], batch: int) -> State:
+        """The state `[batch, ...]` in which some requests begin, before their prompts."""
+        state, need = self._given, self._need
+        if state is not None and self._joining:
+            need = [need[row] for row in requests]
+            state = take_rows(state, requests) if num_rows(state) > 1 else state
+        return begin(self._config, state, need, batch, self.mesh)
 
     @property
     def state(self) -> State:
-        """State of the requests, one row each, after all that was decoded. A copy."""
-        return first_rows(self._state, len(self.prompts), self.mesh)
+        """State of the requests, one row each, after all that was decoded. A copy.
+
+        Raises `UserError` if there are more requests than slots: those that ended left none.
+        """
+        if self._joining:
+            raise UserError(
+                f"there are {len(self.prompts)} requests in {self._slots.width} slots, so the "
+                f"states of those that ended are gone: leave slots out"
+            )
+        return first_rows(self._slots.rows.state, len(self.prompts), self.mesh)
 
     @property
     def drafted(self) -> tuple[int, int]:
         """How many tokens were guessed so far, and how many of them were right."""
-        return (0, 0) if self._drafts is None else (self._drafts.guessed, self._drafts.right)
+        return self._slots.drafted
 
     def read_prompts(self) -> None:
         """Consume the prompts now, and not when the first token is asked for."""
-        if not self._read:
-            self._read = True
-            self._state = read_chunks(self._model, self._state, self.prompts, self.mesh)
+        if self._unread:
+            self._slots.read(self._unread)
+            self._unread = []
+        while self._waiting and self._running.free:
+            self._join()
 
     def __iter__(self) -> "Session":
         return self
 
     def __next__(self) -> Token:
         while not self._ready:
-            if not self._active.any():
+            self.read_prompts()
+            if not self._running.live:
+                if self._lost >= 0:
+                    raise UserError(f"request {self._lost} ends early: {NO_NUMBERS}")
                 raise StopIteration
-            self._ready += self._decode()
+            wrote = self._running.decode(self.steps, at_end=bool(self._waiting))
+            self._ready += (token for _, token in wrote.tokens)
+            for answer in wrote.ended:
+                if answer.finish == "error":
+                    self._lost = answer.row
         return self._ready.popleft()
 
-    def _decode(self) -> list[Token]:
-        """One call of the device: up to `steps` tokens of every active row, step by step."""
-        if self._started is None:
-            self.read_prompts()
-            self._started = self._controls(), self._rows()
-        controls, rows = self._started
-        with_logprobs = any(p.logprobs for p in self.params)
-        if self._drafts is not None:
-            rows, new, active = self._drafts.dispatch(
-                self._decoder, controls, rows, self._active, self.steps, with_logprobs
-            )
-        else:
-            rows, new = generate_tokens(
-                self._decoder,
-                controls,
-                rows,
-                steps=self.steps,
-                with_logprobs=with_logprobs,
-                mesh=self.mesh,
-            )
-            new, active = sharding.fetch((new, rows.active))
-        self._state = rows.state
-        tokens: list[Token] = []
-        for step in range(new.tokens.shape[1]):
-            for row, (output, p) in enumerate(zip(self._outputs, self.params, strict=True)):
-                if step < new.lengths[row]:
-                    tokens += output.push(_token(new, row, step, p.logprobs))
-        active = np.array(active)
-        for row, output in enumerate(self._outputs):
-            if output.ended:
-                active[row] = False
-            elif not active[row]:
-                tokens += output.flush()
-        self._active = active
-        rows = dataclasses.replace(rows, active=self._place(jnp.asarray(active)))
-        self._started = controls, rows
-        return tokens
-
-    def _place(self, tree: Any) -> Any:
-        """Arrays of the host `[batch, ...]` where their rows are decoded."""
-        return tree if self.mesh is None else sharding.spread(self.mesh, tree)
-
-    def _controls(self) -> Controls:
-        vocab_size = self._model.config.vocab_size
-        return self._place(controls_batch(self.params, num_rows(self._state), vocab_size))
-
-    def _rows(self) -> Rows:
-        batch, vocab = num_rows(self._state), self._model.config.vocab_size
-        seen = np.zeros((batch, vocab), bool)
-        remaining = np.zeros(batch, np.int32)
-        for row, (prompt, p) in enumerate(zip(self.prompts, self.params, strict=True)):
-            seen[row, prompt] = True
-            remaining[row] = p.max_tokens
-        host = dict(
-            prompt=jnp.asarray(seen),
-            counts=jnp.zeros((batch, vocab), jnp.int32),
-            generated=jnp.zeros(batch, jnp.int32),
-            remaining=jnp.asarray(remaining),
-            active=jnp.asarray(remaining > 0),
-        )
-        return Rows(state=self._state, **self._place(host))
-
-
-def _token(new: Generated, row: int, step: int, with_logprobs: bool) -> Token:
-    """A token of one dispatch (arrays of the host), as it is passed on."""
-    token = int(new.tokens[row, step])
-    if not with_logprobs:
-        return Token(token, row)
-    best = zip(new.top_tokens[row, step], new.top_logprobs[row, step], strict=True)
-    top_logprobs = {int(t): float(p) for t, p in best}
-    return Token(token, row, float(new.logprobs[row, step]), top_logprobs)
+    def _join(self) -> None:
+        """The next requests join, one on each device that has a free slot. Their prompts are read
+        alone, at one row of each device, so what else runs changes nothing in them."""
+        devices = 1 if self.mesh is None else self.mesh.size
+        each = self._slots.width // devices  # slots
+        slots, requests = [each] * devices, [self._waiting[0]] * devices  # no slot: left out
+        prompts: list[list[int]] = [[]] * devices
+        for slot in self._running.free:
+            device, own = divmod(slot, each)
+            if slots[device] == each and self._waiting:
+                row = self._waiting.popleft()
+                slots[device], requests[device], prompts[device] = own, row, self.prompts[row]
+                self._running.answers[slot] = Answer(self.params[row], row)
+                if self._slots.drafts is not None:
+                    self._slots.drafts.begin(slot, self.prompts[row])
+        state = self._begin(requests, devices)
+        state = read_chunks(self._model, state, prompts, self.mesh)
+        params = [self.params[row] for row in requests]
+        seen = seen_tokens(prompts, devices, self._config.vocab_size)
+        self._slots.join(slots, state, params, seen)
 
 
 def _one_each(

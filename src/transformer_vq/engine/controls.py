@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -47,10 +46,11 @@ def controls_row(params: SamplingParams, vocab_size: int) -> Controls:
 
 
 def controls_batch(params: Sequence[SamplingParams], batch: int, vocab_size: int) -> Controls:
-    """The controls of requests, `[batch, ...]`; rows that pad the batch are as the first request.
+    """The controls of requests, `[batch, ...]` on the host; rows that pad the batch are as the
+    first request.
 
     Requests that share their parameters, as those of one call often do, share the work.
     """
     rows = {id(p): controls_row(p, vocab_size) for p in params}
     chosen = [rows[id(p)] for p in params] + [rows[id(params[0])]] * (batch - len(params))
-    return jax.tree.map(lambda *row: jnp.asarray(np.concatenate(row)), *chosen)
+    return jax.tree.map(lambda *row: np.concatenate(row), *chosen)

@@ -1,31 +1,38 @@
-"""What a scheduler does on the device: rows in slots, and all programs over them.
+"""Rows of constant-size states in slots, on the device, and the programs over them.
 
-Every program is compiled when a `Device` is made, and called as compiled. So no request ever waits
-for a compiler. One thread uses a device.
+`Slots` are rows that are decoded together. A `Device` is what a scheduler has: slots of some
+widths, and what reads prompts, at one row. All its programs are compiled when it is made, and
+called as compiled, so no request ever waits for a compiler; a session's are compiled when they are
+called. One thread uses them.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from transformer_vq.engine.controls import controls_row
+from transformer_vq import sharding
+from transformer_vq.engine.controls import controls_batch
 from transformer_vq.engine.decoders import decoder_for
-from transformer_vq.engine.prefill import FEW, PREFILL_SIZES, chunk_size
+from transformer_vq.engine.draft import Drafts, check_draft
+from transformer_vq.engine.pace import SIZES
+from transformer_vq.engine.prefill import FEW, PREFILL_SIZES, prompt_chunks, read_chunks
+from transformer_vq.engine.program import Program, compile_all
 from transformer_vq.engine.request import SamplingParams
-from transformer_vq.engine.scheduler import MOST_STEPS, Dispatch, Scores, Snapshot
-from transformer_vq.engine.slots import put_rows, take_rows
+from transformer_vq.engine.running import MOST_STEPS, Dispatch, Snapshot
+from transformer_vq.engine.scheduler import Scores
+from transformer_vq.engine.slots import num_rows, put_rows, take_rows
 from transformer_vq.errors import UserError, shown
 from transformer_vq.nn.decode import Decoder
 from transformer_vq.nn.model import Model, State, init_state
 from transformer_vq.ops.decode import (
     Controls,
-    Generated,
     Pause,
     Rows,
     generate_tokens,
@@ -33,16 +40,179 @@ from transformer_vq.ops.decode import (
     prefill_few,
     prefill_scored,
     prefill_scored_few,
-    unsound,
 )
 
-ENDED, ACTIVE, UNSOUND = 0, 1, 2  # what became of a row
+_take = jax.jit(take_rows)
 
-Slots = tuple[Controls, Rows]
+
+@functools.partial(jax.jit, static_argnames="mesh", donate_argnums=0)
+def _put(tree: Any, slots: Any, rows: Any, *, mesh: Mesh | None = None) -> Any:
+    """`put_rows`; on a mesh, one row for each device, in a slot of its own rows."""
+    if mesh is None:
+        return put_rows(tree, slots, rows)
+    return sharding.map_rows(lambda _, *given: put_rows(*given), mesh)((), tree, slots, rows)
+
+
+class Slots:
+    """Rows that are decoded together.
+
+    Args:
+      model: where the rows are (`model_on`).
+      state: of the rows; the slots own it from now on.
+      params, prompts: of requests in the first slots; what `state` has not read, `read` reads.
+      most_steps: of a dispatch.
+      mesh: devices that the rows are spread over.
+      drafts: what guesses tokens of these rows; on one device.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        state: State,
+        params: Sequence[SamplingParams] = (),
+        prompts: Sequence[Sequence[int]] = (),
+        *,
+        most_steps: int = MOST_STEPS,
+        mesh: Mesh | None = None,
+        drafts: Drafts | None = None,
+    ):
+        self.width, self.drafts = num_rows(state), drafts
+        self._model, self._most_steps, self._mesh = model, most_steps, mesh
+        at_once = self.width if drafts is None else self.width * SIZES[-1]
+        self.decoder = decoder_for(model, state, at_once)
+        vocab_size = model.config.vocab_size
+        controls, rows = _begin((), params, seen_tokens(prompts, self.width, vocab_size))
+        if mesh is None:
+            controls, rows = jax.tree.map(jnp.asarray, (controls, rows))
+        else:
+            controls, rows = sharding.spread(mesh, (controls, rows))
+        self.controls: Controls = controls
+        self.rows: Rows = replace(rows, state=state)
+        self._ahead: dict[Any, Program] = {}
+
+    # Requests begin, move and leave.
+
+    def read(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Consume the prompts of the first rows, all together."""
+        state = read_chunks(self._model, self.rows.state, prompts, self._mesh)
+        self.rows = replace(self.rows, state=state)
+
+    def insert(
+        self, slot: int, start: Snapshot, params: SamplingParams, text: Sequence[int]
+    ) -> None:
+        """Begin a request after what `start` has read, which ends with the text."""
+        self.join([slot], start.state, [params], start.seen[None], start.counts[None])
+        if self.drafts is not None:
+            self.drafts.begin(slot, text)
+
+    def join(
+        self,
+        slots: Sequence[int],
+        state: State,
+        params: Sequence[SamplingParams],
+        seen: np.ndarray,
+        counts: np.ndarray | None = None,
+    ) -> None:
+        """Begin a request on each device, after row i of the state, in slot `slots[i]` of its own
+        rows; none where there is no such slot. `seen`, `counts`: what penalties count."""
+        index: Any = np.array(slots, np.int32)
+        controls, rows = _begin((), params, seen, counts)
+        if self._mesh is not None:
+            index, controls, rows = sharding.spread(self._mesh, (index, controls, rows))
+        self._put(index, (controls, replace(rows, state=state)))
+
+    def move(self, slot: int, to: "Slots", to_slot: int) -> None:
+        """A running request goes on in a slot of others."""
+        to._put(np.array([to_slot], np.int32), self._take(slot))
+        if self.drafts is not None and to.drafts is not None:
+            to.drafts.begin(to_slot, self.drafts.text(slot))
+
+    def snapshot(self, slot: int) -> Snapshot:
+        """What the request in a slot has read and written."""
+        _, rows = self._take(slot)
+        return Snapshot(rows.state, np.asarray(rows.prompt)[0], np.asarray(rows.counts)[0])
+
+    def _put(self, slots: Any, rows: tuple[Controls, Rows]) -> None:
+        put = self._ahead.get("put", functools.partial(_put, mesh=self._mesh))
+        self.controls, self.rows = put((self.controls, self.rows), slots, rows)
+
+    def _take(self, slot: int) -> tuple[Controls, Rows]:
+        tree = self.controls, self.rows
+        return self._ahead.get("take", _take)(tree, np.array([slot], np.int32))
+
+    # Decoding.
+
+    @property
+    def drafted(self) -> tuple[int, int]:
+        """How many tokens were guessed so far, and how many of them were right."""
+        return (0, 0) if self.drafts is None else (self.drafts.guessed, self.drafts.right)
+
+    def decode(
+        self, keep: np.ndarray, *, steps: int, at_end: bool, with_logprobs: bool
+    ) -> Dispatch:
+        """One dispatch of all rows; those not in `keep`, bool `[width]`, have ended."""
+        plain = self._ahead.get(with_logprobs, self._plain(with_logprobs))
+        kept: Any = keep if self._mesh is None else sharding.spread(self._mesh, keep)
+        pause = Pause(np.int32(steps), np.bool_(at_end))
+        args = self.decoder, self.controls, self.rows, kept, pause
+        if self.drafts is None:
+            self.rows, new = plain(*args)
+        else:
+            self.rows, new = self.drafts.dispatch(plain, args, with_logprobs=with_logprobs)
+        return Dispatch(*sharding.fetch(new))
+
+    def _plain(self, with_logprobs: bool) -> Callable[..., Any]:
+        return functools.partial(
+            generate_tokens,
+            steps=self._most_steps,
+            with_logprobs=with_logprobs,
+            mesh=self._mesh,
+        )
+
+    def ahead(self, empty: State) -> list[Program]:
+        """All programs, to be compiled before any is called. `empty`: a state of one row."""
+        tree, index = (self.controls, self.rows), np.zeros(1, np.int32)
+        row = _begin(empty, [], np.zeros((1, self._model.config.vocab_size), bool))
+        args = self.decoder, *tree, np.ones(self.width, bool), Pause(np.int32(0), np.bool_(False))
+        self._ahead = {
+            "put": Program(put_rows, (tree, index, row), donate=(0,)),
+            "take": Program(take_rows, (tree, index)),
+            False: Program(self._plain(False), args, donate=(2,)),
+            True: Program(self._plain(True), args, donate=(2,)),
+        }
+        return [*self._ahead.values(), *(self.drafts.ahead(args) if self.drafts else ())]
+
+
+def seen_tokens(prompts: Sequence[Sequence[int]], rows: int, vocab_size: int) -> np.ndarray:
+    """Which tokens the first rows have read, bool `[rows, vocab]`."""
+    seen = np.zeros((rows, vocab_size), bool)
+    for row, prompt in enumerate(prompts):
+        seen[row, prompt] = True
+    return seen
+
+
+def _begin(
+    state: Any, params: Sequence[SamplingParams], seen: np.ndarray, counts: Any = None
+) -> tuple[Controls, Rows]:
+    """Requests that begin after a state, as arrays of the host; rows beyond `params` are none.
+
+    `seen` bool and `counts` int32, `[rows, vocab]`: what penalties count.
+    """
+    remaining = np.zeros(len(seen), np.int32)
+    remaining[: len(params)] = [p.max_tokens for p in params]
+    host: dict[str, Any] = dict(
+        prompt=seen,
+        counts=np.zeros(seen.shape, np.int32) if counts is None else counts,
+        generated=np.zeros(len(seen), np.int32),
+        remaining=remaining,
+        active=remaining > 0,
+    )
+    controls = controls_batch(params or [SamplingParams()], *seen.shape)
+    return controls, Rows(state=state, **host)
 
 
 class Device:
-    """Rows of constant-size states in slots, and the programs that read, insert and decode.
+    """What a scheduler has: slots, and what reads prompts.
 
     Args:
       model: of which requests are served.
@@ -51,8 +221,9 @@ class Device:
         rounding of states, so it follows nothing that happens.
       room: tokens that each row must be able to take; only full attention has such a limit.
       device: of JAX, where all of it is; None: where the model is, or JAX's default.
+      draft: guess tokens ahead, as in `generate`.
 
-    Raises `UserError` for another `largest`.
+    Raises `UserError` for another `largest`, and for what cannot guess.
     """
 
     def __init__(
@@ -63,32 +234,44 @@ class Device:
         largest: int = PREFILL_SIZES[-1],
         room: int | None = None,
         device: Any = None,
+        draft: bool | Model = False,
     ):
         if largest not in PREFILL_SIZES:
             sizes = ", ".join(map(str, PREFILL_SIZES))
             raise UserError(
                 f"the size of a prompt's chunks is {shown(largest)}: it must be one of {sizes}"
             )
+        check_draft(draft, model.config)
         if device is not None:
             model = jax.device_put(model, device)
-        self.model, self.largest, self.widths = model, largest, tuple(sorted(set(widths)))
-        self.vocab_size = model.config.vocab_size
+            draft = jax.device_put(draft, device) if isinstance(draft, Model) else draft
+        self.model, self.largest, self.vocab_size = model, largest, model.config.vocab_size
         with jax.default_device(device):
-            self._make(model, room)
-
-    def _make(self, model: Model, room: int | None) -> None:
-        """All arrays and programs."""
-        self._empty = init_state(model.config, 1, room=room)
+            self._empty = init_state(model.config, 1, room=room)
+            self._decoder = decoder_for(model, self._empty)  # of one row
+            self.slots = {width: self._make(width, room, draft) for width in sorted(set(widths))}
+            self._programs = self._reading()
+            ahead = [slots.ahead(self._empty) for slots in self.slots.values()]
+            compile_all(itertools.chain(self._programs.values(), *ahead))
         self.capacity = self._empty.capacity
         state = sum(x.nbytes for x in jax.tree.leaves(self._empty))
         self.row_bytes = state + 5 * self.vocab_size  # of a `Snapshot`
-        self._decoder = decoder_for(model, self._empty)  # of one row
-        self._decoders = {width: decoder_for(model, self._empty, width) for width in self.widths}
-        self._slots = {width: _new_slots(model, width, room) for width in self.widths}
-        row = _new_slots(model, 1, room)
-        self._compiled = _compile(
-            model, self._decoder, self._decoders, row, self._slots, self.largest
-        )
+
+    def _make(self, width: int, room: int | None, draft: bool | Model) -> Slots:
+        drafts = Drafts(draft, width, room) if draft else None
+        return Slots(self.model, init_state(self.model.config, width, room=room), drafts=drafts)
+
+    def _reading(self) -> dict[Any, Program]:
+        """The programs that read prompts, by what they do and their sizes."""
+        index = np.zeros(1, np.int32)
+        programs: dict[Any, Program] = {"copy": Program(take_rows, (self._empty, index))}
+        for size in PREFILL_SIZES[: PREFILL_SIZES.index(self.largest) + 1]:
+            args = (self._reader(size), self._empty, np.zeros((1, size), np.int32), index)
+            few = size <= FEW
+            read, score = (prefill_few, prefill_scored_few) if few else (prefill, prefill_scored)
+            programs["read", size] = Program(read, args, donate=(1,))
+            programs["score", size] = Program(score, args, donate=(1,))
+        return programs
 
     # Prompts are read at one row, before they have a slot.
 
@@ -98,171 +281,26 @@ class Device:
 
     def copy(self, state: State) -> State:
         """The same state in arrays of its own."""
-        return self._compiled["copy"](state, np.zeros(1, np.int32))
+        return self._programs["copy"](state, np.zeros(1, np.int32))
 
     def read(self, state: State, tokens: Sequence[int]) -> State:
         """The state after a chunk of a prompt; the given one is no more. Waits for the device."""
-        size, *chunk = self._chunk(tokens)
-        state = self._compiled["read", size](self._reader(size), state, *chunk)
-        return jax.block_until_ready(state)
+        return jax.block_until_ready(self._read("read", state, tokens))
 
     def read_scored(self, state: State, tokens: Sequence[int]) -> tuple[State, Scores]:
         """`read`, and how probable the tokens were."""
-        size, *chunk = self._chunk(tokens)
-        state, scored = self._compiled["score", size](self._reader(size), state, *chunk)
+        state, scored = self._read("score", state, tokens)
         return state, Scores(*(np.asarray(x)[0, : len(tokens)] for x in scored))
+
+    def _read(self, what: str, state: State, tokens: Sequence[int]) -> Any:
+        ((chunk, lengths),) = prompt_chunks([tokens], 1)
+        size = chunk.shape[1]
+        return self._programs[what, size](self._reader(size), state, chunk, lengths)
 
     def _reader(self, size: int) -> Model | Decoder:
         """What reads chunks of this size."""
         return self._decoder if size <= FEW else self.model
 
-    def _chunk(self, tokens: Sequence[int]) -> tuple[int, np.ndarray, np.ndarray]:
-        size = chunk_size(len(tokens), self.largest)
-        padded = np.zeros((1, size), np.int32)
-        padded[0, : len(tokens)] = tokens
-        return size, padded, np.array([len(tokens)], np.int32)
-
     def is_sound(self, state: State) -> bool:
         """Whether what comes next has probabilities."""
         return not np.isnan(np.asarray(state.logits)).any()
-
-    # Rows in slots.
-
-    def insert(self, width: int, slot: int, start: Snapshot, params: SamplingParams) -> None:
-        """Begin a request in a slot, after what `start` has read."""
-        controls = controls_row(params, self.vocab_size)
-        rows = Rows(
-            state=start.state,
-            prompt=start.seen[None],  # pyright: ignore[reportArgumentType]
-            counts=start.counts[None],  # pyright: ignore[reportArgumentType]
-            generated=np.zeros(1, np.int32),  # pyright: ignore[reportArgumentType]
-            remaining=np.array([params.max_tokens], np.int32),  # pyright: ignore[reportArgumentType]
-            active=np.ones(1, bool),  # pyright: ignore[reportArgumentType]
-        )
-        self._put(width, slot, (controls, rows))
-
-    def move(self, width: int, slot: int, to_width: int, to_slot: int) -> None:
-        """A running request goes on in a slot of another width."""
-        self._put(to_width, to_slot, self._take(width, slot))
-
-    def snapshot(self, width: int, slot: int) -> Snapshot:
-        """What the request in a slot has read and written."""
-        _, rows = self._take(width, slot)
-        return Snapshot(rows.state, np.asarray(rows.prompt)[0], np.asarray(rows.counts)[0])
-
-    def _put(self, width: int, slot: int, row: Slots) -> None:
-        index = np.array([slot], np.int32)
-        self._slots[width] = self._compiled["put", width](self._slots[width], index, row)
-
-    def _take(self, width: int, slot: int) -> Slots:
-        return self._compiled["take", width](self._slots[width], np.array([slot], np.int32))
-
-    def decode(
-        self, width: int, keep: np.ndarray, *, steps: int, at_end: bool, with_logprobs: bool
-    ) -> Dispatch:
-        """One dispatch of all rows of a width; those not in `keep`, bool `[width]`, have ended."""
-        controls, rows = self._slots[width]
-        pause = Pause(np.int32(steps), np.bool_(at_end))
-        decode = self._compiled["decode", width, with_logprobs]
-        rows, new, became = decode(self._decoders[width], controls, rows, keep, pause)
-        self._slots[width] = controls, rows
-        new, became = jax.device_get((new, became))
-        return Dispatch(*new, active=became == ACTIVE, unsound=became == UNSOUND)
-
-
-def _new_slots(model: Model, width: int, room: int | None) -> Slots:
-    """Slots in which nothing runs."""
-    vocab = model.config.vocab_size
-    row = controls_row(SamplingParams(), vocab)
-    controls = jax.tree.map(lambda x: jnp.asarray(np.repeat(x, width, axis=0)), row)
-    rows = Rows(
-        state=init_state(model.config, width, room=room),
-        prompt=jnp.zeros((width, vocab), bool),
-        counts=jnp.zeros((width, vocab), jnp.int32),
-        generated=jnp.zeros(width, jnp.int32),
-        remaining=jnp.zeros(width, jnp.int32),
-        active=jnp.zeros(width, bool),
-    )
-    return controls, rows
-
-
-class Program:
-    """A function of trees, compiled for arguments like these. Call `compile` before calling it.
-
-    It is compiled as a function of lists of leaves: the types in `nn` are of arrays, and JAX would
-    make some of what merely describes its arguments.
-    """
-
-    def __init__(self, fn: Callable[..., Any], args: Sequence[Any], donate: tuple[int, ...] = ()):
-        trees = [jax.tree.structure(arg) for arg in args]
-        out = None
-
-        def flat(*leaves: list[Any]) -> list[Any]:
-            nonlocal out
-            given = (tree.unflatten(x) for tree, x in zip(trees, leaves, strict=True))
-            leaves_out, out = jax.tree.flatten(fn(*given))
-            return leaves_out
-
-        lowered = jax.jit(flat, donate_argnums=donate).lower(*map(jax.tree.leaves, args))
-        assert out is not None  # it was traced
-        self._lowered, self._out = lowered, out
-
-    def compile(self) -> None:
-        self._call = self._lowered.compile()
-        del self._lowered
-
-    def text(self) -> str:
-        """What was compiled, as XLA writes it."""
-        return self._call.as_text() or ""
-
-    def __call__(self, *args: Any) -> Any:
-        return self._out.unflatten(self._call(*map(jax.tree.leaves, args)))
-
-
-def _compile(
-    model: Model,
-    reading: Decoder,
-    decoders: dict[int, Decoder],
-    row: Slots,
-    slots: dict[int, Slots],
-    largest: int,
-) -> dict[Any, Program]:
-    """All programs, by what they do and their sizes; compiled in some threads at once."""
-    index, empty = np.zeros(1, np.int32), row[1].state
-    programs: dict[Any, Program] = {"copy": Program(take_rows, (empty, index))}
-    for size in PREFILL_SIZES[: PREFILL_SIZES.index(largest) + 1]:
-        few = size <= FEW
-        reader = reading if few else model
-        args = (reader, empty, np.zeros((1, size), np.int32), index)
-        read, score = (prefill_few, prefill_scored_few) if few else (prefill, prefill_scored)
-        programs["read", size] = Program(read, args, donate=(1,))
-        programs["score", size] = Program(score, args, donate=(1,))
-    pause = Pause(np.int32(0), np.bool_(False))
-    for width, tree in slots.items():
-        programs["take", width] = Program(take_rows, (tree, index))
-        programs["put", width] = Program(put_rows, (tree, index, row), donate=(0,))
-        for with_logprobs in (False, True):
-            decode = functools.partial(_decode, with_logprobs=with_logprobs)
-            args = (decoders[width], *tree, np.ones(width, bool), pause)
-            programs["decode", width, with_logprobs] = Program(decode, args, donate=(2,))
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(Program.compile, programs.values()))
-    return programs
-
-
-def _decode(
-    decoder: Decoder,
-    controls: Controls,
-    rows: Rows,
-    keep: jax.Array,
-    pause: Pause,
-    *,
-    with_logprobs: bool,
-) -> tuple[Rows, Generated, jax.Array]:
-    """`generate_tokens` for the rows to `keep`, bool `[B]`; and what became of each, int32."""
-    rows = replace(rows, active=rows.active & keep)
-    rows, new = generate_tokens(
-        decoder, controls, rows, steps=MOST_STEPS, with_logprobs=with_logprobs, pause=pause
-    )
-    ended = jnp.where(unsound(rows.state), UNSOUND, ENDED)
-    return rows, new, jnp.where(rows.active, ACTIVE, ended)

@@ -70,7 +70,7 @@ class Engine:
         with self._changed:
             if self._dead or self._closing or self.scheduler is None:
                 raise EngineDead("the engine takes no requests: it is starting or has ended")
-            slots = max(self.scheduler.device.widths)
+            slots = max(self.scheduler.device.slots)
             rows = sum(live.rows for live in self._live)
             if self._live and rows + sum(r.rows for r in requests) > slots + self._max_queue:
                 raise QueueFull(

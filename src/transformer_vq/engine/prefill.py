@@ -5,8 +5,11 @@ serve all prompts, and the same programs make the same state of a prompt, to the
 is in the batch.
 """
 
+import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +102,7 @@ def batch_size(count: int, mesh: Mesh | None) -> int:
     Raises `UserError` for what is no mesh.
     """
     devices = 1 if mesh is None else sharding.as_mesh(mesh).size
-    return devices * _next_power_of_two(-(-count // devices))
+    return devices * next_power_of_two(-(-count // devices))
 
 
 def begin(
@@ -113,7 +116,7 @@ def begin(
         return _fork(state, need, batch, mesh)
     room = None
     if config.default_capacity is not None:
-        room = max(MIN_CAPACITY, _next_power_of_two(max(need)))  # few shapes to compile for
+        room = max(MIN_CAPACITY, next_power_of_two(max(need)))  # few shapes to compile for
         _check_memory(config, batch, room, mesh)
     if mesh is None:
         return init_state(config, batch, room=room)
@@ -137,8 +140,9 @@ def _check_memory(config: ModelConfig, batch: int, capacity: int, mesh: Mesh | N
         )
 
 
-def _fork(state: State, need: Sequence[int], batch: int, mesh: Mesh | None) -> State:
-    """A copy of the state, one row per request (a single row serves all), padded to the batch."""
+def check_start(state: State, need: Sequence[int]) -> None:
+    """Raise `UserError` if so many requests, which are to consume so many tokens, cannot begin in
+    a state: one row each, or one that serves all."""
     given, rows = num_rows(state), len(need)
     if given not in (1, rows):
         raise UserError(f"the state has {given} rows for {rows} prompts: 1 or {rows} are needed")
@@ -149,24 +153,35 @@ def _fork(state: State, need: Sequence[int], batch: int, mesh: Mesh | None) -> S
                 f"prompt and output would reach {end} tokens, and this state of full attention "
                 f"holds {state.capacity}: make one with a larger capacity"
             )
+
+
+def _fork(state: State, need: Sequence[int], batch: int, mesh: Mesh | None) -> State:
+    """A copy of the state, one row per request (a single row serves all), padded to the batch."""
+    check_start(state, need)
     index = np.zeros(batch, np.int32)
-    if given > 1:
-        index[:rows] = np.arange(rows)
+    if num_rows(state) > 1:
+        index[: len(need)] = np.arange(len(need))
     return take_rows(state, index) if mesh is None else sharding.spread(mesh, state, index)
 
 
 def read_chunks(
-    model: Model, state: State, prompts: Sequence[Sequence[int]], mesh: Mesh | None
+    model: Model,
+    state: State,
+    prompts: Sequence[Sequence[int]],
+    mesh: Mesh | None,
+    ahead: Mapping[Any, Any] = MappingProxyType({}),
 ) -> State:
-    """The state `[batch, ...]` after the prompts of its first rows. The given one is donated."""
+    """The state `[batch, ...]` after the prompts of its first rows. The given one is donated.
+
+    `ahead`: programs that are compiled already, `("read", size)`.
+    """
     for tokens, lengths in prompt_chunks(prompts, num_rows(state)):
         if mesh is not None:
             tokens, lengths = sharding.spread(mesh, (tokens, lengths))
-        if tokens.shape[1] <= FEW:
-            decoder = decoder_for(model, state)
-            state = prefill_few(decoder, state, tokens, lengths, mesh=mesh)
-        else:
-            state = prefill(model, state, tokens, lengths, mesh=mesh)
+        size = tokens.shape[1]
+        reader = decoder_for(model, state) if size <= FEW else model
+        usual = functools.partial(prefill_few if size <= FEW else prefill, mesh=mesh)
+        state = ahead.get(("read", size), usual)(reader, state, tokens, lengths)
     return state
 
 
@@ -204,5 +219,6 @@ def chunk_size(length: int, largest: int = PREFILL_SIZES[-1]) -> int:
     return next((size for size in PREFILL_SIZES if size >= min(length, largest)), largest)
 
 
-def _next_power_of_two(n: int) -> int:
+def next_power_of_two(n: int) -> int:
+    """The least power of two that is not below n."""
     return 1 << max(0, n - 1).bit_length()

@@ -7,21 +7,25 @@ So the state of a prompt does not depend on what else runs, and rows that run ar
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from transformer_vq.engine.output import Output
 from transformer_vq.engine.request import SamplingParams, Token
+from transformer_vq.engine.running import (
+    MOST_STEPS,
+    NO_NUMBERS,
+    Answer,
+    Finish,
+    Running,
+    Slots,
+    Snapshot,
+)
 
 STREAMING, ALONE = 0.06, 0.25  # seconds of a dispatch, where somebody reads along and where nobody
 NARROW_AFTER = 1.0  # seconds that a request is alone in many slots before it gets a batch of one
-MOST_STEPS = 128  # of a dispatch
-
-Finish = Literal["stop", "length", "error"]
-NO_NUMBERS = "the model gives no probabilities here but not-a-number (NaN)"
 
 
 class Scores(NamedTuple):
@@ -32,50 +36,20 @@ class Scores(NamedTuple):
     top_logprobs: np.ndarray  # float32, same shape
 
 
-class Dispatch(NamedTuple):
-    """What `Device.decode` has done: `ops.decode.Generated`, and what became of the rows."""
-
-    tokens: np.ndarray  # int32 [B, steps]
-    lengths: np.ndarray  # int32 [B]
-    logprobs: np.ndarray  # float32 [B, steps]
-    top_tokens: np.ndarray  # int32 [B, steps, alternatives]
-    top_logprobs: np.ndarray
-    active: np.ndarray  # bool [B]: rows that go on
-    unsound: np.ndarray  # bool [B]: rows that ended because their logits are not numbers
-
-
-@dataclass(frozen=True, eq=False)
-class Snapshot:
-    """All that a sequence has left: its state, and what penalties count. It never changes."""
-
-    state: Any  # nn.model.State of one row
-    seen: np.ndarray  # bool [vocab]: tokens of its prompts
-    counts: np.ndarray  # int32 [vocab]: how often each token was written
-
-    @property
-    def position(self) -> int:
-        """How many tokens were consumed."""
-        return int(np.asarray(self.state.position)[0])
-
-
 class Device(Protocol):
     """What a scheduler asks of `engine.device.Device`."""
 
-    widths: tuple[int, ...]
     largest: int
     vocab_size: int
+
+    @property
+    def slots(self) -> Mapping[int, Slots]: ...  # by how many they are
 
     def begin(self, start: Snapshot | None) -> Any: ...
     def copy(self, state: Any) -> Any: ...
     def read(self, state: Any, tokens: Sequence[int]) -> Any: ...
     def read_scored(self, state: Any, tokens: Sequence[int]) -> tuple[Any, Scores]: ...
     def is_sound(self, state: Any) -> bool: ...
-    def insert(self, width: int, slot: int, start: Snapshot, params: SamplingParams) -> None: ...
-    def move(self, width: int, slot: int, to_width: int, to_slot: int) -> None: ...
-    def snapshot(self, width: int, slot: int) -> Snapshot: ...
-    def decode(
-        self, width: int, keep: np.ndarray, *, steps: int, at_end: bool, with_logprobs: bool
-    ) -> Dispatch: ...
 
 
 @dataclass(eq=False)
@@ -131,22 +105,11 @@ class _Reading:
     inserted: int = 0  # samples that have got a slot
 
 
-@dataclass
-class _Running:
-    """A request in a slot."""
-
-    request: Request
-    choice: int
-    params: SamplingParams
-    output: Output
-    written: int = 0
-
-
 class Scheduler:
     """Requests over the rows of a device.
 
     Args:
-      device: of `engine.device`; rows of one of its widths run at a time.
+      device: of `engine.device`; the slots of one of its widths run at a time.
       exact: always the largest width: what a request gives then does not depend, to the bit, on
         what else there is.
       clock: seconds that go on. It decides how long a dispatch is, and never what is in it.
@@ -156,26 +119,36 @@ class Scheduler:
         self, device: Device, *, exact: bool = False, clock: Callable[[], float] = time.monotonic
     ):
         self.device, self._clock = device, clock
-        self._wide = max(device.widths)
-        self._narrow = self._wide if exact else min(device.widths)
-        self._width = self._narrow
-        self._slots: list[_Running | None] = [None] * self._width
+        self._wide = max(device.slots)
+        self._narrow = self._wide if exact else min(device.slots)
+        self._running = Running(device.slots[self._narrow])
         self._waiting: deque[Request] = deque()
         self._reading: _Reading | None = None
         self._owed = 0.0  # seconds of reading that decoding has not had yet
         self._alone_since: float | None = None
-        self.step_seconds = dict.fromkeys(device.widths, 0.002)  # of one step, as measured
+        self.step_seconds = dict.fromkeys(device.slots, 0.002)  # of one step, as measured
         self.prompt_tokens = self.written_tokens = self.dispatches = 0  # so far
 
     @property
     def running(self) -> int:
         """Rows that are being decoded."""
-        return sum(slot is not None for slot in self._slots)
+        return len(self._running.live)
+
+    @property
+    def width(self) -> int:
+        """How many slots there are now."""
+        return self._running.slots.width
 
     @property
     def waiting(self) -> int:
         """Requests that wait for a slot, that whose prompt is being read included."""
         return len(self._waiting) + (self._reading is not None)
+
+    @property
+    def drafted(self) -> tuple[int, int]:
+        """How many tokens were guessed so far, and how many of them were right."""
+        guessed, right = zip(*(slots.drafted for slots in self.device.slots.values()), strict=True)
+        return sum(guessed), sum(right)
 
     @property
     def idle(self) -> bool:
@@ -195,9 +168,9 @@ class Scheduler:
         """
         if not request.live:
             return False
-        for i, slot in enumerate(self._slots):
-            if slot and slot.request is request and choice in (None, slot.choice):
-                self._slots[i] = None
+        for slot, answer in self._running.live:
+            if answer.request is request and choice in (None, answer.row):
+                self._running.answers[slot] = None
                 request.live -= 1
         if choice is None:
             request.live = 0
@@ -279,23 +252,21 @@ class Scheduler:
     def _insert(self, reading: _Reading) -> None:
         """As many samples of the prompt that is read as slots are free."""
         assert reading.ready
-        params = reading.request.params
-        wanted = self.running + len(params) - reading.inserted
-        if not self.running or wanted > len(self._slots):
+        request = reading.request
+        wanted = self.running + len(request.params) - reading.inserted
+        if not self.running or wanted > self.width:
             self._change_width(self._narrow if wanted <= self._narrow else self._wide)
-        for slot, running in enumerate(self._slots):
-            if running is None and reading.inserted < len(params):
-                i = reading.inserted
-                reading.inserted += 1
-                self.device.insert(self._width, slot, reading.ready, params[i])
-                output = Output(params[i])
-                self._slots[slot] = _Running(reading.request, i, params[i], output)
-        if reading.inserted == len(params):
+        for slot in self._running.free[: len(request.params) - reading.inserted]:
+            answer = Answer(request.params[reading.inserted], reading.inserted, request)
+            self._running.slots.insert(slot, reading.ready, answer.params, request.prompt)
+            self._running.answers[slot] = answer
+            reading.inserted += 1
+        if reading.inserted == len(request.params):
             self._reading = None
 
     def _fit_width(self) -> None:
         """Back to the batch of one, once at most one request has been there for a while."""
-        if self._width == self._narrow or not 0 < self.running <= self._narrow or self.waiting:
+        if self.width == self._narrow or not 0 < self.running <= self._narrow or self.waiting:
             self._alone_since = None
             return
         now = self._clock()
@@ -306,87 +277,51 @@ class Scheduler:
 
     def _change_width(self, width: int) -> None:
         """All that runs goes on in the slots of another width."""
-        if width == self._width:
-            return
-        slots: list[_Running | None] = [None] * width
-        for slot, running in enumerate(self._slots):
-            if running is not None:
-                free = slots.index(None)
-                self.device.move(self._width, slot, width, free)
-                slots[free] = running
-        self._width, self._slots, self._alone_since = width, slots, None
+        if width != self.width:
+            others = Running(self.device.slots[width])
+            self._running.move(others)
+            self._running, self._alone_since = others, None
 
     # Decoding.
 
     def _decode(self, events: list[Event]) -> None:
         """One dispatch, and what it brought to each request."""
-        running = [slot for slot in self._slots if slot is not None]
-        seconds = STREAMING if any(r.request.streams for r in running) else ALONE
+        news: dict[Answer, list[Token]] = {answer: [] for _, answer in self._running.live}
+        seconds = STREAMING if any(answer.request.streams for answer in news) else ALONE
         began = self._clock()
-        new = self.device.decode(
-            self._width,
-            np.array([slot is not None for slot in self._slots]),
-            steps=max(1, min(MOST_STEPS, int(seconds / self.step_seconds[self._width]))),
+        wrote = self._running.decode(
+            max(1, min(MOST_STEPS, int(seconds / self.step_seconds[self.width]))),
             at_end=self.waiting > 0,
-            with_logprobs=any(r.params.logprobs for r in running),
         )
         took = self._clock() - began
         self._owed = max(0.0, self._owed - took)
-        self._measure(took / max(1, int(new.lengths.max())))
+        self._measure(took / max(1, wrote.steps))
         self.dispatches += 1
-        for slot, row in enumerate(self._slots):
-            if row is not None:
-                self._take(slot, row, new, events)
+        self.written_tokens += wrote.total
+        for answer, token in wrote.tokens:
+            news[answer].append(token)
+        for answer, tokens in news.items():
+            if tokens or answer.finish:
+                events.append(self._event(answer, tokens, wrote.ended.get(answer)))
 
     def _measure(self, seconds: float) -> None:
         """A moving average of the time of a step."""
-        old = self.step_seconds[self._width]
-        self.step_seconds[self._width] = 0.7 * old + 0.3 * max(seconds, 1e-6)
+        old = self.step_seconds[self.width]
+        self.step_seconds[self.width] = 0.7 * old + 0.3 * max(seconds, 1e-6)
 
-    def _take(self, slot: int, row: _Running, new: Dispatch, events: list[Event]) -> None:
-        """What a dispatch wrote in one slot; the slot is free if the answer has ended."""
-        length = int(new.lengths[slot])
-        row.written += length
-        self.written_tokens += length
-        tokens: list[Token] = []
-        for step in range(length):
-            tokens += row.output.push(_token(new, slot, step, row))
-        finish: Finish | None = None
-        snapshot = None
-        if row.output.ended:
-            finish = "stop"
-        elif not new.active[slot]:
-            tokens += row.output.flush()
-            if row.written == row.params.max_tokens:
-                finish = "length"
-            else:
-                finish = "error" if new.unsound[slot] else "stop"
-            if row.request.keep_answers and finish != "error":
-                snapshot = self.device.snapshot(self._width, slot)
-        if finish:
-            self._slots[slot] = None
-            row.request.live -= 1
-        if tokens or finish:
-            last = not row.request.live
-            events.append(
-                Event(
-                    row.request,
-                    row.choice,
-                    tokens,
-                    finish,
-                    snapshot=snapshot,
-                    error=NO_NUMBERS if finish == "error" else "",
-                    last=last,
-                )
-            )
-
-
-def _token(new: Dispatch, slot: int, step: int, row: _Running) -> Token:
-    """A token of a dispatch as `generate` yields it."""
-    token = int(new.tokens[slot, step])
-    if not row.params.logprobs:
-        return Token(token, row.choice)
-    best = zip(new.top_tokens[slot, step], new.top_logprobs[slot, step], strict=True)
-    return Token(
-        token, row.choice, float(new.logprobs[slot, step]), {int(t): float(p) for t, p in best}
-    )
+    def _event(self, answer: Answer, tokens: Sequence[Token], ended: int | None) -> Event:
+        """An answer has grown, or ended; its row is in the slot `ended`."""
+        request, finish, snapshot = answer.request, answer.finish, None
+        request.live -= finish is not None
+        by_itself = finish and finish != "error" and not answer.output.ended
+        if ended is not None and by_itself and request.keep_answers:
+            snapshot = self._running.slots.snapshot(ended)
+        return Event(
+            request,
+            answer.row,
+            tokens,
+            finish,
+            snapshot=snapshot,
+            error=NO_NUMBERS if finish == "error" else "",
+            last=not request.live,
+        )

@@ -29,7 +29,7 @@ from transformer_vq.errors import UserError, cut, plain, shown
 from transformer_vq.measure import hlo
 from transformer_vq.nn.decode import prepare
 from transformer_vq.nn.model import init_model, init_state
-from transformer_vq.ops.decode import Rows, generate_tokens, prefill
+from transformer_vq.ops.decode import Pause, Rows, generate_tokens, prefill
 from transformer_vq.ops.sample import SampleConfig, sample_sequences
 from transformer_vq.ops.train import init_train_state, make_train_step, require_trainable
 
@@ -165,7 +165,13 @@ def _trace_decode(config: ModelConfig, mesh: Any, rows: int) -> jax.stages.Trace
     decoder = _Shapes.of(
         lambda: prepare(init_model(config, 0), init_state(config, 1)), sharding.replicated(mesh)
     )
-    arguments = [decoder, _Shapes.of(controls, spread), _Shapes.of(start, spread)]
+    arguments = [
+        decoder,
+        _Shapes.of(controls, spread),
+        _Shapes.of(start, spread),
+        _Shapes.of(lambda: jnp.ones(rows, bool), spread),
+        _Shapes.of(lambda: Pause(jnp.int32(STEPS), jnp.bool_(False)), sharding.replicated(mesh)),
+    ]
     return _traced(decode, arguments, donate=2)
 
 

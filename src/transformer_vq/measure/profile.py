@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from transformer_vq.config import ModelConfig
-from transformer_vq.engine.controls import controls_batch
-from transformer_vq.engine.decoders import decoder_for
-from transformer_vq.engine.device import Program as CompiledProgram
-from transformer_vq.engine.prefill import begin, read_chunks
+from transformer_vq.engine.device import Slots
+from transformer_vq.engine.prefill import begin
+from transformer_vq.engine.program import Program as CompiledProgram
 from transformer_vq.engine.request import SamplingParams
 from transformer_vq.errors import UserError
 from transformer_vq.measure.bench import DISPATCH, Probe
@@ -30,7 +28,7 @@ from transformer_vq.measure.hlo import Operation, Program
 from transformer_vq.nn.model import init_model
 from transformer_vq.nn.products import Weights
 from transformer_vq.nn.weights import round_weights
-from transformer_vq.ops.decode import Rows, generate_tokens
+from transformer_vq.ops.decode import Pause, generate_tokens
 
 # What JAX puts into the names of operations besides our scopes.
 _NO_SCOPE = re.compile(r".*[(<]|(while|body|cond|closed_call|branch_\d+_fun|pjit)$")
@@ -59,31 +57,24 @@ def profile_decode(
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, config.vocab_size, position).tolist() for _ in range(batch)]
     params = SamplingParams(max_tokens=4 * DISPATCH, top_p=0.9)
-    state = begin(config, None, [position + params.max_tokens] * batch, batch, None)
-    decoder = decoder_for(model, state)
-    state = read_chunks(model, state, prompts, None)
-    controls = controls_batch([params] * batch, batch, config.vocab_size)
-    rows = Rows(
-        state=state,
-        prompt=jnp.zeros((batch, config.vocab_size), bool),
-        counts=jnp.zeros((batch, config.vocab_size), jnp.int32),
-        generated=jnp.zeros(batch, jnp.int32),
-        remaining=jnp.full(batch, params.max_tokens, jnp.int32),
-        active=jnp.ones(batch, bool),
-    )
+    state = begin(config, None, [position + params.max_tokens], batch, None)
+    slots = Slots(model, state, [params] * batch, prompts)
+    slots.read(prompts)
+    decoder, controls, rows = slots.decoder, slots.controls, slots.rows
+    rest = np.ones(batch, bool), Pause(np.int32(DISPATCH), np.bool_(False))
     decode = functools.partial(generate_tokens, steps=DISPATCH, with_logprobs=False)
-    step = CompiledProgram(decode, (decoder, controls, rows), donate=(2,))
+    step = CompiledProgram(decode, (decoder, controls, rows, *rest), donate=(2,))
     step.compile()
     bandwidth = Probe(config.compute_dtype).bandwidth()
-    rows, _ = step(decoder, controls, rows)  # warms up
+    rows, _ = step(decoder, controls, rows, *rest)  # warms up
     jax.block_until_ready(rows)
     start = time.perf_counter()
-    rows, _ = jax.block_until_ready(step(decoder, controls, rows))
+    rows, _ = jax.block_until_ready(step(decoder, controls, rows, *rest))
     plain = (time.perf_counter() - start) / DISPATCH
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             start = time.perf_counter()
-            jax.block_until_ready(step(decoder, controls, rows))
+            jax.block_until_ready(step(decoder, controls, rows, *rest))
             recorded = (time.perf_counter() - start) / DISPATCH
         times = operation_times(Path(folder))
     operations = by_layer(Program.parse(step.text()), times, DISPATCH)

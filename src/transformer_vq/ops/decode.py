@@ -6,8 +6,8 @@ parameters and its seed alone. Requests are handled on the host, in `engine/`.
 """
 
 import functools
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ class Rows:
 
 
 class Pause(NamedTuple):
-    """Where a dispatch ends before its rows do. Traced, so that no value causes a compilation."""
+    """Where a dispatch ends before its rows do: traced, so that no value causes a compilation."""
 
     steps: ArrayLike  # int32: after so many
     at_end: ArrayLike  # bool: as soon as one row ends
@@ -74,6 +74,8 @@ class Generated(NamedTuple):
     logprobs: jax.Array  # float32 [B, steps]: of the tokens, under the model (no controls)
     top_tokens: jax.Array  # int32 [B, steps, TOP_LOGPROBS or fewer]; [B, steps, 0] unless asked
     top_logprobs: jax.Array  # float32, same shape
+    active: jax.Array  # bool [B]: rows that go on
+    unsound: jax.Array  # bool [B]: rows whose logits are not numbers now
 
 
 @jax.named_scope("controls")
@@ -121,24 +123,30 @@ def generate_tokens(
     decoder: Decoder,
     controls: Controls,
     rows: Rows,
+    keep: ArrayLike,
+    pause: Pause,
     *,
     steps: int,
     with_logprobs: bool,
-    pause: Pause | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Rows, Generated]:
-    """Up to `steps` tokens for every active row, in one program; ends early when none is left.
+    """Up to `steps` tokens for every active row, in one program; ends early when none is left, or
+    where `pause` says.
 
-    A row ends at `remaining` tokens, or at a stop token, which is neither returned nor consumed.
-    All other tokens are consumed, so `rows.state` is ready for what comes after them. On a mesh,
-    every device does this with its own rows, and ends when it has none left.
+    A row ends at `remaining` tokens; or at a stop token, which is neither returned nor consumed;
+    or, without a token, where its logits are not numbers. All other tokens are consumed, so
+    `rows.state` is ready for what comes after them. Rows not in `keep`, bool `[B]`, have ended.
 
-    With `pause` (on one device) a dispatch ends where it says, and a row also ends, without a
-    token, where its logits are not numbers: then they still are, after the dispatch (`unsound`).
+    On a mesh, every device does this with its own rows, and ends when it has none left.
     """
     if mesh is not None:
         alone = functools.partial(generate_tokens, steps=steps, with_logprobs=with_logprobs)
-        return sharding.map_rows(alone, mesh)(decoder, controls, rows)
+
+        def own_rows(whole: tuple[Decoder, Pause], *by_row: Any) -> Any:
+            return alone(whole[0], *by_row, whole[1])
+
+        return sharding.map_rows(own_rows, mesh)((decoder, pause), controls, rows, keep)
+    rows = replace(rows, active=rows.active & keep)
     batch = rows.counts.shape[0]
     out = empty_output(rows, steps, with_logprobs)
     tops = out.top_tokens.shape[2]
@@ -149,9 +157,7 @@ def generate_tokens(
         logits = controlled_logits(state.logits, controls, rows)
         token = draw_at(controls.key, state.position, logits)
         stops = jnp.any(token[:, None] == controls.stop_tokens, axis=1)
-        taken = rows.active & ~stops
-        if pause is not None:
-            taken &= ~unsound(state)
+        taken = rows.active & ~stops & ~unsound(state)
         one = taken.astype(jnp.int32)  # or none
         out = out._replace(tokens=out.tokens.at[:, i].set(token), lengths=out.lengths + one)
         if with_logprobs:
@@ -174,18 +180,16 @@ def generate_tokens(
 
     def unfinished(carry: tuple[jax.Array, Rows, Generated]) -> jax.Array:
         i, rows, _ = carry
-        more = (i < steps) & jnp.any(rows.active)
-        if pause is not None:
-            more &= (i < pause.steps) & ~(pause.at_end & jnp.any(started & ~rows.active))
-        return more
+        early = pause.at_end & jnp.any(started & ~rows.active)
+        return jnp.any(rows.active) & (i < steps) & (i < pause.steps) & ~early
 
     started = rows.active
     _, rows, out = jax.lax.while_loop(unfinished, step, (jnp.int32(0), rows, out))
-    return rows, out
+    return rows, out._replace(active=rows.active, unsound=unsound(rows.state))
 
 
 def empty_output(rows: Rows, steps: int, with_logprobs: bool) -> Generated:
-    """Room for what a dispatch of up to `steps` tokens generates."""
+    """Room for what a dispatch of up to `steps` tokens generates; its last two fields are open."""
     batch, vocab = rows.counts.shape
     tops = min(TOP_LOGPROBS, vocab) if with_logprobs else 0
     return Generated(
@@ -194,6 +198,8 @@ def empty_output(rows: Rows, steps: int, with_logprobs: bool) -> Generated:
         logprobs=jnp.zeros((batch, steps), jnp.float32),
         top_tokens=jnp.zeros((batch, steps, tops), jnp.int32),
         top_logprobs=jnp.zeros((batch, steps, tops), jnp.float32),
+        active=rows.active,
+        unsound=rows.active,
     )
 
 

@@ -21,11 +21,13 @@ from transformer_vq.nn.model import State
 from transformer_vq.ops.decode import (
     Controls,
     Generated,
+    Pause,
     Rows,
     controlled_logits,
     draw_at,
     empty_output,
     likeliest,
+    unsound,
 )
 
 LONGEST_MATCH = 12  # tokens: more of the text before says no more of what comes
@@ -49,6 +51,8 @@ def draft_tokens(
     decoder: Decoder,
     controls: Controls,
     rows: Rows,
+    keep: ArrayLike,
+    pause: Pause,
     recent: jax.Array,
     guide: Decoder | None,
     guide_state: State | None,
@@ -60,23 +64,25 @@ def draft_tokens(
 ) -> Drafted:
     """`generate_tokens` by rounds of `size` tokens per row, in one program.
 
-    It ends after `rounds`, or when every active row has `steps` tokens or up to `size - 1` more.
+    It ends after `rounds`, or when every active row has `pause.steps` tokens (at most `steps`) or
+    up to `size - 1` more.
 
     `recent` int32 `[B, H]`: the text of each row so far, its newest token last, -1 where there is
     none. Guesses are what followed the last place in it that is like its end; with a `guide`, a
     small model whose state has consumed the same tokens, what that draws with the same keys.
     """
     batch = rows.counts.shape[0]
+    rows = replace(rows, active=rows.active & keep)
     out = empty_output(rows, steps + size - 1, with_logprobs)
-    row = iota(batch)[:, None]
+    row, started, most = iota(batch)[:, None], rows.active, jnp.minimum(pause.steps, steps)
 
     def turn(carry):
         i, rows, guide_state, recent, out, took_part = carry
         state = rows.state
-        running = rows.active & (out.lengths < steps)
+        running = rows.active & (out.lengths < most)
         logits = controlled_logits(state.logits, controls, rows)
         first = draw_at(controls.key, state.position, logits)
-        taken = running & ~_stops(first[:, None], controls)[:, 0]
+        taken = running & ~_stops(first[:, None], controls)[:, 0] & ~unsound(state)
         recent = _pushed(recent, first[:, None], taken.astype(jnp.int32))
         if guide is None or guide_state is None:
             guesses = _continued(recent, size - 1)
@@ -86,7 +92,7 @@ def draft_tokens(
         lengths = jnp.where(taken, jnp.minimum(rows.remaining, size), 0)
         pending = read_few(decoder, state, tokens, lengths)
         right = _drawn_after(pending.logits[:, :-1], tokens, controls, rows) == guesses
-        right &= ~_stops(guesses, controls)
+        right &= ~_stops(guesses, controls) & ~jnp.isnan(pending.logits[:, :-1]).any(2)
         accepted = 1 + jnp.cumprod(right.astype(jnp.int32), axis=1).sum(1, dtype=jnp.int32)
         accepted = jnp.minimum(accepted, lengths)
         if guide is not None and guide_state is not None:
@@ -119,10 +125,12 @@ def draft_tokens(
 
     def unfinished(carry) -> jax.Array:
         i, rows, _, _, out, _ = carry
-        return (i < rounds) & jnp.any(rows.active & (out.lengths < steps))
+        early = pause.at_end & jnp.any(started & ~rows.active)
+        return (i < rounds) & jnp.any(rows.active & (out.lengths < most)) & ~early
 
     start = (jnp.int32(0), rows, guide_state, recent, out, jnp.zeros(batch, jnp.int32))
     _, rows, guide_state, _, out, took_part = jax.lax.while_loop(unfinished, turn, start)
+    out = out._replace(active=rows.active, unsound=unsound(rows.state))
     return Drafted(rows, guide_state, out, took_part)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from transformer_vq.data import Source
 from transformer_vq.engine.batch import stream
 from transformer_vq.engine.request import SamplingParams
+from transformer_vq.errors import UserError
 from transformer_vq.nn.model import Model
 from transformer_vq.run.folder import RunInfo
 from transformer_vq.run.log import JsonLines
@@ -42,9 +43,10 @@ class SampleLog:
         if all(leaf.is_fully_replicated for leaf in leaves):  # then one device is enough
             model = jax.tree.map(lambda leaf: leaf.addressable_data(0), model)
         tokens = []
-        for token in stream(model, [self._prompt], self._params):
-            check()
-            tokens.append(int(token))
+        with contextlib.suppress(UserError):  # a model that has diverged writes no more
+            for token in stream(model, [self._prompt], self._params):
+                check()
+                tokens.append(int(token))
         prompt, whole = self._decode(self._prompt), self._decode([*self._prompt, *tokens])
         # What is decoded on its own may lose the space before its first word.
         self._lines.write({"step": step, "prompt": prompt, "text": whole[len(prompt) :]})

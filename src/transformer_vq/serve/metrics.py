@@ -28,6 +28,8 @@ class Metrics:
         self._gauge("tvq_requests_waiting", "requests waiting for a slot", lambda s: s.waiting)
         self._gauge("tvq_prompt_tokens", "tokens of prompts so far", lambda s: s.prompt_tokens)
         self._gauge("tvq_generated_tokens", "tokens written so far", lambda s: s.written_tokens)
+        self._gauge("tvq_guessed_tokens", "tokens guessed ahead so far", lambda s: s.drafted[0])
+        self._gauge("tvq_right_guesses", "of them, those that were right", lambda s: s.drafted[1])
         self._gauge("tvq_dispatches", "calls of the decoding program", lambda s: s.dispatches)
         self._gauge(
             "tvq_step_seconds",

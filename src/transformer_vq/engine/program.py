@@ -1,0 +1,46 @@
+"""Programs that are compiled before they are called."""
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+
+class Program:
+    """A function of trees, for arguments like these. `compile` it before calling it.
+
+    It is compiled as a function of lists of leaves: the types in `nn` are of arrays, and JAX would
+    make some of what merely describes its arguments.
+    """
+
+    def __init__(self, fn: Callable[..., Any], args: Sequence[Any], donate: tuple[int, ...] = ()):
+        trees = [jax.tree.structure(arg) for arg in args]
+        out = None
+
+        def flat(*leaves: list[Any]) -> list[Any]:
+            nonlocal out
+            given = (tree.unflatten(x) for tree, x in zip(trees, leaves, strict=True))
+            leaves_out, out = jax.tree.flatten(fn(*given))
+            return leaves_out
+
+        lowered = jax.jit(flat, donate_argnums=donate).lower(*map(jax.tree.leaves, args))
+        assert out is not None  # it was traced
+        self._lowered, self._out = lowered, out
+
+    def compile(self) -> None:
+        self._call = self._lowered.compile()
+        del self._lowered
+
+    def text(self) -> str:
+        """What was compiled, as XLA writes it."""
+        return self._call.as_text() or ""
+
+    def __call__(self, *args: Any) -> Any:
+        return self._out.unflatten(self._call(*map(jax.tree.leaves, args)))
+
+
+def compile_all(programs: Iterable[Program]) -> None:
+    """Compile programs in some threads at once."""
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(Program.compile, programs))
