@@ -77,4 +77,4 @@ def test_a_step_as_a_table_and_as_json(capsys, monkeypatch):
     dots = [op for op in row["operations"] if op["kind"] == "dot"]
     assert sum(op["bytes"] for op in dots) > 4 * 16 * 256  # that of the logits alone
     said = fails(capsys, 2, "bench", "train", "--profile")
-    assert "--profile and --weights are for tvq bench decode, and this is train" in said
+    assert "--draft and --weights are for tvq bench decode, and this is train" in said
