@@ -80,10 +80,8 @@ class Ours:
         tokens = random_tokens(rows, length + 1)
         mask, documents = np.ones((rows, length), bool), np.zeros((rows, length), np.int32)
         batch = shard_rows(mesh, Batch(tokens[:, :-1], tokens[:, 1:], mask, documents))
-        step, kept = (
-            make_train_step(self.config, train, mesh),
-            [init_train_state(self.config, train)],
-        )
+        kept = [init_train_state(self.config, train)]
+        step = make_train_step(self.config, train, mesh).lower(kept[0], batch).compile()
 
         def update() -> None:
             kept[0], _ = step(kept[0], batch)
@@ -184,7 +182,7 @@ class Llama(HuggingFace):
                 for _ in range(tokens):
                     out = model(input_ids=token, past_key_values=cache, use_cache=True)
                     token = out.logits[:, -1:].argmax(-1)
-            cache.crop(length)
+            cache.crop(-tokens)
 
         return write, 4 * 2 * self.sizes["num_layers"] * length * heads * width
 
