@@ -30,7 +30,9 @@ def make(folder: Path) -> None:
 def score_pairs(run: str, pairs: list[list[str]]) -> list[tuple[list[float], bool]]:
     model, tokenizer = load(run)
     texts, starts = [], []
-    for context, text in pairs:
+    for whole, after in pairs:
+        context = whole.rstrip()  # as harnesses do: spaces belong to what follows them
+        text = whole[len(context) :] + after
         tokens, start = tokenizer.encode(context + text), len(tokenizer.encode(context))
         if not start:  # then harnesses put the token before it that ends documents
             tokens, start = [tokenizer.eos_id, *tokens], 1
