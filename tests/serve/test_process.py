@@ -24,8 +24,9 @@ from transformer_vq.serve.service import Loaded, Service
 class Failing:
     """A scheduler that fails at its first step."""
 
-    device = SimpleNamespace(widths=(1,))
+    device = SimpleNamespace(slots={1: None})
     idle = True
+    drafted = 0, 0
     running = waiting = prompt_tokens = written_tokens = dispatches = 0
     step_seconds = {1: 0.0}  # noqa: RUF012
 
@@ -37,15 +38,18 @@ class Failing:
 
 
 class Client(threading.Thread):
-    """Does something with the server's address, beside it."""
+    """Does something with the server's address, beside it. A server that should end by that ends
+    by a signal else: the test fails, and does not wait for ever."""
 
     def __init__(self, act, sock):
         super().__init__(daemon=True)
         self._act, self._url = act, f"http://127.0.0.1:{sock.getsockname()[1]}"
-        self.found = []
+        self.found, self.over = [], threading.Event()
 
     def run(self):
         self._act(self._url, self.found)
+        if not self.over.wait(20):
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def serve(make, act):
@@ -58,6 +62,7 @@ def serve(make, act):
         status = run(app, service, engine, sock, drain=5, ready=client.start)
     except Exception as error:
         status = error
+    client.over.set()
     if client.ident:
         client.join(30)
     return status, client.found
