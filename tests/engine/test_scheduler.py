@@ -11,7 +11,7 @@ from tests.engine.plain import MODEL, VOCAB
 from transformer_vq import SamplingParams, generate, score, stream
 from transformer_vq.engine.device import Device
 from transformer_vq.engine.engine import Engine, EngineDead, QueueFull
-from transformer_vq.engine.scheduler import Request, Scheduler
+from transformer_vq.engine.scheduler import FIRST_STEPS, Request, Scheduler
 from transformer_vq.errors import UserError
 
 SLOTS = 3
@@ -281,6 +281,28 @@ def test_half_of_the_time_is_for_those_who_write(device, monkeypatch):
         scheduler.step()
     assert spent["read"] == 7.0
     assert spent["decode"] >= 0.9 * 6
+
+
+def test_a_first_token_does_not_wait_for_a_long_dispatch(device):
+    """Where somebody reads along: the answer is the same, and begins a few steps later."""
+    found = []
+    for streams in (True, False):
+        scheduler = Scheduler(device, clock=Clock())
+        request = Request([1, 2, 3], [SamplingParams(max_tokens=60, seed=1)], streams=streams)
+        events = [e for e in run(scheduler, [(0, request)]) if e.tokens]
+        found.append(([len(e.tokens) for e in events][:2], answer(events, request)))
+    ((first, second), streamed), ((all_at_once, *_), whole) = found
+    assert 1 <= first <= FIRST_STEPS < second < all_at_once
+    assert streamed == whole
+
+
+def test_requests_leave_no_arrays(device):
+    rng = np.random.default_rng(4)
+    scheduler, counts = Scheduler(device), []
+    for i in range(30):
+        run(scheduler, [(0, random_request(rng, keep_answers=True)), (i % 3, random_request(rng))])
+        counts.append(len(jax.live_arrays()))
+    assert counts[-1] <= max(counts[:10])
 
 
 def test_engine(device):

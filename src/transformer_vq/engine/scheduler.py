@@ -25,6 +25,7 @@ from transformer_vq.engine.running import (
 )
 
 STREAMING, ALONE = 0.06, 0.25  # seconds of a dispatch, where somebody reads along and where nobody
+FIRST_STEPS = 4  # of a dispatch in which somebody waits for the first token
 NARROW_AFTER = 1.0  # seconds that a request is alone in many slots before it gets a batch of one
 
 
@@ -287,15 +288,19 @@ class Scheduler:
     def _decode(self, events: list[Event]) -> None:
         """One dispatch, and what it brought to each request."""
         news: dict[Answer, list[Token]] = {answer: [] for _, answer in self._running.live}
-        seconds = STREAMING if any(answer.request.streams for answer in news) else ALONE
+        streams = [answer for answer in news if answer.request.streams]
+        seconds = STREAMING if streams else ALONE
+        first = any(not answer.written for answer in streams)
+        most = FIRST_STEPS if first else MOST_STEPS
         began = self._clock()
         wrote = self._running.decode(
-            max(1, min(MOST_STEPS, int(seconds / self.step_seconds[self.width]))),
+            max(1, min(most, int(seconds / self.step_seconds[self.width]))),
             at_end=self.waiting > 0,
         )
         took = self._clock() - began
         self._owed = max(0.0, self._owed - took)
-        self._measure(took / max(1, wrote.steps))
+        if not first:  # in a few steps, what comes of every dispatch is too large a part
+            self._measure(took / max(1, wrote.steps))
         self.dispatches += 1
         self.written_tokens += wrote.total
         for answer, token in wrote.tokens:
