@@ -222,14 +222,14 @@ def table(rows: list[dict[str, Any]], names: list[str]) -> Iterator[str]:
 def draw(rows: list[dict[str, Any]], names: list[str], path: str) -> None:
     """Tokens/s against length, a panel for each task."""
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "peers"  # the same figure of the same numbers
-    import matplotlib.pyplot as plt
 
     tasks = [what for what in TITLES if any(row["what"] == what for row in rows)]
     size = (3.3 * len(tasks), 3.2)
-    figure, panels = plt.subplots(1, len(tasks), figsize=size, layout="constrained", squeeze=False)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False)
     for axes, what in zip(panels[0], tasks, strict=True):
         some = [row for row in rows if row["what"] == what]
         for name in names:

@@ -37,9 +37,9 @@ def generate(
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     state: State | None = None,
     *,
-    slots: int | None = None,
     mesh: Mesh | None = None,
     draft: bool | Model = False,
+    slots: int | None = None,
 ) -> list[list[int]]:
     """Continue every prompt: a list of tokens each, without the prompt and without the stop.
 
@@ -51,13 +51,13 @@ def generate(
         equal tokens, whatever else is in the batch.
       state: what came before the prompts, one row each, or one row that all continue (a fork).
         With a state, a prompt may be empty. The state itself is left as it is.
-      slots: how many requests are decoded together, rounded up to a power of two on each device;
-        the next one joins where one has ended. All by default.
       mesh: devices that share the requests (`sharding.data_mesh`), each with the whole model; one
         device by default. Its processes make the same call and get the outputs of all.
       draft: guess tokens ahead and try them together, which gives the same tokens faster: True
         looks guesses up in the text itself, a small `Model` of the same vocabulary makes its own.
         In float32 rounding decides a draw otherwise once in a long while. On one device.
+      slots: how many requests are decoded together, rounded up to a power of two on each device;
+        the next one joins where one has ended. All by default.
 
     Raises:
       ValueError: for an empty prompt without a state, a token outside of the vocabulary, numbers
@@ -65,7 +65,7 @@ def generate(
         whose shapes are of another model, and whatever else cannot be used. Also at the end, if the
         model came to give no probabilities but not-a-number (NaN) for a request, which ends there.
     """
-    session = Session(model, prompts, params, state, slots=slots, mesh=mesh, draft=draft)
+    session = Session(model, prompts, params, state, mesh=mesh, draft=draft, slots=slots)
     outputs: list[list[int]] = [[] for _ in session.prompts]
     for token in session:
         outputs[token.row].append(int(token))
@@ -78,15 +78,15 @@ def stream(
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     state: State | None = None,
     *,
-    slots: int | None = None,
     mesh: Mesh | None = None,
     draft: bool | Model = False,
+    slots: int | None = None,
 ) -> Iterator[Token]:
     """`generate`, yielding tokens as they come; each is an int that knows its `row`.
 
     A token that may be the start of a stop sequence comes once it is known not to be.
     """
-    session = Session(model, prompts, params, state, slots=slots, mesh=mesh, draft=draft)
+    session = Session(model, prompts, params, state, mesh=mesh, draft=draft, slots=slots)
     return (token for token in session)
 
 
@@ -98,7 +98,7 @@ class Session:
     stop sequence may have consumed up to `steps` tokens more than it yielded.
 
     Args:
-      model, prompts, params, state, slots, mesh, draft: as in `generate`.
+      model, prompts, params, state, mesh, draft, slots: as in `generate`.
       steps: tokens of each row that are decoded in one call of the device.
 
     Raises `ValueError` as `generate` does.
@@ -112,9 +112,9 @@ class Session:
         state: State | None = None,
         *,
         steps: int = STEPS_PER_DISPATCH,
-        slots: int | None = None,
         mesh: Mesh | None = None,
         draft: bool | Model = False,
+        slots: int | None = None,
     ):
         check_model(model, state)
         check_draft(draft, model.config)

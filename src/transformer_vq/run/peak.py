@@ -71,16 +71,18 @@ class Rates(NamedTuple):
 
 def product_rates(config: ModelConfig) -> Rates:
     """Measured in a few ms, after two small compilations: the best of a few products of 2,048
-    tokens and the matrix that makes queries, keys, values and gates, in turns."""
-    columns = config.num_heads * (config.d_k + 2 * config.d_v)
-    shapes = ((TOKENS, config.d_model), (config.d_model, columns))
+    tokens and the matrix that makes queries, keys, values and gates (of a large one, a part), in
+    turns."""
+    width = min(config.d_model, TOKENS)
+    columns = min(config.num_heads * (config.d_k + 2 * config.d_v), 2 * TOKENS)
+    shapes = ((TOKENS, width), (width, columns))
     rng = np.random.default_rng(0)
     x, matrix = (jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in shapes)
     ways = [jax.jit(way) for way in (jnp.matmul, matmul_rounded)]
     for way in ways:
         way(x, matrix).block_until_ready()  # compiles
     turns = [[_timed(way, x, matrix) for way in ways] for _ in range(REPEATS)]
-    flops = 2 * TOKENS * config.d_model * columns
+    flops = 2 * TOKENS * width * columns
     return Rates(*(flops / min(seconds) for seconds in zip(*turns, strict=True)))
 
 
