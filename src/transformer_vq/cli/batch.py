@@ -104,7 +104,9 @@ class Batch:
             status = end(f"tvq: stopped; {said}, and the same command goes on", 128 + stopped)
             return status if closed else leave(status)  # it compiles: nobody can end that thread
         failed = f", {answers.failed:,} of them with an error" if answers.failed else ""
-        say(f"{answers.answered:,} requests are answered in {out}{failed}")
+        one = answers.answered == 1
+        these = "1 request is" if one else f"{answers.answered:,} requests are"
+        say(f"{these} answered in {out}{failed}")
         return int(0 < answers.failed == answers.answered)
 
     def _named(self, index: int, count: int) -> Path:
