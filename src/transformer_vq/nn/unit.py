@@ -291,7 +291,7 @@ def _columns(
     silu = jax.nn.silu
     if isinstance(project, Separate):
 
-        def product(matrix: Matrix) -> jax.Array:
+        def product(matrix: Matrix) -> jax.Array:  # plain ones: rounding as ever
             return x @ matrix if isinstance(matrix, jax.Array) else matmul(x, matrix)
 
         q, k, v = (product(matrix) for matrix in (project.w_q, project.w_k, project.w_v))
