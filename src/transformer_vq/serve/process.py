@@ -17,6 +17,9 @@ from transformer_vq.errors import UserError
 from transformer_vq.serve.service import Service
 
 LET_GO = 10.0  # seconds that the engine has for its last step
+# Seconds that an idle connection stays open: longer than clients and balancers (a minute, mostly)
+# keep theirs, or they send a request into one that is just being closed.
+KEEP_ALIVE = 75
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -68,6 +71,7 @@ class _Server(uvicorn.Server):
             access_log=False,  # prompts are nobody's business
             lifespan="off",
             server_header=False,
+            timeout_keep_alive=KEEP_ALIVE,
             timeout_graceful_shutdown=2,
         )
         super().__init__(config)
