@@ -48,6 +48,7 @@ def test_extend_by_hand(run_example, tmp_path):
     assert second.startswith("Call me") and len(second) > len("Call me\n")
 
 
+@pytest.mark.slow
 def test_fork_a_state(run_example, tmp_path):
     run, state = make_run(tmp_path / "run"), tmp_path / "prompt.state"
     text = run_example("fork_a_state", "--run", run, "--state", state, "--tokens", 8)
@@ -70,6 +71,7 @@ def test_million_tokens(run_example):
     assert len({row[1] for row in rows}) == 1
 
 
+@pytest.mark.slow
 def test_your_own_source(run_example, tmp_path):
     text = run_example("your_own_source", "--steps", 2, "--out", tmp_path / "run")
     bits = float(re.match(r"(\d\.\d\d) bits per token; a step of four has 2\.00", text)[1])
@@ -77,6 +79,7 @@ def test_your_own_source(run_example, tmp_path):
     assert re.search(r"^a walk:( \d+){,20}$", text, re.M)
 
 
+@pytest.mark.slow
 def test_train_from_python(run_example, tmp_path):
     arguments = ("--steps", 2, "--tokens", 500, "--out", tmp_path / "run")
     text = run_example("train_from_python", *arguments)
@@ -84,6 +87,7 @@ def test_train_from_python(run_example, tmp_path):
     assert re.search(r"bits per byte on 500 bytes of the test split\n\n.", text)
 
 
+@pytest.mark.slow
 def test_sample_over_devices(run_example):
     text = run_example("sample_over_devices", "--requests", 3, "--tokens", 4)
     assert text.startswith("3 requests on 8 devices\n")

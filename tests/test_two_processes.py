@@ -116,6 +116,7 @@ def run_two(env):
         return [json.loads(output.splitlines()[-1]) for output in outputs(processes)]
 
 
+@pytest.mark.slow
 def test_two_processes_draw_what_one_draws(user_env):
     first, second = run_two(user_env)
     half = test_sample.BATCH // 2

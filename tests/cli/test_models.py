@@ -18,6 +18,7 @@ def own(run, tmp_path_factory) -> str:
     return str(shutil.copytree(run, tmp_path_factory.mktemp("own") / "run"))
 
 
+@pytest.mark.slow
 def test_what_rounding_costs_is_measured_once_and_kept(capsys, own):
     arguments = ["sample", "--run", own, "--weights", "int8", *PROMPT]
     assert main(arguments) == 0

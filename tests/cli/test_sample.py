@@ -68,6 +68,7 @@ def test_a_saved_state_goes_on_as_if_nothing_had_been(capsys, tmp_path, run):
     assert first["tokens"] + rest["tokens"] == whole["tokens"]
 
 
+@pytest.mark.slow
 def test_drafts_change_no_token(capsys, run):
     """Guesses from the text itself, prompt included, or of a run; how many were right is said."""
     for draft, temperature in (("text", "0"), (run, "0.2")):  # the likeliest tokens come again

@@ -111,6 +111,7 @@ def test_resuming_needs_nothing_but_the_folder(capsys, tmp_path, run):
     assert steps == list(range(1, STEPS + 3))
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_training_saves(tmp_path, data, user_env):
     out = str(tmp_path / "run")
     process = start(user_env, "train", "--data", str(data), "--out", out, "--steps", "1000000",

@@ -47,6 +47,7 @@ def test_figures(arguments, capsys, monkeypatch):
             assert row["block_len"] == 8
 
 
+@pytest.mark.slow
 def test_drafts_beside_plain_decoding(capsys, monkeypatch):
     """What repeats itself is guessed, noise is not; both are what plain decoding writes."""
     monkeypatch.setenv("TVQ_CACHE", "")

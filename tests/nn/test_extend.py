@@ -13,6 +13,7 @@ from tests.helpers import close, far, make_config, random_inputs, random_model
 from tests.nn.cases import BATCH, CAPACITY, CASES, LENGTH, fresh, same_bits
 from transformer_vq import extend
 
+SLOW = ("gated", "mqa_no_window")  # what others among them have too
 SIZES = (1, 2, 9)  # of the pieces that a text is cut into: few, each is compiled
 WITH_DOCUMENTS = [name for name, config in CASES.items() if config.reset_at_document]
 
@@ -92,8 +93,8 @@ def ragged_pieces(draw):
     return pieces + cut(left, [9])
 
 
-@pytest.mark.parametrize(  # gated: what gated_heads_documents has too
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "gated")) for n in CASES]
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES]
 )
 def test_any_split(name, double):
     """Logits and the final state, tensor by tensor, are those of one call."""

@@ -44,6 +44,7 @@ def test_rates(double):
     assert fades(None, x, timeline([3, 1], 3), make_config()) is None
 
 
+@pytest.mark.slow
 def test_long_units(double):
     """Whatever the gate has learned: here to forget at once, all but the last unit."""
     config = make_config(window_len=2, forget="gated", forget_horizon=30.0, long_units=1)

@@ -90,6 +90,9 @@ CONFIGS = {
     "full_gated": make_config(attention="full", num_heads=2),
 }
 SLOW = (  # what others among these have too
+    "documents_positions",
+    "forget",
+    "no_window_single_blocks",
     "block_beyond_the_text",
     "cap",
     "decay",
@@ -319,6 +322,7 @@ def test_straight_through_reach(double):
     assert ((j < t) & ~reached).any()
 
 
+@pytest.mark.slow
 def test_grad_through_cache_off(double):
     """Values stay; gradients are those of blocks whose past is a constant."""
     config = CONFIGS["documents_positions"]

@@ -27,7 +27,6 @@ from transformer_vq.nn.forward import Training, forward
 from transformer_vq.nn.rows import chunking
 
 VQ = [name for name, config in CASES.items() if config.attention == "vq"]
-QUICK = ("gated",)
 
 
 def run(config, tokens_per_chunk, monkeypatch, lengths=None, keys=False, remat=False, dropout=None):
@@ -64,7 +63,7 @@ def run(config, tokens_per_chunk, monkeypatch, lengths=None, keys=False, remat=F
 
 @pytest.mark.parametrize(
     ("name", "remat"),
-    [pytest.param(n, False, marks=[pytest.mark.slow] * (n not in QUICK)) for n in VQ]
+    [pytest.param(n, False, marks=pytest.mark.slow) for n in VQ]
     + [("gated_heads_documents", True)],
 )
 def test_chunks_are_as_the_whole(name, remat, double, monkeypatch):
@@ -95,6 +94,7 @@ def test_chunks_are_as_the_oracle(double, monkeypatch):
     close(to_logits(model.params, out.features, config), logits)
 
 
+@pytest.mark.slow
 def test_ragged_rows_and_kept_keys(double, monkeypatch):
     config = CASES["gated_heads_documents"]
     lengths = np.array([LENGTH, 0, 9], np.int32)

@@ -237,6 +237,7 @@ def test_codebook_metrics():
 # Accumulation
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_add_up_to_the_whole():
     """Two updates with dropout, in float64: parameters, codebook, metrics; a part's memory."""
     with jax.enable_x64(True):

@@ -77,6 +77,7 @@ def test_a_checkpoint_of_a_lost_model_is_not_the_last_good_one(tmp_path, monkeyp
     assert train(folder, resume=True).status == "done"
 
 
+@pytest.mark.slow
 def test_learning_by_heart_is_not_divergence(tmp_path):
     """A high validation loss alone stops no run: the training text is still known."""
     options = dict(data=DataSource.of("walk", TOKENS), mesh=data_mesh(jax.devices()[:1]))

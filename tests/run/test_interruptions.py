@@ -51,6 +51,7 @@ def test_interrupted_and_resumed_is_unbroken(run, tmp_path):
     assert again.status == "done" and said[-1] == "resuming at step 20"  # nothing was compiled
 
 
+@pytest.mark.slow
 def test_a_task_resumes_as_if_unbroken(tmp_path):
     """Its episodes are made anew, the same; a validation says how many answers are right."""
     task = Task(pairs=2, letters=4, filler=3, episodes=40)

@@ -4,6 +4,7 @@ import json
 import re
 
 import numpy as np
+import pytest
 
 from tests.vocabularies import make_vocabularies
 from transformer_vq import ModelConfig, TrainConfig, init_model
@@ -13,6 +14,7 @@ from transformer_vq.run.folder import DataSource, RunInfo
 from transformer_vq.run.samples import open_samples
 
 
+@pytest.mark.slow
 def test_train_replaces_the_vocabulary_of_an_earlier_start(tmp_path, one_device):
     """In a folder without checkpoints."""
     config = ModelConfig(d_model=16, d_k=8, num_layers=1, codebook_size=8, window_len=8)

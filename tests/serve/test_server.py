@@ -382,6 +382,7 @@ def test_a_file_of_requests_has_the_same_answers(server, server_env, tmp_path):
         assert answers[f"line-{i}"]["body"]["choices"] == [choice]
 
 
+@pytest.mark.slow
 def test_replicas_go_on_from_each_others_states(server, replica):
     """One folder, two processes, any balancer: a session is as if one server had it."""
     names = "alone", "shared"
@@ -437,6 +438,7 @@ def test_nothing_was_compiled_after_the_start(server):
     assert "compil" not in server.errors(since_ready=True).lower()
 
 
+@pytest.mark.slow
 def test_sigterm_drains_and_states_outlive_it(server, replica):
     """What runs is answered, nothing new is taken; another process goes on from the states, and
     knows the prompts."""

@@ -89,6 +89,7 @@ class Bench:
         from transformer_vq.measure import bench
         from transformer_vq.measure.memory import trim_after_compiling
 
+        self._require_memory(config, 1)
         trim_after_compiling()
         about = bench.device_info()
         if not self.json:
@@ -140,7 +141,6 @@ class Bench:
                         config, batch, position=position, rounds=self.repeats, weights=weights
                     )
         elif self.what == "prefill":
-            self._require_memory(config, 1)
             for length in self.length or (1024, 16384):
                 yield bench.bench_prefill(config, length, repeats=self.repeats)
         elif self.what == "sample":
@@ -149,7 +149,6 @@ class Bench:
                 for length in self.length or (128,):
                     yield bench.bench_sample(config, batch, length=length, repeats=self.repeats)
         elif self.what == "evaluate":
-            self._require_memory(config, 1)
             for length in self.length or (8192,):
                 yield bench.bench_evaluate(config, length, repeats=self.repeats)
         else:
@@ -164,7 +163,8 @@ class Bench:
 
     def _require_memory(self, config: ModelConfig, batch: int) -> None:
         least = costs.least_decoding_bytes(config, batch)
-        require_memory(least, f"codebooks and {batch:,} states", "--batch")
+        states = "a state" if batch == 1 else f"{batch:,} states"
+        require_memory(least, f"codebooks and {states}", "--batch")
 
 
 # A line for each measurement.
