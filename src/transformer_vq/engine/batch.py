@@ -31,6 +31,10 @@ STEPS_PER_DISPATCH = 32  # tokens per call of the decoding program
 _PARAMS = "give SamplingParams, such as SamplingParams(max_tokens=20), or a list with one each"
 
 
+class NoProbabilities(UserError):
+    """A model gives not-a-number (NaN): say, its training has diverged."""
+
+
 def generate(
     model: Model,
     prompts: Prompts,
@@ -195,7 +199,7 @@ class Session:
             self.read_prompts()
             if not self._running.live:
                 if self._lost >= 0:
-                    raise UserError(f"request {self._lost} ends early: {NO_NUMBERS}")
+                    raise NoProbabilities(f"request {self._lost} ends early: {NO_NUMBERS}")
                 raise StopIteration
             wrote = self._running.decode(self.steps, at_end=bool(self._waiting))
             self._ready += (token for _, token in wrote.tokens)

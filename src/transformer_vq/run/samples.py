@@ -8,9 +8,8 @@ import jax
 import numpy as np
 
 from transformer_vq.data import Source
-from transformer_vq.engine.batch import stream
+from transformer_vq.engine.batch import NoProbabilities, stream
 from transformer_vq.engine.request import SamplingParams
-from transformer_vq.errors import UserError
 from transformer_vq.nn.model import Model
 from transformer_vq.run.folder import RunInfo
 from transformer_vq.run.log import JsonLines
@@ -43,7 +42,7 @@ class SampleLog:
         if all(leaf.is_fully_replicated for leaf in leaves):  # then one device is enough
             model = jax.tree.map(lambda leaf: leaf.addressable_data(0), model)
         tokens = []
-        with contextlib.suppress(UserError):  # a model that has diverged writes no more
+        with contextlib.suppress(NoProbabilities):  # a model that has diverged writes no more
             for token in stream(model, [self._prompt], self._params):
                 check()
                 tokens.append(int(token))
