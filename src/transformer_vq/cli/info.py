@@ -171,8 +171,10 @@ def _show(record: dict[str, Any]) -> None:
     )
     for name, text in (("", "training loss"), ("validation_", "validation loss")):
         loss, bpb = training[f"{name}loss"], training[f"{name}bpb"]
-        measured = loss is not None and bpb is not None
-        table.add_row(text, f"{loss:.4f} ({bpb:.4f} bpb)" if measured else "none in metrics.jsonl yet")
+        if loss is None or bpb is None:
+            table.add_row(text, "none in metrics.jsonl yet")
+        else:
+            table.add_row(text, f"{loss:.4f} ({bpb:.4f} bpb)")
     section("checkpoints")
     for checkpoint in record["checkpoints"]:
         best = ", the best by validation loss" if checkpoint["best"] else ""
