@@ -245,6 +245,28 @@ def spread(mesh: Mesh, tree: Any, index: np.ndarray | None = None) -> Any:
     return jax.tree.map(place, tree)
 
 
+def part_of(tree: Any, device: Any) -> Any:
+    """What a device has of global arrays, as arrays of that device alone; nothing is copied."""
+
+    def part(x: jax.Array) -> jax.Array:
+        return next(shard.data for shard in x.addressable_shards if shard.device == device)
+
+    return jax.tree.map(part, tree)
+
+
+def with_part(tree: Any, device: Any, part: Any) -> Any:
+    """Global arrays like these with another part on one device: `part`, from any device."""
+
+    def replaced(x: jax.Array, new: jax.Array) -> jax.Array:
+        parts = [
+            jax.device_put(new, device) if shard.device == device else shard.data
+            for shard in x.addressable_shards
+        ]
+        return jax.make_array_from_single_device_arrays(x.shape, x.sharding, parts)
+
+    return jax.tree.map(replaced, tree, part)
+
+
 def fetch(tree: Any) -> Any:
     """Global arrays as whole host arrays, in every process; all processes must ask."""
     if jax.process_count() == 1:

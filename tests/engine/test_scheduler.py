@@ -11,8 +11,15 @@ from tests.engine.plain import MODEL, VOCAB
 from transformer_vq import SamplingParams, generate, score, stream
 from transformer_vq.engine.device import Device
 from transformer_vq.engine.engine import Engine, EngineDead, QueueFull
-from transformer_vq.engine.scheduler import FIRST_STEPS, Request, Scheduler
+from transformer_vq.engine.scheduler import (
+    ALONE,
+    FIRST_STEPS,
+    NARROW_AFTER,
+    Request,
+    Scheduler,
+)
 from transformer_vq.errors import UserError
+from transformer_vq.sharding import data_mesh
 
 SLOTS = 3
 
@@ -231,6 +238,50 @@ def test_continued_is_unbroken(device):
     assert answer(run(Scheduler(device, exact=True), [(0, reread)]), reread)[0] == expected[10:]
     as_prompt = dataclasses.replace(reread, written=0)
     assert answer(run(Scheduler(device), [(0, as_prompt)]), as_prompt)[0] != expected[10:]
+
+
+@pytest.mark.slow
+def test_devices_share_the_slots(device, compilations):
+    """On a mesh: the tokens of one device, as rows go between devices; so do states."""
+    mesh = data_mesh(jax.devices()[1:3])  # of which none is JAX's default
+    shared = Device(MODEL, (2, 4), largest=16, mesh=mesh)
+    params = [
+        SamplingParams(seed=i, max_tokens=n, top_p=0.9) for i, n in enumerate((30, 30, 60, 60))
+    ]
+    expected = [generate(MODEL, [[i] * 18], p)[0] for i, p in enumerate(params)]
+    requests = [Request([i] * 18, [p], keep_answers=True) for i, p in enumerate(params)]
+    gone = Request([5], [SamplingParams(max_tokens=10**6)])
+    clock = Clock()
+    scheduler, events, widths = Scheduler(shared, clock=clock), [], []
+    compilations.clear()
+    for request in (*requests[:2], gone):
+        scheduler.add(request)
+    while not scheduler.idle:
+        if gone.live and scheduler.running == 3:
+            assert scheduler.cancel(gone) and scheduler.running == 2
+            for request in requests[2:]:
+                scheduler.add(request)
+        scheduler.step_seconds = dict.fromkeys(shared.slots, ALONE / 4)  # 4 steps a dispatch
+        events += scheduler.step()
+        widths.append(scheduler.width)
+        clock.now += NARROW_AFTER / 2
+    assert widths[0] == widths[-1] == 2 and 4 in widths
+    assert [answer(events, request)[0] for request in requests] == expected
+    after = next(e.snapshot for e in events if e.request is requests[2] and e.snapshot)
+    read = Request([1] * 20, [], keep=frozenset({20}))
+    before = run(Scheduler(device), [(0, read)])[0].snapshots[20]
+    for start in (before, after):
+        rest = [Request([], [SamplingParams(seed=2, max_tokens=9)], start) for _ in range(2)]
+        found = [
+            answer(run(Scheduler(d), [(0, r)]), r)
+            for d, r in zip((device, shared), rest, strict=True)
+        ]
+        assert found[0] == found[1]
+    assert not compilations
+    with pytest.raises(UserError, match="slots is 1: it must be a multiple of the 2 devices"):
+        Device(MODEL, (1, 4), mesh=mesh)
+    with pytest.raises(UserError, match="draft is for one device, and there is a mesh"):
+        Device(MODEL, (2,), mesh=mesh, draft=True)
 
 
 def test_a_row_that_is_not_numbers_ends_alone(device):

@@ -26,6 +26,7 @@ from transformer_vq.cli.served import (
     open_text_run,
     require_libraries,
     run_folder,
+    shared_mesh,
 )
 from transformer_vq.errors import UserError
 
@@ -127,6 +128,7 @@ class Serve:
         """Open the model and compile its programs, in the thread of the engine."""
         from transformer_vq.engine.snapshots import SnapshotFiles
 
+        mesh = shared_mesh(self.slots, self.draft)
         info, tokenizer = open_text_run(folder, self.checkpoint, self.run)
         model, _ = open_model(folder, info, self.far, weights=self.weights)
         served = Served(
@@ -144,7 +146,7 @@ class Serve:
             state_disk=self.state_disk,
             draft=open_draft(self.draft),
         )
-        return served.load(service)
+        return served.load(service, mesh=mesh)
 
     def _tell(self, service: "Service", address: str) -> None:
         """That requests are taken, and what a slot costs."""

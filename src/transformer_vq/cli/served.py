@@ -9,6 +9,8 @@ from transformer_vq.cli.parse import option
 from transformer_vq.errors import UserError
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from transformer_vq.data import Tokenizer
     from transformer_vq.engine.scheduler import Scheduler
     from transformer_vq.engine.snapshots import SnapshotFiles
@@ -53,6 +55,31 @@ def open_text_run(folder: Path, checkpoint: str, run: Path) -> "tuple[RunInfo, T
     return info, tokenizer
 
 
+def shared_mesh(slots: int, draft: object) -> "Mesh | None":
+    """All devices of this process, which share the slots; None if there is one.
+
+    Raises `UserError` where they cannot.
+    """
+    import jax
+
+    from transformer_vq.sharding import data_mesh
+
+    devices = jax.local_devices()
+    if len(devices) == 1:
+        return None
+    fewer = "let the process see fewer of them (CUDA_VISIBLE_DEVICES)"
+    if slots % len(devices):
+        raise UserError(
+            f"--slots is {slots}: it must be a multiple of the {len(devices)} devices that share "
+            f"the slots, or {fewer}"
+        )
+    if draft:
+        raise UserError(
+            f"--draft is for one device, and there are {len(devices)}: leave it out, or {fewer}"
+        )
+    return data_mesh(devices)
+
+
 @dataclass(frozen=True)
 class Served:
     """A model, and how it answers requests."""
@@ -71,10 +98,12 @@ class Served:
     state_disk: int = 0  # MB
     draft: "bool | Model" = False  # what guesses tokens ahead
 
-    def load(self, service: "Service", device: Any = None) -> "Scheduler":
+    def load(
+        self, service: "Service", device: Any = None, mesh: "Mesh | None" = None
+    ) -> "Scheduler":
         """Compile the programs of an engine, and tell the service what it serves.
 
-        `device`: of JAX, where it all is; None: where the model is.
+        `device`, `mesh`: as of `engine.device.Device`.
         """
         from transformer_vq.engine.device import Device
         from transformer_vq.engine.scheduler import Scheduler
@@ -82,13 +111,15 @@ class Served:
         from transformer_vq.serve.service import Loaded
         from transformer_vq.serve.states import StateStore
 
-        widths = (self.slots,) if self.exact else (1, self.slots)
+        few = 1 if mesh is None else mesh.size
+        widths = (self.slots,) if self.exact else (few, self.slots)
         made = Device(
             self.model,
             widths,
             largest=self.prompt_chunk,
             room=self.info.context_limit,
             device=device,
+            mesh=mesh,
             draft=self.draft,
         )
         prompts = None

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from transformer_vq import sharding
 from transformer_vq.engine.controls import controls_batch
-from transformer_vq.engine.decoders import decoder_for
+from transformer_vq.engine.decoders import decoder_for, model_on
 from transformer_vq.engine.draft import Drafts, check_draft
 from transformer_vq.engine.pace import SIZES
 from transformer_vq.engine.prefill import FEW, PREFILL_SIZES, prompt_chunks, read_chunks
@@ -35,14 +35,13 @@ from transformer_vq.ops.decode import (
     Controls,
     Pause,
     Rows,
+    empty_state,
     generate_tokens,
     prefill,
     prefill_few,
     prefill_scored,
     prefill_scored_few,
 )
-
-_take = jax.jit(take_rows)
 
 
 @functools.partial(jax.jit, static_argnames="mesh", donate_argnums=0)
@@ -53,6 +52,14 @@ def _put(tree: Any, slots: Any, rows: Any, *, mesh: Mesh | None = None) -> Any:
     return sharding.map_rows(lambda _, *given: put_rows(*given), mesh)((), tree, slots, rows)
 
 
+@functools.partial(jax.jit, static_argnames="mesh")
+def _take(tree: Any, slots: Any, *, mesh: Mesh | None = None) -> Any:
+    """`take_rows`; on a mesh, one row from each device, of its own."""
+    if mesh is None:
+        return take_rows(tree, slots)
+    return sharding.map_rows(lambda _, *given: take_rows(*given), mesh)((), tree, slots)
+
+
 class Slots:
     """Rows that are decoded together.
 
@@ -61,7 +68,7 @@ class Slots:
       state: of the rows; the slots own it from now on.
       params, prompts: of requests in the first slots; what `state` has not read, `read` reads.
       most_steps: of a dispatch.
-      mesh: devices that the rows are spread over.
+      mesh: devices that the rows are spread over, each with as many, side by side.
       drafts: what guesses tokens of these rows; on one device.
     """
 
@@ -78,7 +85,9 @@ class Slots:
     ):
         self.width, self.drafts = num_rows(state), drafts
         self._model, self._most_steps, self._mesh = model, most_steps, mesh
-        at_once = self.width if drafts is None else self.width * SIZES[-1]
+        self._devices = [None] if mesh is None else list(mesh.devices.flat)
+        self._each = self.width // len(self._devices)  # slots of a device
+        at_once = self._each if drafts is None else self._each * SIZES[-1]
         self.decoder = decoder_for(model, state, at_once)
         vocab_size = model.config.vocab_size
         controls, rows = _begin((), params, seen_tokens(prompts, self.width, vocab_size))
@@ -101,7 +110,13 @@ class Slots:
         self, slot: int, start: Snapshot, params: SamplingParams, text: Sequence[int]
     ) -> None:
         """Begin a request after what `start` has read, which ends with the text."""
-        self.join([slot], start.state, [params], start.seen[None], start.counts[None])
+        slots, state = self._own(slot), start.state
+        if self._mesh is not None:
+            device, _ = self._where(slot)
+            state = sharding.with_part(self._take(slot)[1].state, device, state)
+        same = len(slots), 1  # what the other devices are given has no slot
+        seen, counts = np.tile(start.seen, same), np.tile(start.counts, same)
+        self.join(slots, state, [params] * len(slots), seen, counts)
         if self.drafts is not None:
             self.drafts.begin(slot, text)
 
@@ -115,30 +130,52 @@ class Slots:
     ) -> None:
         """Begin a request on each device, after row i of the state, in slot `slots[i]` of its own
         rows; none where there is no such slot. `seen`, `counts`: what penalties count."""
-        index: Any = np.array(slots, np.int32)
-        controls, rows = _begin((), params, seen, counts)
-        if self._mesh is not None:
-            index, controls, rows = sharding.spread(self._mesh, (index, controls, rows))
-        self._put(index, (controls, replace(rows, state=state)))
+        controls, rows = self._spread(_begin((), params, seen, counts))
+        self._put(slots, (controls, replace(rows, state=state)))
 
     def move(self, slot: int, to: "Slots", to_slot: int) -> None:
-        """A running request goes on in a slot of others."""
-        to._put(np.array([to_slot], np.int32), self._take(slot))
+        """A running request goes on in a slot of others, on the same devices."""
+        rows = self._take(slot)
+        if self._mesh is not None:
+            (device, _), (to_device, _) = self._where(slot), to._where(to_slot)
+            rows = sharding.with_part(rows, to_device, sharding.part_of(rows, device))
+        to._put(to._own(to_slot), rows)
         if self.drafts is not None and to.drafts is not None:
             to.drafts.begin(to_slot, self.drafts.text(slot))
 
     def snapshot(self, slot: int) -> Snapshot:
-        """What the request in a slot has read and written."""
+        """What the request in a slot has read and written; on the first device of a mesh."""
         _, rows = self._take(slot)
+        if self._mesh is not None:
+            device, _ = self._where(slot)
+            rows = jax.device_put(sharding.part_of(rows, device), self._devices[0])
         return Snapshot(rows.state, np.asarray(rows.prompt)[0], np.asarray(rows.counts)[0])
 
-    def _put(self, slots: Any, rows: tuple[Controls, Rows]) -> None:
+    def _where(self, slot: int) -> tuple[Any, int]:
+        """The device of a slot, and which of its own slots it is."""
+        device, own = divmod(slot, self._each)
+        return self._devices[device], own
+
+    def _own(self, slot: int) -> list[int]:
+        """A slot for each device: for that of the slot its own, for others one that is none."""
+        device, own = divmod(slot, self._each)
+        return [own if i == device else self._each for i in range(len(self._devices))]
+
+    def _spread(self, tree: Any) -> Any:
+        """Arrays of the host, with a row for each device, as programs take them."""
+        return tree if self._mesh is None else sharding.spread(self._mesh, tree)
+
+    def _put(self, slots: Sequence[int], rows: tuple[Controls, Rows]) -> None:
         put = self._ahead.get("put", functools.partial(_put, mesh=self._mesh))
-        self.controls, self.rows = put((self.controls, self.rows), slots, rows)
+        index = self._spread(np.array(slots, np.int32))
+        self.controls, self.rows = put((self.controls, self.rows), index, rows)
 
     def _take(self, slot: int) -> tuple[Controls, Rows]:
-        tree = self.controls, self.rows
-        return self._ahead.get("take", _take)(tree, np.array([slot], np.int32))
+        """The request in a slot, alone; on a mesh, with a row of each other device."""
+        take = self._ahead.get("take", functools.partial(_take, mesh=self._mesh))
+        _, own = divmod(slot, self._each)
+        index = np.full(len(self._devices), own, np.int32)
+        return take((self.controls, self.rows), self._spread(index))
 
     # Decoding.
 
@@ -152,9 +189,8 @@ class Slots:
     ) -> Dispatch:
         """One dispatch of all rows; those not in `keep`, bool `[width]`, have ended."""
         plain = self._ahead.get(with_logprobs, self._plain(with_logprobs))
-        kept: Any = keep if self._mesh is None else sharding.spread(self._mesh, keep)
         pause = Pause(np.int32(steps), np.bool_(at_end))
-        args = self.decoder, self.controls, self.rows, kept, pause
+        args = self.decoder, self.controls, self.rows, self._spread(keep), pause
         if self.drafts is None:
             self.rows, new = plain(*args)
         else:
@@ -169,14 +205,18 @@ class Slots:
             mesh=self._mesh,
         )
 
-    def ahead(self, empty: State) -> list[Program]:
-        """All programs, to be compiled before any is called. `empty`: a state of one row."""
-        tree, index = (self.controls, self.rows), np.zeros(1, np.int32)
-        row = _begin(empty, [], np.zeros((1, self._model.config.vocab_size), bool))
-        args = self.decoder, *tree, np.ones(self.width, bool), Pause(np.int32(0), np.bool_(False))
+    def ahead(self) -> list[Program]:
+        """All programs, to be compiled before any is called."""
+        tree, mesh, one_each = (self.controls, self.rows), self._mesh, len(self._devices)
+        index = self._spread(np.zeros(one_each, np.int32))
+        rows = jax.tree.map(
+            lambda x: self._spread(jnp.zeros((one_each, *x.shape[1:]), x.dtype)), tree
+        )
+        keep = self._spread(np.ones(self.width, bool))
+        args = self.decoder, *tree, keep, Pause(np.int32(0), np.bool_(False))
         self._ahead = {
-            "put": Program(put_rows, (tree, index, row), donate=(0,)),
-            "take": Program(take_rows, (tree, index)),
+            "put": Program(functools.partial(_put, mesh=mesh), (tree, index, rows), donate=(0,)),
+            "take": Program(functools.partial(_take, mesh=mesh), (tree, index)),
             False: Program(self._plain(False), args, donate=(2,)),
             True: Program(self._plain(True), args, donate=(2,)),
         }
@@ -211,6 +251,14 @@ def _begin(
     return controls, Rows(state=state, **host)
 
 
+def _check_shared(widths: Sequence[int], mesh: Mesh, draft: bool | Model) -> None:
+    """Raise `UserError` if the devices of a mesh cannot share the slots."""
+    for width in widths:
+        sharding.require_divisible(width, mesh, "slots")
+    if draft:
+        raise UserError("draft is for one device, and there is a mesh: give one of them")
+
+
 class Device:
     """What a scheduler has: slots, and what reads prompts.
 
@@ -221,9 +269,11 @@ class Device:
         rounding of states, so it follows nothing that happens.
       room: tokens that each row must be able to take; only full attention has such a limit.
       device: of JAX, where all of it is; None: where the model is, or JAX's default.
-      draft: guess tokens ahead, as in `generate`.
+      mesh: devices that share the slots of each width, whose prompts the first of them reads.
+      draft: guess tokens ahead, as in `generate`; on one device.
 
-    Raises `UserError` for another `largest`, and for what cannot guess.
+    Raises `UserError` for another `largest`, for slots that the mesh cannot share, and for what
+    cannot guess.
     """
 
     def __init__(
@@ -234,6 +284,7 @@ class Device:
         largest: int = PREFILL_SIZES[-1],
         room: int | None = None,
         device: Any = None,
+        mesh: Mesh | None = None,
         draft: bool | Model = False,
     ):
         if largest not in PREFILL_SIZES:
@@ -242,22 +293,30 @@ class Device:
                 f"the size of a prompt's chunks is {shown(largest)}: it must be one of {sizes}"
             )
         check_draft(draft, model.config)
-        if device is not None:
+        if mesh is not None:
+            _check_shared(widths, mesh, draft)
+            model, device = model_on(model, mesh), mesh.devices.flat[0]
+        elif device is not None:
             model = jax.device_put(model, device)
             draft = jax.device_put(draft, device) if isinstance(draft, Model) else draft
         self.model, self.largest, self.vocab_size = model, largest, model.config.vocab_size
+        self._mesh = mesh
         with jax.default_device(device):
             self._empty = init_state(model.config, 1, room=room)
-            self._decoder = decoder_for(model, self._empty)  # of one row
+            readers = model, decoder_for(model, self._empty)  # of one row
+            self._readers = readers if mesh is None else sharding.part_of(readers, device)
             self.slots = {width: self._make(width, room, draft) for width in sorted(set(widths))}
             self._programs = self._reading()
-            ahead = [slots.ahead(self._empty) for slots in self.slots.values()]
+            ahead = [slots.ahead() for slots in self.slots.values()]
             compile_all(itertools.chain(self._programs.values(), *ahead))
         self.capacity = self._empty.capacity
         state = sum(x.nbytes for x in jax.tree.leaves(self._empty))
         self.row_bytes = state + 5 * self.vocab_size  # of a `Snapshot`
 
     def _make(self, width: int, room: int | None, draft: bool | Model) -> Slots:
+        if self._mesh is not None:
+            state = empty_state(self.model.config, width, room, self._mesh)
+            return Slots(self.model, state, mesh=self._mesh)
         drafts = Drafts(draft, width, room) if draft else None
         return Slots(self.model, init_state(self.model.config, width, room=room), drafts=drafts)
 
@@ -280,7 +339,10 @@ class Device:
         return self.copy(self._empty if start is None else start.state)
 
     def copy(self, state: State) -> State:
-        """The same state in arrays of its own."""
+        """The same state in arrays of its own, where prompts are read."""
+        (here,) = self._empty.position.devices()
+        if state.position.devices() != {here}:  # of a file, or of other devices
+            state = jax.device_put(state, here)
         return self._programs["copy"](state, np.zeros(1, np.int32))
 
     def read(self, state: State, tokens: Sequence[int]) -> State:
@@ -299,7 +361,7 @@ class Device:
 
     def _reader(self, size: int) -> Model | Decoder:
         """What reads chunks of this size."""
-        return self._decoder if size <= FEW else self.model
+        return self._readers[size <= FEW]
 
     def is_sound(self, state: State) -> bool:
         """Whether what comes next has probabilities."""
