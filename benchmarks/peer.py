@@ -112,6 +112,15 @@ class HuggingFace:
     def parameters(self) -> int:
         return sum(array.numel() for array in self.model.parameters())
 
+    def greedily(self, tokens: int, **cache: Any) -> None:
+        """Write so many tokens, the likeliest ones, after what a cache holds."""
+        torch, model = self.torch, self.model.eval()
+        token = torch.zeros((1, 1), dtype=torch.long)
+        with torch.inference_mode():
+            for _ in range(tokens):
+                out = model(input_ids=token, use_cache=True, **cache)
+                token = out.logits[:, -1:].argmax(-1)
+
     def prompt(self, length: int) -> Call:
         """A call that reads a prompt into a cache."""
         torch = self.torch
@@ -166,22 +175,18 @@ class Llama(HuggingFace):
 
     def decode(self, length: int, tokens: int) -> tuple[Call, int]:
         """A call that writes the next tokens, greedily; and the bytes of the cache, which is filled
-        with random numbers, not by reading."""
-        from transformers import DynamicCache
+        with random numbers, not by reading. It has its size from the start and is written in place:
+        a growing one would be copied at every step."""
+        from transformers import StaticCache
 
-        torch, model = self.torch, self.model.eval()
         heads, width = 4, self.sizes["d_model"] // 4
-        cache = DynamicCache()
+        cache = StaticCache(config=self.model.config, max_cache_len=length + tokens)
         for layer in range(self.sizes["num_layers"]):
-            keys, values = (torch.randn(1, heads, length, width) for _ in range(2))
+            keys, values = (self.torch.randn(1, heads, length, width) for _ in range(2))
             cache.update(keys, values, layer)
 
         def write() -> None:
-            token = torch.zeros((1, 1), dtype=torch.long)
-            with torch.inference_mode():
-                for _ in range(tokens):
-                    out = model(input_ids=token, past_key_values=cache, use_cache=True)
-                    token = out.logits[:, -1:].argmax(-1)
+            self.greedily(tokens, past_key_values=cache)
             cache.crop(-tokens)
 
         return write, 4 * 2 * self.sizes["num_layers"] * length * heads * width
@@ -213,17 +218,10 @@ class Mamba(HuggingFace):
         with torch.inference_mode():
             prompt = torch.as_tensor(random_tokens(1, 16)).long()
             cache = model(input_ids=prompt, use_cache=True).cache_params
-
-        def write() -> None:
-            token = torch.zeros((1, 1), dtype=torch.long)
-            with torch.inference_mode():
-                for _ in range(tokens):
-                    out = model(input_ids=token, cache_params=cache, use_cache=True)
-                    token = out.logits[:, -1:].argmax(-1)
-
         config = model.config
         a_unit = config.intermediate_size * (config.state_size + config.conv_kernel)
-        return write, 4 * config.num_hidden_layers * a_unit
+        size = 4 * config.num_hidden_layers * a_unit
+        return lambda: self.greedily(tokens, cache_params=cache), size
 
 
 class Reference:

@@ -7,8 +7,8 @@ batch 1 (in training as many rows as make 4,096 tokens, or one). Each model is i
 own (`peer.py`), and they take turns. Prints a markdown table of medians, with how many times as
 fast ours is (the median of the ratios of each turn), and draws them.
 
-What takes longer than `--long` seconds is measured once, after a first call to warm up; what takes
-four times as long in its first call, by that one.
+The first call of each compiles and warms up, and never counts. What then takes longer than `--long`
+seconds is measured once.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from typing import Any
 OURS = "transformer-vq"
 NAMES = {OURS: "Transformer-VQ", "llama": "Llama", "mamba": "Mamba", "reference": "reference"}
 NEEDS = {"llama": ("torch", "transformers"), "mamba": ("torch", "transformers")}
-VERY_LONG = 4  # times as long as what is long
 TITLES = {"decode": "decoding", "prompt": "reading a prompt", "train": "training"}
 
 
@@ -139,13 +138,12 @@ def measured(
     peers: dict[str, Peer], question: dict[str, Any], args: argparse.Namespace
 ) -> dict[str, Any]:
     """The seconds of each turn of each peer, after a first call, which compiles and warms up. Where
-    a call is long there is one turn; where the first is very long, it is the turn."""
+    a call is long there is one turn."""
     results: dict[str, dict[str, Any]] = {}
     for name, peer in peers.items():
         first = peer.ask(question)
         if "error" not in first:
-            long = first["seconds"] > VERY_LONG * args.long
-            first["seconds"] = [first["seconds"]] if long else []
+            first["seconds"] = []
         results[name] = first
     for _ in range(args.turns):
         for name, peer in peers.items():

@@ -1,5 +1,6 @@
 """Scripts in benchmarks/: what `recall.py` trains, asks and prints; what `peers.py` compares."""
 
+import argparse
 import importlib.util
 import json
 import subprocess
@@ -114,6 +115,25 @@ def test_a_table_and_a_figure_of_peers(tmp_path):
     ]
     peers.draw(PEERS, ["transformer-vq", "llama", "mamba"], str(tmp_path / "peers.svg"))
     assert (tmp_path / "peers.svg").read_text().count("<svg") == 1
+
+
+class Clock:
+    """A peer whose calls take these seconds."""
+
+    def __init__(self, *seconds):
+        self.seconds = list(seconds)
+
+    def ask(self, question):
+        return {"seconds": self.seconds.pop(0)}
+
+
+def test_the_first_call_of_a_peer_warms_up():
+    """However long it was; a long call is not made again."""
+    args = argparse.Namespace(turns=3, long=6.0)
+    quick, slow = Clock(100, 1, 2, 3), Clock(100, 50)
+    row = peers.measured({"quick": quick, "slow": slow}, {"what": "decode"}, args)
+    assert row["results"] == {"quick": {"seconds": [1, 2, 3]}, "slow": {"seconds": [50]}}
+    assert quick.seconds == slow.seconds == []
 
 
 def test_peers_that_are_not_there(tmp_path, monkeypatch):

@@ -33,7 +33,11 @@ def test_without_its_libraries(capsys, monkeypatch, tmp_path):
     [
         (["--port", "70000"], 2, "--port is 70000: it must be a whole number from 0 to 2^16 - 1"),
         (["--slots", "0"], 2, "--slots is 0: it must be"),
-        (["--prompt-chunk", "17"], 2, "--prompt-chunk is '17': it must be one of 16, 128, 1024"),
+        (
+            ["--prompt-chunk", "17"],
+            2,
+            "--prompt-chunk is '17': it must be one of 16, 64, 256, 1024",
+        ),
         (["--state-disk", "5"], 2, "--state-disk is 5: give --state-dir, where it is"),
         (["--exact", "--draft", "text"], 2, "--exact and --draft are both given: tokens that are"),
         (["--drain", "nan"], 2, "--drain is nan: it must be a number of seconds"),

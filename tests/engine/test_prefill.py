@@ -21,6 +21,7 @@ from transformer_vq import (
     generate,
     init_state,
 )
+from transformer_vq.engine import prefill
 from transformer_vq.engine.batch import Session
 from transformer_vq.engine.prefill import PREFILL_SIZES, check_model, check_prompts, read
 from transformer_vq.errors import UserError
@@ -38,8 +39,8 @@ def test_ragged_prompts():
     The state after reading is that of `extend` in small pieces.
     """
     rng = np.random.default_rng(3)
-    small, middle, large = PREFILL_SIZES
-    lengths = [1, small, small + 1, middle + 1, large, large + 1, 2 * large + small, 2500]
+    small, few, middle, large = PREFILL_SIZES
+    lengths = [1, small + 1, few, 3 * few, middle + 1, large, large + 1, 2500]
     prompts = [rng.integers(0, VOCAB, n).tolist() for n in lengths]
     session = Session(MODEL, prompts, SamplingParams(max_tokens=1))
     session.read_prompts()
@@ -56,6 +57,24 @@ def test_ragged_prompts():
     other = Session(MODEL, [prompts[7], *[[3]] * 7], SamplingParams(max_tokens=1))
     other.read_prompts()
     assert np.array_equal(other.state.logits[0], session.state.logits[7])
+
+
+@pytest.mark.parametrize("largest", PREFILL_SIZES)
+def test_chunks_of_a_prompt(largest):
+    """Few, hardly padded, and full ones until less than the largest is left."""
+    known = {1: [16], 48: [16] * 3, 49: [64], 193: [256], 512: [256] * 2, 769: [1024]}
+    known[2500] = [1024, 1024, 256, 256]
+    for length in (*known, *range(1, 1200)):
+        left, sizes = length, []
+        while left > 0:
+            sizes.append(prefill.chunk_size(left, largest))
+            left -= sizes[-1]
+        assert sizes[: length // largest] == [largest] * (length // largest)
+        assert sorted(sizes, reverse=True) == sizes and sizes[0] <= largest
+        assert -left < max(16, length / 3)
+        if largest == PREFILL_SIZES[-1]:
+            assert sizes == known.get(length, sizes) and len(sizes) <= 10
+    assert prefill.chunk_size(0) == 0
 
 
 def test_kinds_of_prompts():

@@ -418,5 +418,5 @@ def test_an_engine_that_fails_says_so(device, monkeypatch):
 
 
 def test_chunks_of_other_sizes_are_refused():
-    with pytest.raises(UserError, match="chunks is 17: it must be one of 16, 128, 1024"):
+    with pytest.raises(UserError, match="chunks is 17: it must be one of 16, 64, 256, 1024"):
         Device(MODEL, (1,), largest=17)

@@ -47,6 +47,19 @@ def test_few_rows_have_the_same_product(large, rows, width, out):
             np.testing.assert_allclose(mine, plain, rtol=1e-12, atol=1e-12)
 
 
+def test_a_table_whole_or_in_parts(monkeypatch):
+    """The same product, whichever it is; barriers are where it is whole."""
+    rng = np.random.default_rng(0)
+    weights, table = rng.normal(size=(2, 1, 5, 24)), rng.normal(size=(2, 1, 24, 8))
+    with jax.enable_x64(True):
+        for whole, parts in ((6, True), (5, False)):
+            tune(monkeypatch, large=1, whole_rows=whole)
+            made = products.matmul_table(jnp.asarray(weights), jnp.asarray(table))
+            np.testing.assert_allclose(made, weights @ table, rtol=1e-12, atol=1e-12)
+            traced = str(jax.make_jaxpr(lambda w, t: products.matmul_table(w, t))(weights, table))
+            assert ("optimization_barrier" in traced) != parts
+
+
 def test_when_there_are_parts(monkeypatch):
     """For one row and a large matrix, where an axis can be divided: else there is one product."""
     tune(monkeypatch, large=96)

@@ -29,7 +29,7 @@ from transformer_vq import (
     save_state,
 )
 from transformer_vq.engine.batch import Session
-from transformer_vq.engine.prefill import PREFILL_SIZES
+from transformer_vq.engine.prefill import FEW, PREFILL_SIZES
 from transformer_vq.errors import UserError
 from transformer_vq.nn import products
 from transformer_vq.nn.model import model_specs
@@ -390,8 +390,8 @@ def test_nothing_is_compiled_again(tmp_path):
     for state in (session.state, load_state(tmp_path / "state", model), one):
         generate(model, [[]] * 7, params, state)
     assert decode.generate_tokens._cache_size() == 1
-    assert decode.prefill_few._cache_size() == 1
-    assert decode.prefill._cache_size() == len(PREFILL_SIZES) - 1
+    assert decode.prefill_few._cache_size() == sum(size <= FEW for size in PREFILL_SIZES)
+    assert decode.prefill._cache_size() == sum(size > FEW for size in PREFILL_SIZES)
     list(Session(model, [[1]] * 7, params, steps=5))
     assert decode.generate_tokens._cache_size() == 1
     list(Session(model, [[1]] * 7, params, steps=129))  # control: this is another program

@@ -22,7 +22,7 @@ STATE_CACHE = 1024  # MB of states that are kept, by default
 
 SlotsOption = Annotated[int, option("requests that are decoded together")]
 PromptChunkOption = Annotated[
-    Literal[16, 128, 1024], option("tokens of a prompt that are read at once")
+    Literal[16, 64, 256, 1024], option("tokens of a prompt that are read at once")
 ]
 StateCacheOption = Annotated[int, option("memory for states that are kept, in MB")]
 

@@ -346,16 +346,21 @@ class Device:
         return self._programs["copy"](state, np.zeros(1, np.int32))
 
     def read(self, state: State, tokens: Sequence[int]) -> State:
-        """The state after a chunk of a prompt; the given one is no more. Waits for the device."""
-        return jax.block_until_ready(self._read("read", state, tokens))
+        """The state after at most `largest` tokens of a prompt; the given one is no more. Waits for
+        the device."""
+        for chunk, lengths in prompt_chunks([tokens], 1):
+            state = self._read("read", state, chunk, lengths)
+        return jax.block_until_ready(state)
 
     def read_scored(self, state: State, tokens: Sequence[int]) -> tuple[State, Scores]:
         """`read`, and how probable the tokens were."""
-        state, scored = self._read("score", state, tokens)
-        return state, Scores(*(np.asarray(x)[0, : len(tokens)] for x in scored))
+        parts = []
+        for chunk, lengths in prompt_chunks([tokens], 1):
+            state, scored = self._read("score", state, chunk, lengths)
+            parts.append(Scores(*(np.asarray(x)[0, : lengths[0]] for x in scored)))
+        return state, Scores(*map(np.concatenate, zip(*parts, strict=True)))
 
-    def _read(self, what: str, state: State, tokens: Sequence[int]) -> Any:
-        ((chunk, lengths),) = prompt_chunks([tokens], 1)
+    def _read(self, what: str, state: State, chunk: np.ndarray, lengths: np.ndarray) -> Any:
         size = chunk.shape[1]
         return self._programs[what, size](self._reader(size), state, chunk, lengths)
 

@@ -25,8 +25,9 @@ from transformer_vq.errors import UserError, require_kind
 from transformer_vq.nn.model import Model, State, init_state
 from transformer_vq.ops.decode import empty_state, prefill, prefill_few
 
-PREFILL_SIZES = (16, 128, 1024)  # tokens a prefill program takes: prompts of any length use these
-FEW = PREFILL_SIZES[0]  # read by `prefill_few`, which rewrites no state
+PREFILL_SIZES = (16, 64, 256, 1024)  # tokens a prefill program takes: all prompts use these
+FEW = PREFILL_SIZES[1]  # up to so many are read by `prefill_few`, which rewrites no state
+MOST_SMALLER = 3  # chunks of the size below, instead of one that is not full
 MIN_CAPACITY = 256  # tokens that a new state of full attention holds at least
 
 Prompts = Sequence[Sequence[int] | str] | np.ndarray | jax.Array  # tokens of each
@@ -213,10 +214,16 @@ def prompt_chunks(
 
 
 def chunk_size(length: int, largest: int = PREFILL_SIZES[-1]) -> int:
-    """Size of the next chunk of a prompt of which so many tokens are left; 0 for none."""
+    """Size of the next chunk of a prompt of which so many tokens are left; 0 for none.
+
+    Sizes grow by four, and a chunk costs about what four of the size below do, full or not.
+    """
     if not length:
         return 0
-    return next((size for size in PREFILL_SIZES if size >= min(length, largest)), largest)
+    below = [size for size in PREFILL_SIZES if size < min(length, largest)]
+    if below and length <= MOST_SMALLER * below[-1]:
+        return below[-1]
+    return min(PREFILL_SIZES[len(below)], largest)
 
 
 def next_power_of_two(n: int) -> int:

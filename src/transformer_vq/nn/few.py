@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from transformer_vq.config import ModelConfig
 from transformer_vq.nn.decode import Decoder
@@ -24,7 +25,7 @@ from transformer_vq.nn.unit import (
     read_unit,
     unit_input,
 )
-from transformer_vq.types import Features, Logits, PerRow, Tokens
+from transformer_vq.types import Features, PerRow, Tokens
 
 
 @jax.tree_util.register_dataclass
@@ -32,7 +33,9 @@ from transformer_vq.types import Features, Logits, PerRow, Tokens
 class Pending:
     """Tokens that were read, and that a state has not taken in."""
 
-    logits: Logits  # in wide, [B, T, vocab]: of what follows each token
+    # In wide: of what follows each token, [B, T, vocab]; or the last real one, [B, 1, vocab].
+    logits: Float[jax.Array, "B seen vocab"]
+    tokens: Tokens
     units: tuple[PendingUnit, ...]
     document_ids: Tokens | None
 
@@ -43,11 +46,14 @@ def read_few(
     tokens: Tokens,
     lengths: PerRow | None = None,
     document_ids: Tokens | None = None,
+    *,
+    all_stay: bool = False,
 ) -> Pending:
     """Read T tokens per row, `[B, T]`, of which the first `lengths` are real; all by default.
 
-    Their logits are those of T calls of `decode_step`; those at padding mean nothing. Meant for 2
-    to 64 tokens: scores of all of them are held at once.
+    Their logits are those of T calls of `decode_step`; those at padding mean nothing. `all_stay`:
+    all real ones are to be committed, so only the last ones' logits are made. Meant for 2 to 64
+    tokens: scores of all of them are held at once.
     """
     config = decoder.config
     batch, length = tokens.shape
@@ -60,14 +66,16 @@ def read_few(
         x = unit_input(unit, x, embedded)
         x, pending = _read_unit(unit, x, unit_state, timeline, config)
         units.append(pending)
-    return Pending(to_logits(decoder.params, x, config), tuple(units), document_ids)
+    if all_stay:
+        x = jnp.take_along_axis(x, jnp.clip(lengths - 1, 0)[:, None, None], axis=1)
+    return Pending(to_logits(decoder.params, x, config), tokens, tuple(units), document_ids)
 
 
 def commit(config: ModelConfig, state: State, pending: Pending, accepted: PerRow) -> State:
     """The state after the first `accepted` of the tokens read, `[B]`, from 0 to all that are real:
     that of as many calls of `decode_step`. `state` is the one that they were read after.
     """
-    length = pending.logits.shape[1]
+    length = pending.tokens.shape[1]
     # Changes nothing, but says that all was read before anything is written: XLA would copy the
     # tables where it cannot see that (a barrier does not tell it).
     known = (pending.logits.max((1, 2)) > 0).astype(jnp.int32)
@@ -79,7 +87,7 @@ def commit(config: ModelConfig, state: State, pending: Pending, accepted: PerRow
         _commit_unit(unit, new, timeline, config)
         for unit, new in zip(state.units, pending.units, strict=True)
     )
-    last = jnp.clip(accepted - 1, 0)[:, None, None]
+    last = jnp.clip(accepted - 1, 0, pending.logits.shape[1] - 1)[:, None, None]
     logits = jnp.take_along_axis(pending.logits, last, axis=1)[:, 0]
     return replace(
         state,

@@ -22,6 +22,8 @@ class Tuning:
     few_rows: int  # products of at most so many rows have the matrix first; 0: none
     large: int  # numbers in a matrix that counts as large
     parts: int  # products that make that of one row and a large matrix
+    halved_rows: int  # products of at least so many of the few rows are made in two halves
+    whole_rows: int  # products of at least so many rows and a table are made whole
     narrow_size: int  # numbers in a matrix that is worth keeping narrow
     narrow_rows: int  # products of at most so many rows read narrow matrices as they are
     narrow_sum: int  # rows of a narrow matrix that one loop adds up; 1: a product does
@@ -33,6 +35,8 @@ CPU = Tuning(
     few_rows=64,
     large=2**20,
     parts=4,
+    halved_rows=6,
+    whole_rows=8,
     narrow_size=2**19,
     narrow_rows=2,
     narrow_sum=16,
@@ -44,6 +48,8 @@ OTHERS = Tuning(
     few_rows=0,
     large=0,
     parts=1,
+    halved_rows=0,
+    whole_rows=2**30,
     narrow_size=0,
     narrow_rows=2**30,
     narrow_sum=1,
@@ -145,7 +151,7 @@ def matmul(x: jax.Array, matrix: Matrix) -> jax.Array:
 def matmul_few(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """x `[..., rows, in]` times a matrix `[..., out, in]`: `[..., rows, out]`; meant for few rows.
 
-    On a CPU the matrix comes first, and one that is not large is multiplied with each half of the
+    On a CPU the matrix comes first, and one that is not large is multiplied with each half of some
     rows, since two products run side by side better than one is shared. Barriers keep XLA from
     undoing this: it would make one product of products with the same operand, and put x first.
     """
@@ -158,7 +164,8 @@ def matmul_few(x: jax.Array, matrix: jax.Array) -> jax.Array:
         y = jnp.matmul(jax.lax.optimization_barrier(x), jnp.swapaxes(matrix, -1, -2))
         return jnp.moveaxis(y, -3, -2).reshape(*lead, rows, out)
     if rows <= tuned.few_rows:
-        halves = jnp.split(x, 2 if rows % 2 == 0 and matrix.size < tuned.large else 1, axis=-2)
+        halved = rows % 2 == 0 and rows >= tuned.halved_rows and matrix.size < tuned.large
+        halves = jnp.split(x, 2 if halved else 1, axis=-2)
         products = [jnp.matmul(matrix, jnp.swapaxes(half, -1, -2)) for half in halves]
         products = [jnp.swapaxes(jax.lax.optimization_barrier(y), -1, -2) for y in products]
         return jnp.concatenate(products, axis=-2)
@@ -211,7 +218,15 @@ def parts_of(rows: int, size: int, length: int) -> int:
 
 
 def matmul_table(weights: jax.Array, table: jax.Array) -> jax.Array:
-    """Weights `[B, G, R, J]` times a table of values for each `[B, G, J, V]`: `[B, G, R, V]`."""
+    """Weights `[B, G, R, J]` times a table of values for each `[B, G, J, V]`: `[B, G, R, V]`.
+
+    For few rows a large table is cut along J on a CPU (`parts_of`). Of many, the sums of the parts
+    would cost more than they save; and barriers keep XLA from making one slow operation of this
+    product and those around it.
+    """
+    if weights.shape[-2] >= tuning().whole_rows:
+        whole = jnp.matmul(jax.lax.optimization_barrier(weights), table)
+        return jax.lax.optimization_barrier(whole)
     lead, (rows, width) = weights.shape[:-1], table.shape[-2:]
     parts = parts_of(1, table[0, 0].size, rows)
     weights = weights.reshape(*lead, parts, -1)

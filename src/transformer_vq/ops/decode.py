@@ -231,7 +231,8 @@ def prefill_few(
     """`prefill` for a few tokens of every row: the table of a state is read once, not rewritten."""
     if mesh is not None:
         return sharding.map_rows(prefill_few, mesh)(decoder, state, tokens, lengths)
-    return commit(decoder.config, state, read_few(decoder, state, tokens, lengths), lengths)
+    pending = read_few(decoder, state, tokens, lengths, all_stay=True)
+    return commit(decoder.config, state, pending, lengths)
 
 
 class Scored(NamedTuple):
