@@ -1,4 +1,5 @@
-"""Scripts in benchmarks/: what `recall.py` trains, asks and prints; what `peers.py` compares."""
+"""Scripts in benchmarks/: what `recall.py` trains, asks and prints; what `peers.py` and `serve.py`
+compare."""
 
 import argparse
 import importlib.util
@@ -6,9 +7,10 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, make_run
 from transformer_vq.errors import UserError
 
 
@@ -164,3 +166,33 @@ def test_peers_are_timed(names, user_env):
         assert list(row["results"]) == ["transformer-vq", *names]
         assert all(len(result["seconds"]) == 2 for result in row["results"].values()), row
     assert done.stdout.splitlines()[-1].startswith("| state, MB | 40 | ")
+
+
+@pytest.mark.slow
+def test_a_server_is_measured(tmp_path, user_env):
+    """A tiny model, once: all rows, with numbers; a second turn knows the whole first one."""
+    pytest.importorskip("fastapi", reason="NOT TESTED: the extra serve is not installed")
+    run = make_run(tmp_path / "run")
+    options = "--slots 2 --turns 1 --tokens 64 --prompt 2000"
+    command = [sys.executable, ROOT / "benchmarks/serve.py", "--run", run, *options.split()]
+    env = {  # the processes that it starts compile quickly, and once
+        **user_env,
+        "XLA_FLAGS": f"{user_env['XLA_FLAGS']} --xla_backend_optimization_level=0",
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "TVQ_CACHE": str(tmp_path / "cache"),
+    }
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    head, _, *rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()]
+    assert head == ["what", "reached", "to compare with", "ratio"]
+    assert [row[0].split(",")[0] for row in rows] == [
+        "2 streams",
+        "1 stream",
+        "`tvq batch`",
+        "first token",
+        "longest pause of a stream while 2",
+        "tokens known in a second turn",
+    ]
+    assert all(np.isfinite(float(row[-1])) for row in rows)
+    assert rows[5][1:] == ["4,000", "4,000", "1.00"]
