@@ -15,7 +15,7 @@ from tests.serve.test_process import loaded
 from transformer_vq.engine.engine import Engine
 from transformer_vq.engine.request import Token
 from transformer_vq.engine.scheduler import Event
-from transformer_vq.serve import completion
+from transformer_vq.serve import completion, guard
 from transformer_vq.serve.server import make_app
 from transformer_vq.serve.service import Service
 
@@ -31,7 +31,7 @@ class Alphabet:
     step_seconds = {1: 0.0}  # noqa: RUF012
 
     def __init__(self):
-        self.requests, self.cancelled = [], []
+        self.requests, self.cancelled, self.read = [], [], []
 
     @property
     def idle(self):
@@ -40,6 +40,7 @@ class Alphabet:
     def add(self, request):
         request.live = request.rows
         request.written_so_far = {i: 0 for i in range(len(request.params))}
+        self.read.append(request)
         self.requests.append((request, [*request.written_so_far]))
 
     def cancel(self, request, choice=None):
@@ -54,7 +55,8 @@ class Alphabet:
 
     def step(self):
         time.sleep(0.001)
-        events = []
+        events = [Event(request, None) for request in self.read]
+        self.read.clear()
         for request, choices in list(self.requests):
             for i in list(choices):
                 params, done = request.params[i], request.written_so_far[i]
@@ -170,8 +172,46 @@ def test_streams_are_the_answers():
         assert chunk["seed"] == 3 and chunk["usage"] is None
     assert len(chunks) > 8 and usage["choices"] == []
     assert usage["usage"]["completion_tokens"] == 28
-    # This scheduler does not say that a prompt is read, so nothing is echoed: the rest is equal.
-    assert texts == whole == ["BCDEFGH", "CDEFGHI", "bcdefgh", "cdefghi"]
+    assert texts == whole == ["ABCDEFGH", "ACDEFGHI", "abcdefgh", "acdefghi"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_long_prompt_is_written_aside(monkeypatch, stream):
+    """The same answer; what the engine says meanwhile waits."""
+    body = dict(prompt=["abc", "xyz"], echo=True, max_tokens=9, n=2, seed=1, stream=stream)
+
+    def texts(answer):
+        lines = answer.split("data: ")[1:-1] if stream else [json.dumps(answer)]
+        found = ["", "", "", ""]
+        for line in lines:
+            for choice in json.loads(line)["choices"]:
+                found[choice["index"]] += choice["text"]
+        return found
+
+    at_once = texts(ask(**body))
+    assert at_once[:2] == ["abcdefghijkl", "abcefghijklm"]
+    monkeypatch.setattr(completion, "MOST_AT_ONCE", 2)
+    aside = []
+    to_thread = asyncio.to_thread
+
+    async def slowly(*args):
+        aside.append(args)
+        await asyncio.sleep(0.1)  # the engine goes on
+        return await to_thread(*args)
+
+    monkeypatch.setattr(completion.asyncio, "to_thread", slowly)
+    assert texts(ask(**body)) == at_once and len(aside) == 2
+
+    def fail(*args):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(completion.Writer, "echo", fail)
+
+    async def act(client, service, scheduler):
+        asyncio.get_running_loop().set_exception_handler(lambda *args: None)
+        return (await client.post("/v1/completions", json=body)).text
+
+    assert "this is a fault of the server" in served(act)
 
 
 def test_a_full_queue_takes_all_prompts_or_none():
@@ -189,6 +229,22 @@ def test_a_full_queue_takes_all_prompts_or_none():
     assert full.status_code == 429 and "2 answers are being written" in full.text
     assert full.headers["retry-after"] == "1"
     assert [choice["text"] for choice in fits.json()["choices"]] == ["D", "D"]
+
+
+def test_a_request_that_never_ends(monkeypatch):
+    monkeypatch.setattr(guard, "BODY", 0.01)
+
+    async def beginning():
+        yield b'{"prompt": '
+        await asyncio.sleep(3600)
+
+    async def act(client, service, scheduler):
+        headers = {"Content-Type": "application/json"}
+        return await client.post("/v1/completions", content=beginning(), headers=headers)
+
+    answer = served(act)
+    assert (answer.status_code, answer.headers["connection"]) == (408, "close")
+    assert "nothing has come of the request for 0.01 seconds" in answer.text
 
 
 def test_a_stream_that_nobody_reads_ends(monkeypatch):

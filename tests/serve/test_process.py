@@ -5,18 +5,21 @@ import os
 import signal
 import threading
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 
 pytest.importorskip("fastapi", reason="NOT TESTED: the extra serve is not installed")
 
 import httpx
+import uvicorn
+from uvicorn.server import ServerState
 
 from tests.serve.test_states import make_store
 from transformer_vq.data import ByteTokenizer
 from transformer_vq.engine.engine import Engine
 from transformer_vq.errors import UserError
-from transformer_vq.serve.process import listen, run
+from transformer_vq.serve.process import KEEP_ALIVE, _Connection, listen, run
 from transformer_vq.serve.server import make_app
 from transformer_vq.serve.service import Loaded, Service
 
@@ -144,3 +147,24 @@ def test_a_full_output_ends_it():
 def test_addresses_that_cannot_be_used():
     with pytest.raises(UserError, match=r"cannot listen at 192\.0\.2\.1, port 80: "):
         listen("192.0.2.1", 80)
+
+
+def test_headers_that_never_end():
+    """The clock runs from the start of a connection to the end of its first headers, and again
+    while others come in pieces."""
+    loop, transport = MagicMock(), MagicMock()
+    loop.create_task.side_effect = lambda answer, **_: answer.close() or MagicMock()
+    transport.get_extra_info.return_value = None
+    connection = _Connection(uvicorn.Config(MagicMock(), log_config=None), ServerState(), {}, loop)
+    connection.connection_made(transport)
+    loop.call_later.assert_called_once_with(KEEP_ALIVE, transport.close)
+    connection.data_received(b"GET /health HT")
+    late = loop.call_later.return_value
+    late.cancel.assert_not_called()
+    connection.data_received(b"TP/1.1\r\nHost: localhost\r\n\r\n")
+    late.cancel.assert_called_once_with()
+    connection.cycle.response_complete = True
+    connection.data_received(b"GET /")
+    assert loop.call_later.call_count == 2
+    connection.connection_lost(None)
+    assert late.cancel.call_count == 2

@@ -115,6 +115,7 @@ class StreamDecoder:
         self._tokenizer, self._before = tokenizer, before
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._word = [] if tokenizer.by_bytes else _word(tokenizer)
+        self._bytes: dict[int, bytes] = {}  # of tokens that came, where they are always the same
         self._begin()
 
     def push(self, token: int) -> str:
@@ -126,10 +127,11 @@ class StreamDecoder:
 
     def push_bytes(self, token: int) -> bytes:
         """The bytes that `token` adds, whole characters or not. Use it, or `push`: not both."""
-        tokens = check_tokens([token], self._tokenizer.vocab_size, self._position)
+        if token not in self._bytes:
+            check_tokens([token], self._tokenizer.vocab_size, self._position)
         self._position += 1
         if self._tokenizer.by_bytes:
-            return self._tokenizer.decode(tokens)
+            return self.adds(token)
         self._tokens.append(int(token))
         text = self._unseen()
         if text.endswith(_REPLACEMENT) and len(self._tokens) - self._shown < _MOST_OF_CHARACTER:
@@ -140,7 +142,9 @@ class StreamDecoder:
     def adds(self, token: int) -> bytes:
         """The bytes that `token` would add now; the stream stays where it is."""
         if self._tokenizer.by_bytes:
-            return self._tokenizer.decode([token])
+            if (found := self._bytes.get(token)) is None:
+                found = self._bytes[token] = self._tokenizer.decode([token])
+            return found
         here = [*(self._word if self._begun else []), *self._tokens]
         before = self._tokenizer.decode(here)
         return self._tokenizer.decode([*here, int(token)])[len(before) :]

@@ -15,6 +15,7 @@ from transformer_vq.serve.writer import Entry, Piece, Writer, logprobs_object
 if TYPE_CHECKING:
     from transformer_vq.serve.service import Service
 
+MOST_AT_ONCE = 4096  # tokens and alternatives of a prompt that are written while all others wait
 MOST_UNREAD = 65_536  # tokens and alternatives of a stream that its reader has not taken
 
 
@@ -78,6 +79,8 @@ class Completion:
         self._unread: deque[tuple[_Choice, Piece, Finish | None]] = deque()
         self._unread_size = 0
         self._error: ApiError | None = None
+        self._echoing: asyncio.Future[None] | None = None  # a long prompt
+        self._later: list[Event] = []  # what has come since
         self.began = time.monotonic()
         self.first_token: float | None = None  # seconds until there was one
 
@@ -103,6 +106,9 @@ class Completion:
         """News of one of the requests."""
         if self._error is not None:
             return
+        if self._echoing is not None:
+            self._later.append(event)
+            return
         prompt = self._prompts[event.request]
         if event.finish == "error":
             self.fail(ApiError(500, event.error, code="engine_error"))
@@ -121,13 +127,42 @@ class Completion:
             if prompt.cached:
                 exact = prompt.exact and prompt.request.known % grid == 0
                 self._loaded.store.keep(self._owner, tokens[:length], snapshot, exact=exact)
-        for choice in self._choices_of[prompt.request]:
-            piece = Piece()
-            if self._body.echo:
-                first = not prompt.follows_unknown
-                piece = choice.writer.echo(tokens, event.scores, first=first)
-                choice.echoed = len(piece.entries)
-            finish = None if prompt.request.params else "length"
+        size = len(tokens) * (1 + (self._body.logprobs or 0))
+        if self._body.echo and size > MOST_AT_ONCE:
+            self._echoing = asyncio.ensure_future(self._echo_aside(prompt, event))
+        else:
+            self._begin(prompt, self._echoes(prompt, event))
+
+    def _echoes(self, prompt: Prompt, event: Event) -> list[Piece]:
+        """What each answer begins with: the prompt, if that is asked for."""
+        choices, tokens = self._choices_of[prompt.request], prompt.request.prompt
+        if not self._body.echo:
+            return [Piece() for _ in choices]
+        first = not prompt.follows_unknown
+        return [choice.writer.echo(tokens, event.scores, first=first) for choice in choices]
+
+    async def _echo_aside(self, prompt: Prompt, event: Event) -> None:
+        """A long prompt is written in a thread, so that others are answered meanwhile."""
+        self._service.writing += 1
+        try:
+            pieces = await asyncio.to_thread(self._echoes, prompt, event)
+        except Exception:
+            self.fail(ApiError(500, "this is a fault of the server", code="fault"))
+            raise
+        finally:
+            self._service.writing -= 1
+        later, self._later, self._echoing = self._later, [], None
+        if self._error is None:
+            self._begin(prompt, pieces)
+            self._changed.set()
+        for event in later:
+            self.take(event)
+
+    def _begin(self, prompt: Prompt, pieces: list[Piece]) -> None:
+        """All that comes before the first token of each answer."""
+        finish = None if prompt.request.params else "length"
+        for choice, piece in zip(self._choices_of[prompt.request], pieces, strict=True):
+            choice.echoed = len(piece.entries)
             if piece.text or piece.entries or finish:
                 self._add(choice, piece, finish)
 

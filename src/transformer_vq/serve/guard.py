@@ -1,5 +1,6 @@
 """What every request passes before it is looked at: hosts, keys, sizes."""
 
+import asyncio
 import hashlib
 import hmac
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from transformer_vq.serve.protocol import ApiError
 from transformer_vq.serve.service import Service
 
 MOST_BODY = 8 << 20  # bytes of a request
+BODY = 60.0  # seconds of silence in the middle of one
 OPEN = ("/", "/page.css", "/page.js", "/health", "/ready", "/version", "/metrics")  # without a key
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
@@ -50,11 +52,17 @@ class Guard:
         except ApiError as error:
             await error_response(error)(scope, receive, counted)
             return
-        size = 0
+        size, whole = 0, False
 
         async def limited() -> Message:
-            nonlocal size
-            message = await receive()
+            nonlocal size, whole
+            try:
+                async with asyncio.timeout(None if whole else BODY):
+                    message = await receive()
+            except TimeoutError:
+                said = f"nothing has come of the request for {BODY:g} seconds"
+                raise HTTPException(408, said, {"Connection": "close"}) from None
+            whole = not message.get("more_body", False)
             size += len(message.get("body", b""))
             if size > limit:
                 raise HTTPException(413, _too_large(limit).message)

@@ -11,14 +11,15 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from transformer_vq.engine.engine import Engine
 from transformer_vq.errors import UserError
 from transformer_vq.serve.service import Service
 
 LET_GO = 10.0  # seconds that the engine has for its last step
-# Seconds that an idle connection stays open: longer than clients and balancers (a minute, mostly)
-# keep theirs, or they send a request into one that is just being closed.
+# Seconds that a connection stays open while it asks nothing: longer than clients and balancers (a
+# minute, mostly) keep theirs, or they send a request into one that is just being closed.
 KEEP_ALIVE = 75
 
 
@@ -61,6 +62,34 @@ def run(
     return server.status
 
 
+class _Connection(H11Protocol):
+    """A connection, which ends if a request does not come to the end of its headers."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._look()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._look()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._late is not None:
+            self._late.cancel()
+
+    def _look(self) -> None:
+        """The clock runs while headers are awaited (after an answer, uvicorn has its own)."""
+        awaited = self.cycle is None or self.cycle.response_complete
+        if awaited and self._late is None:
+            self._late = self.loop.call_later(KEEP_ALIVE, self.transport.close)
+        elif not awaited and self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+
 class _Server(uvicorn.Server):
     """Uvicorn, with our own way to end."""
 
@@ -71,6 +100,7 @@ class _Server(uvicorn.Server):
             access_log=False,  # prompts are nobody's business
             lifespan="off",
             server_header=False,
+            http=_Connection,
             timeout_keep_alive=KEEP_ALIVE,
             timeout_graceful_shutdown=2,
         )

@@ -40,6 +40,7 @@ class Service:
         self.failed = False  # the engine has died
         self.draining = False  # nothing new is taken
         self.cached_tokens = 0  # of prompts, that had not to be read
+        self.writing = 0  # answers that are being written in threads
         self._loop: asyncio.AbstractEventLoop | None = None
         self._followers: dict[Request, Completion | asyncio.Future[Event]] = {}
 
@@ -75,8 +76,8 @@ class Service:
 
     @property
     def busy(self) -> bool:
-        """Whether any request has not ended."""
-        return bool(self.live)
+        """Whether any request has not been answered."""
+        return bool(self.live or self.writing)
 
     @property
     def live(self) -> int:
