@@ -105,7 +105,8 @@ class Demo:
             limit -= load_info(self.out).seconds
         print(f"model: {describe_model(CONFIG)}")
         print(f"data:  Moby-Dick, {size(len(tokens))}: 90 % to train on, 10 % held out")
-        print(f"time:  at most {self.minutes:g} minutes. Ctrl-C saves; the same command goes on.\n")
+        minutes = "a minute" if self.minutes == 1 else f"{self.minutes:g} minutes"
+        print(f"time:  at most {minutes}. Ctrl-C saves; the same command goes on.\n")
         return train_with_progress(
             CONFIG,
             TRAIN,
