@@ -347,6 +347,22 @@ def test_a_first_token_does_not_wait_for_a_long_dispatch(device):
     assert streamed == whole
 
 
+def test_a_slow_model_is_known_after_its_first_steps(device, monkeypatch):
+    """A dispatch follows the time of a step from the second one on."""
+    clock = Clock()
+    scheduler, decode, steps = Scheduler(device, clock=clock), device.slots[1].decode, []
+
+    def slow(*args, **kwargs):
+        new = decode(*args, **kwargs)
+        steps.append(int(new.lengths.max()))
+        clock.now += 0.05 * steps[-1]
+        return new
+
+    monkeypatch.setattr(device.slots[1], "decode", slow)
+    run(scheduler, [(0, Request([1], [SamplingParams(max_tokens=8)], streams=True))])
+    assert steps == [FIRST_STEPS, 1, 1, 1, 1]
+
+
 def test_requests_leave_no_arrays(device):
     rng = np.random.default_rng(4)
     scheduler, counts = Scheduler(device), []

@@ -128,6 +128,7 @@ class Scheduler:
         self._owed = 0.0  # seconds of reading that decoding has not had yet
         self._alone_since: float | None = None
         self.step_seconds = dict.fromkeys(device.slots, 0.002)  # of one step, as measured
+        self._measured: set[int] = set()  # of these widths; the others' is a guess
         self.prompt_tokens = self.written_tokens = self.dispatches = 0  # so far
 
     @property
@@ -299,7 +300,7 @@ class Scheduler:
         )
         took = self._clock() - began
         self._owed = max(0.0, self._owed - took)
-        if not first:  # in a few steps, what comes of every dispatch is too large a part
+        if not first or self.width not in self._measured:
             self._measure(took / max(1, wrote.steps))
         self.dispatches += 1
         self.written_tokens += wrote.total
@@ -310,9 +311,12 @@ class Scheduler:
                 events.append(self._event(answer, tokens, wrote.ended.get(answer)))
 
     def _measure(self, seconds: float) -> None:
-        """A moving average of the time of a step."""
-        old = self.step_seconds[self.width]
-        self.step_seconds[self.width] = 0.7 * old + 0.3 * max(seconds, 1e-6)
+        """A moving average of the time of a step. (Of a few steps at the start of a stream, what
+        comes of every dispatch is too large a part: they count only where nothing is known.)"""
+        known = self.width in self._measured
+        old = self.step_seconds[self.width] if known else seconds
+        self.step_seconds[self.width] = max(0.7 * old + 0.3 * seconds, 1e-6)
+        self._measured.add(self.width)
 
     def _event(self, answer: Answer, tokens: Sequence[Token], ended: int | None) -> Event:
         """An answer has grown, or ended; its row is in the slot `ended`."""
