@@ -80,7 +80,9 @@ def test_drafts(tmp_path):
                 answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
                 answers.append(answer["choices"][0]["token_ids"])
             metrics = dict(
-                x.split() for x in httpx.get(f"{url}/metrics").text.splitlines()[2:] if x[0] != "#"
+                x.split()
+                for x in httpx.get(f"{url}/metrics", timeout=60).text.splitlines()[2:]
+                if x[0] != "#"
             )
         finally:
             server.kill()

@@ -13,6 +13,11 @@ from tests.helpers import TVQ, make_run
 pytest.importorskip("fastapi", reason="NOT TESTED: the extra serve is not installed")
 pytest.importorskip("openai", reason="NOT TESTED: the openai client is not installed")
 
+from httpx._config import DEFAULT_TIMEOUT_CONFIG
+
+for part in ("connect", "read", "write", "pool"):  # 5 seconds are little on a busy machine
+    setattr(DEFAULT_TIMEOUT_CONFIG, part, 60.0)
+
 KEYS = ("first-key", "second-key")
 
 

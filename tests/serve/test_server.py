@@ -1,6 +1,8 @@
 """A real server and the unmodified OpenAI client."""
 
 import asyncio
+import contextlib
+import http.client
 import json
 import random
 import signal
@@ -236,33 +238,32 @@ def endless(server, **fields):
     return stream
 
 
+def asked(server, **fields) -> http.client.HTTPConnection:
+    """The connection of a request whose answer nobody reads, until it is closed."""
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"))
+    headers = {**auth(), "Content-Type": "application/json"}
+    connection.request("POST", "/v1/completions", json.dumps(fields), headers)
+    return connection
+
+
 def test_who_leaves_frees_a_row(server):
     """In a stream, without one, in the queue; and a full queue says so at once."""
-    streams = [endless(server), endless(server)]
-    assert server.becomes("tvq_rows_running", 2)
-
-    def wait_for_an_answer():
-        with httpx.Client(timeout=2) as client, pytest.raises(httpx.ReadTimeout):
-            body = {"prompt": "x", "max_tokens": 10**8}
-            client.post(f"{server.url}/v1/completions", json=body, headers=auth())
-
-    threads = [threading.Thread(target=wait_for_an_answer) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    assert server.becomes("tvq_requests_waiting", 4)
-    seventh = complete(server, prompt="x")
-    assert seventh.status_code == 429 and seventh.headers["retry-after"] == "1"
-    assert "6 answers are being written or waiting, and 2 + 4 are the most" in seventh.text
     patient = server.client(max_retries=60)
     answer = threading.Thread(target=patient.completions.create, kwargs=dict(SETTINGS, prompt="x"))
-    answer.start()
-    for thread in threads:
-        thread.join()
-    assert server.becomes("tvq_rows_running", 2)
-    for stream in streams:
-        stream.close()
-    answer.join(60)
-    assert not answer.is_alive()
+    with contextlib.closing(endless(server)), contextlib.ExitStack() as leaving:
+        leaving.enter_context(contextlib.closing(asked(server, prompt="x", max_tokens=10**8)))
+        assert server.becomes("tvq_rows_running", 2)
+        for _ in range(4):
+            leaving.enter_context(contextlib.closing(asked(server, prompt="x", max_tokens=10**8)))
+        assert server.becomes("tvq_requests_waiting", 4)
+        seventh = complete(server, prompt="x")
+        assert seventh.status_code == 429 and seventh.headers["retry-after"] == "1"
+        assert "6 answers are being written or waiting, and 2 + 4 are the most" in seventh.text
+        answer.start()
+        leaving.close()
+        answer.join(60)  # in the row that is free
+        assert not answer.is_alive()
+        assert server.becomes("tvq_rows_running", 1)
     assert server.becomes("tvq_rows_running", 0) and server.becomes("tvq_requests_waiting", 0)
 
 
