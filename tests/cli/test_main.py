@@ -164,6 +164,17 @@ def test_without_a_home_folder(tmp_path, monkeypatch, cache):
     assert found == (tmp_path / "folder" / "data" if cache else None)
 
 
+def test_small_programs_are_kept_too(tmp_path, user_env):
+    """So a second start compiles nothing: JAX keeps what takes it no time."""
+    code = (
+        "from transformer_vq.cli.cache import use_compilation_cache; use_compilation_cache();"
+        "import jax; jax.jit(lambda x: x + 1)(1).block_until_ready()"
+    )
+    env = {k: v for k, v in user_env.items() if "CACHE" not in k} | {"TVQ_CACHE": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True)
+    assert any(tmp_path.iterdir())
+
+
 def _no_home():
     raise RuntimeError("Could not determine home directory.")
 

@@ -36,7 +36,8 @@ def use_compilation_cache() -> None:
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
     settings = {
         "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.3,
+        # Small ones too: a start has dozens, and to compile them takes longer than to read them.
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
     }
     if "jax" in sys.modules:
         import jax

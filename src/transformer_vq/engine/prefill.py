@@ -32,6 +32,8 @@ MIN_CAPACITY = 256  # tokens that a new state of full attention holds at least
 
 Prompts = Sequence[Sequence[int] | str] | np.ndarray | jax.Array  # tokens of each
 
+_take = jax.jit(take_rows)  # one program, and not one for each shape of an array
+
 
 def read(model: Model, state: State | None, prompts: Prompts, *, mesh: Mesh | None = None) -> State:
     """The state after the prompts, one row each.
@@ -162,7 +164,7 @@ def _fork(state: State, need: Sequence[int], batch: int, mesh: Mesh | None) -> S
     index = np.zeros(batch, np.int32)
     if num_rows(state) > 1:
         index[: len(need)] = np.arange(len(need))
-    return take_rows(state, index) if mesh is None else sharding.spread(mesh, state, index)
+    return _take(state, index) if mesh is None else sharding.spread(mesh, state, index)
 
 
 def read_chunks(
@@ -188,9 +190,10 @@ def read_chunks(
 
 def first_rows(state: State, rows: int, mesh: Mesh | None) -> State:
     """A copy of the rows that are no padding; from a mesh, they are gathered."""
+    if mesh is None:
+        return _take(state, np.arange(rows, dtype=np.int32))
     leaves, tree = jax.tree.flatten(state)
-    if mesh is not None:
-        leaves = sharding.fetch(leaves)  # arrays of the host, of which no State is made
+    leaves = sharding.fetch(leaves)  # arrays of the host, of which no State is made
     return tree.unflatten([jnp.array(x[:rows], copy=True) for x in leaves])
 
 

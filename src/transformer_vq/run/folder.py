@@ -14,7 +14,6 @@ Wherever one is read, an exported model (`transformer_vq.io.export`) will do, an
 
 import collections
 import dataclasses
-import functools
 import importlib.metadata
 import json
 import os
@@ -208,7 +207,7 @@ def load_run(
     info = load_info(folder, step)
     if is_export(folder):
         return load_model(folder, info.config), info
-    like = jax.eval_shape(functools.partial(init_model, info.config), jax.random.key(0))
+    like = jax.eval_shape(lambda: init_model(info.config, jax.random.key(0)))
     parts = {"params": like.params, "codebook": like.codebook}
     if average and info.train.ema_decay:
         wide_parts = jax.tree.map(lambda x: jax.eval_shape(wide, x), parts)
