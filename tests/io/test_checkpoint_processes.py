@@ -46,8 +46,9 @@ def run_python(code: str, *args: str, env: dict[str, str]) -> subprocess.Popen:
 
 def test_kill_9_at_any_moment(tmp_path):
     env = {**os.environ, "XLA_FLAGS": ""}
-    rng, last = random.Random(), 0
-    for _ in range(3):
+    rng, last, kills = random.Random(), 0, 0
+    while kills < 3 or last == 0:  # on a slow disk all of them may hit the first save
+        kills += 1
         process = run_python(SAVE_FOREVER, str(tmp_path), env=env)
         process.stdout.readline()  # the first save is under way
         time.sleep(rng.uniform(0, 0.5))
@@ -67,7 +68,6 @@ def test_kill_9_at_any_moment(tmp_path):
             assert (tree["w"] == each).all()
         assert len(checkpoints.steps()) <= 3  # kept ones, and one not yet deleted
         last = step
-    assert last > 0
 
 
 SAVE_TOGETHER = """

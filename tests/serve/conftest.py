@@ -70,7 +70,7 @@ class Server:
 
     def becomes(self, name: str, value: float) -> bool:
         """Wait for a number of `/metrics`."""
-        for _ in range(600):
+        for _ in range(1200):
             if self.metric(name) == value:
                 return True
             time.sleep(0.05)

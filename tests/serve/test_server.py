@@ -439,12 +439,20 @@ def test_nothing_was_compiled_after_the_start(server):
     assert "compil" not in server.errors(since_ready=True).lower()
 
 
+def wait_until_not_ready(server):
+    while httpx.get(f"{server.url}/ready").status_code != 503:
+        time.sleep(0.02)
+
+
 @pytest.mark.slow
 def test_sigterm_drains_and_states_outlive_it(server, replica):
     """What runs is answered, nothing new is taken; another process goes on from the states, and
     knows the prompts."""
     known = "known to the first one"
     complete(server, prompt=known, max_tokens=1)
+    settings = dict(seed=5, presence_penalty=0.5, repetition_penalty=1.2, return_token_ids=True)
+    prompt = "It was the best of times"
+    complete(server, prompt=prompt, **settings, max_tokens=12, save_state="kept")
     stream = endless(server, seed=1)
     stream.close()
     stream = server.client(max_retries=0).completions.create(
@@ -452,10 +460,9 @@ def test_sigterm_drains_and_states_outlive_it(server, replica):
     )
     next(stream)
     server.process.send_signal(signal.SIGTERM)
-    time.sleep(0.1)
+    wait_until_not_ready(server)
     refused = complete(server, prompt="x")
     assert refused.status_code == 503 and "shutting down" in refused.text
-    assert httpx.get(f"{server.url}/ready").status_code == 503
     *_, last = stream
     assert last.choices[0].finish_reason == "length"
     assert server.process.wait(60) == 0
@@ -464,15 +471,13 @@ def test_sigterm_drains_and_states_outlive_it(server, replica):
     assert usage["prompt_tokens_details"] == {"cached_tokens": len(known)}
     usage = complete(replica, KEYS[1], prompt=known, max_tokens=1).json()["usage"]
     assert usage["prompt_tokens_details"] == {"cached_tokens": 0}
-    settings = dict(seed=5, presence_penalty=0.5, repetition_penalty=1.2, return_token_ids=True)
-    prompt = "It was the best of times"
     whole = complete(replica, prompt=prompt, **settings, max_tokens=30).json()
-    rest = complete(replica, prompt="", state="one", **settings, max_tokens=18).json()
+    rest = complete(replica, prompt="", state="kept", **settings, max_tokens=18).json()
     expected = whole["choices"][0]["token_ids"]
     assert rest["choices"][0]["token_ids"] == expected[12:]
     held = endless(replica)
     replica.process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
+    wait_until_not_ready(replica)
     assert replica.process.poll() is None
     replica.process.send_signal(signal.SIGTERM)
     assert replica.process.wait(60) == 128 + signal.SIGTERM
