@@ -57,13 +57,13 @@ def test_wrong_options(capsys, tmp_path, monkeypatch, options, status, words):
 
 
 @pytest.mark.slow
-def test_drafts(tmp_path):
+def test_drafts(tmp_path, user_env):
     """They change no token, and are used; nothing is compiled for them once it is ready."""
     httpx = pytest.importorskip("httpx")
     run = make_run(tmp_path / "run")
     arguments = ["--run", run, "--draft", "text", "--slots", "2"]
     arguments += ["--port", "0", "--prompt-chunk", "16"]
-    env = {**os.environ, "JAX_LOG_COMPILES": "1"}
+    env = {**user_env, "JAX_LOG_COMPILES": "1"}  # one device
     with (
         open(tmp_path / "err", "w+") as err,
         subprocess.Popen(
@@ -105,6 +105,10 @@ def test_runs_that_cannot_be_served(capsys, tmp_path):
     """Found while the server listens already; it ends by itself."""
     said = fails(capsys, 1, "serve", "--run", str(tmp_path / "nothing"))
     assert "there is no run folder" in said
+    said = fails(capsys, 1, "serve", "--run", str(tmp_path), "--port", "0", "--slots", "12")
+    assert "--slots is 12: it must be a multiple of the 8 devices that share the slots" in said
+    said = fails(capsys, 1, "serve", "--run", str(tmp_path), "--port", "0", "--draft", "text")
+    assert "--draft is for one device, and there are 8: leave it out, or let the process" in said
     pictures = make_run(tmp_path / "pictures", image_shape=(4, 4, 1))
     said = fails(capsys, 1, "serve", "--run", pictures, "--port", "0")
     assert f"the run in {pictures} draws pictures: tvq draw" in said

@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from tests.helpers import TVQ
-from tests.serve.conftest import KEYS
+from tests.serve.conftest import KEYS, Server
 from transformer_vq.cli import main
 from transformer_vq.serve.prompts import LOOK_AGAIN
 
@@ -431,6 +431,28 @@ def test_replicas_go_on_from_each_others_states(server, replica):
     sizes = [states(one, "/race").json()["tokens"] for one in (server, replica)]
     assert files[0] == files[1] and sizes[0] == sizes[1]
     assert not list((server.folder / "states").rglob("*.new"))
+
+
+@pytest.mark.slow
+def test_several_devices_share_the_slots(server, server_env, tmp_path):
+    """The answers of one device; states go from one server to the other and back."""
+    for name in ("run", "keys", "states"):
+        (tmp_path / name).symlink_to(server.folder / name)
+    flags = f"{server_env['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    shared = Server(tmp_path, {**server_env, "XLA_FLAGS": flags})
+    try:
+        shared.wait()
+        found = []
+        for one, other in ((server, shared), (shared, server)):
+            body = dict(prompt=["It was", "a very", "long time"], max_tokens=20, seed=4)
+            first = complete(one, **body, logprobs=2, cache="off").json()
+            begun = complete(one, prompt="It was", max_tokens=9, seed=1, save_state="device").json()
+            after = complete(other, state="device", prompt=" so", max_tokens=9, seed=2).json()
+            found.append([c["text"] for a in (first, begun, after) for c in a["choices"]])
+        assert found[0] == found[1] and len(set(found[0])) == 5
+        assert "compil" not in shared.errors(since_ready=True).lower()
+    finally:
+        shared.close()
 
 
 def test_nothing_was_compiled_after_the_start(server):
