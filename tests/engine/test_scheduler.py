@@ -360,7 +360,7 @@ def test_a_slow_model_is_known_after_its_first_steps(device, monkeypatch):
 
     monkeypatch.setattr(device.slots[1], "decode", slow)
     run(scheduler, [(0, Request([1], [SamplingParams(max_tokens=8)], streams=True))])
-    assert steps == [FIRST_STEPS, 1, 1, 1, 1]
+    assert steps == [FIRST_STEPS, *[1] * (8 - FIRST_STEPS)]
 
 
 def test_requests_leave_no_arrays(device):

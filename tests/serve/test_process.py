@@ -1,8 +1,10 @@
 """How a server ends, without a model: its engine fails, or is still loading."""
 
+import contextlib
 import errno
 import os
 import signal
+import socket
 import threading
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -142,6 +144,19 @@ def test_a_full_output_ends_it():
     engine = Engine(lambda: loaded(service), service.deliver)
     with pytest.raises(OSError, match="No space left on device"):
         run(make_app(service), service, engine, sock, drain=5, ready=full)
+
+
+def test_what_is_written_is_sent_at_once():
+    def delays(listening):
+        with (
+            contextlib.closing(listening),
+            socket.create_connection(listening.getsockname()),
+            listening.accept()[0] as accepted,
+        ):
+            return not accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+    assert not delays(listen("127.0.0.1", 0))
+    assert delays(socket.create_server(("127.0.0.1", 0)))  # control
 
 
 def test_addresses_that_cannot_be_used():

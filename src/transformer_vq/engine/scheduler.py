@@ -25,7 +25,7 @@ from transformer_vq.engine.running import (
 )
 
 STREAMING, ALONE = 0.06, 0.25  # seconds of a dispatch, where somebody reads along and where nobody
-FIRST_STEPS = 4  # of a dispatch in which somebody waits for the first token
+FIRST_STEPS = 1  # of a dispatch in which somebody waits for the first token
 NARROW_AFTER = 1.0  # seconds that a request is alone in many slots before it gets a batch of one
 
 
