@@ -1,6 +1,7 @@
 """Runs are the same however they are interrupted: by people, by a full disk, by kill -9."""
 
 import dataclasses
+import gc
 import os
 import random
 import shutil
@@ -146,6 +147,8 @@ def test_damaged_lines_do_not_stop_a_resume(run, tmp_path):
     assert any("is damaged: put aside in metrics.jsonl.damaged" in text for text in told.said)
 
 
+# After one part could not be written, Orbax leaves the others unwritten, some before they began.
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
 def test_a_disk_that_fills_up(tmp_path):
     """Between checkpoints, where a line of metrics.jsonl is what finds no room."""
     disk = tmp_path / "disk"
@@ -176,6 +179,7 @@ def test_a_disk_that_fills_up(tmp_path):
         assert train(disk / "run", train=long, resume=True).step == 60
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+        gc.collect()  # those parts, now
 
 
 SCRIPT = """
