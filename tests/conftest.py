@@ -119,18 +119,18 @@ def double():
 def user_env() -> dict[str, str]:
     """The environment for a `tvq` subprocess: one device and all cores, as a user has it.
 
-    In the fast suite its programs are made quickly, and kept for the next process.
+    In the fast suite its programs are made quickly. They are kept for the next process, as `tvq`
+    keeps them.
     """
     ours = _XLA_FLAGS.keys() - (_QUICK if _quick else {})
     flags = [f for f in os.environ["XLA_FLAGS"].split() if f.split("=")[0] not in ours]
     dropped = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PYTEST_CURRENT_TEST")
     env = {name: value for name, value in os.environ.items() if name not in dropped}
-    if _quick:
-        env |= {
-            "JAX_ENABLE_COMPILATION_CACHE": "true",
-            "JAX_COMPILATION_CACHE_DIR": f"{_programs.name}/processes",
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
+    env |= {
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_COMPILATION_CACHE_DIR": f"{_programs.name}/processes",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     return {**env, "XLA_FLAGS": " ".join(flags)}
 
 

@@ -10,6 +10,8 @@ from transformer_vq.measure import bench
 TINY = ["--config.d-model", "16", "--config.d-k", "8", "--config.num-layers", "1"]
 TINY += ["--config.codebook-size", "8", "--config.window-len", "8", "--config.block-len", "8"]
 
+TRAINING = ["train", "--batch", "8", "--length", "16", "--attention", "full"]
+
 
 def record(capsys, *arguments):
     assert main(["bench", *arguments, "--preset", "tiny", *TINY, "--repeats", "1", "--json"]) == 0
@@ -22,10 +24,10 @@ def record(capsys, *arguments):
         ["decode", "--batch", "2", "--position", "3"],
         ["prefill", "--length", "20"],
         ["sample", "--batch", "8", "--length", "4", "5"],
-        ["train", "--batch", "8", "--length", "16", "--attention", "full"],
+        pytest.param(TRAINING, marks=pytest.mark.slow),
         ["evaluate", "--length", "20"],
     ],
-    ids=lambda arguments: arguments[0],
+    ids=["decode", "prefill", "sample", "train", "evaluate"],
 )
 def test_figures(arguments, capsys, monkeypatch):
     monkeypatch.setenv("TVQ_CACHE", "")

@@ -81,7 +81,12 @@ def test_tuning_is_that_of_the_target(monkeypatch):
 
 @pytest.mark.parametrize(
     ("rows", "large", "head_type"),
-    [(1, True, "shga"), (1, True, "mha"), (6, True, "shga"), (6, False, "mha")],
+    [
+        (1, True, "shga"),
+        (6, False, "mha"),
+        pytest.param(1, True, "mha", marks=pytest.mark.slow),
+        pytest.param(6, True, "shga", marks=pytest.mark.slow),
+    ],
     indirect=["large"],
 )
 def test_a_step_in_parts_is_a_step(large, rows, head_type):

@@ -409,6 +409,7 @@ def test_single_precision():
     close(actual[1], expected[1], 2e-4)
 
 
+@pytest.mark.slow
 def test_rounded_products():
     """With rounded products near the truth, gradients too; and not as near as in float32. (With one
     code: a key on the edge of two would move more.) One token at a time stays as it is."""

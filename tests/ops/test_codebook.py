@@ -217,6 +217,7 @@ def test_streaming_wants_vq():
         loop.train(full, STREAMING, TOKENS, None, "nowhere", mesh=data_mesh(jax.devices()[:1]))
 
 
+@pytest.mark.slow
 def test_all_that_lives_resumes_bit_for_bit(tmp_path, monkeypatch):
     """Streams, averages, revival and a first codebook from data: 8 updates, or 6 and 2."""
 
