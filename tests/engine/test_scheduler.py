@@ -334,6 +334,25 @@ def test_half_of_the_time_is_for_those_who_write(device, monkeypatch):
     assert spent["decode"] >= 0.9 * 6
 
 
+def test_who_has_waited_for_a_chunk_waits_for_a_short_dispatch(device, monkeypatch):
+    scheduler, decode, steps = Scheduler(device, clock=Clock()), device.slots[1].decode, []
+
+    def counted(*args, **kwargs):
+        steps.append(kwargs["steps"])
+        return decode(*args, **kwargs)
+
+    scheduler.step_seconds = dict.fromkeys(device.slots, 0.002)
+    monkeypatch.setattr(device.slots[1], "decode", counted)
+    monkeypatch.setattr(scheduler, "_measure", lambda seconds: None)
+    scheduler.add(Request([1], [SamplingParams(max_tokens=2000)], streams=True))
+    for _ in range(3):
+        scheduler.step()
+    scheduler.add(Request([2] * (device.largest + 1), []))
+    for _ in range(4):
+        scheduler.step()
+    assert steps == [FIRST_STEPS, 30, 30, 15, 15, 30, 30]
+
+
 def test_a_first_token_does_not_wait_for_a_long_dispatch(device):
     """Where somebody reads along: the answer is the same, and begins a few steps later."""
     found = []

@@ -25,6 +25,7 @@ from transformer_vq.engine.running import (
 )
 
 STREAMING, ALONE = 0.06, 0.25  # seconds of a dispatch, where somebody reads along and where nobody
+AFTER_A_CHUNK = 0.03  # the same where who reads along has just waited for a chunk of a prompt
 FIRST_STEPS = 1  # of a dispatch in which somebody waits for the first token
 NARROW_AFTER = 1.0  # seconds that a request is alone in many slots before it gets a batch of one
 
@@ -126,6 +127,7 @@ class Scheduler:
         self._waiting: deque[Request] = deque()
         self._reading: _Reading | None = None
         self._owed = 0.0  # seconds of reading that decoding has not had yet
+        self._has_read = False  # a chunk in this step, while rows waited
         self._alone_since: float | None = None
         self.step_seconds = dict.fromkeys(device.slots, 0.002)  # of one step, as measured
         self._measured: set[int] = set()  # of these widths; the others' is a guess
@@ -185,6 +187,7 @@ class Scheduler:
     def step(self) -> list[Event]:
         """Read a chunk, fill slots, decode for a while: what came of it."""
         events: list[Event] = []
+        self._has_read = False
         if self._reading is None and self._waiting:
             request = self._waiting.popleft()
             self._reading = _Reading(request, self.device.begin(request.start), request.known)
@@ -215,6 +218,7 @@ class Scheduler:
             reading.done += len(left)
             self.prompt_tokens += len(left)
             self._owed = self._clock() - began if self.running else 0.0
+            self._has_read = self.running > 0
         ends = reading.done == len(request.prompt)
         if reading.done in request.keep:
             state = reading.state if ends else self.device.copy(reading.state)
@@ -290,7 +294,7 @@ class Scheduler:
         """One dispatch, and what it brought to each request."""
         news: dict[Answer, list[Token]] = {answer: [] for _, answer in self._running.live}
         streams = [answer for answer in news if answer.request.streams]
-        seconds = STREAMING if streams else ALONE
+        seconds = (AFTER_A_CHUNK if self._has_read else STREAMING) if streams else ALONE
         first = any(not answer.written for answer in streams)
         most = FIRST_STEPS if first else MOST_STEPS
         began = self._clock()
