@@ -88,15 +88,24 @@ def pytest_unconfigure():
     _programs.cleanup()
 
 
+# Each compiled program holds memory maps, a few or, as users' are made, some 500; Linux gives a
+# process 65,530, and without these two XLA fails with a segmentation fault.
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs():
-    """Each compiled program holds a few memory maps, of which Linux gives a process 65,530.
-
-    Without this XLA fails with a segmentation fault after some hundred tests in one process.
-    """
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def _forget_programs_in_time():
+    yield
+    maps = Path("/proc/self/maps")
+    if not _quick and maps.exists() and maps.read_bytes().count(b"\n") > 15_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
