@@ -278,6 +278,7 @@ def any_case(draw):
 def test_any_configuration(case):
     with jax.enable_x64(True):
         check(*case)
+    jax.clear_caches()
 
 
 # The reach of gradients, seen from outside.
