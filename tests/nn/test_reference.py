@@ -273,7 +273,7 @@ def any_case(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=40, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @given(any_case())
 def test_any_configuration(case):
     with jax.enable_x64(True):
