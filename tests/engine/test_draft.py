@@ -94,7 +94,18 @@ def test_requests_that_join(double, monkeypatch):
     itself = Session(model, prompts, params, slots=8, draft=model)
     assert len(list(itself)) == sum(map(len, plain))
     guessed, right = itself.drafted
-    assert right >= 0.6 * guessed > 0  # rounds that a row's end cuts short count as guessed
+    assert right >= guessed - 3 * len(prompts) > 0  # a row's last round is cut short
+
+
+def test_what_a_program_was_given_stays(monkeypatch):
+    """JAX may read an array of the host where it is, while the program runs."""
+    given = []
+    monkeypatch.setattr(drafts, "_emptied", lambda _, state, rows: given.append(rows) or state)
+    guide = drafts.Drafts(MODEL, 3, 64)
+    for row in (1, 2):
+        guide.begin(row, [])
+        guide._reader()
+    assert [rows.tolist() for rows in given] == [[False, True, False], [False, False, True]]
 
 
 @pytest.mark.slow

@@ -112,7 +112,7 @@ class Slots:
         """Begin a request after what `start` has read, which ends with the text."""
         slots, state = self._own(slot), start.state
         if self._mesh is not None:
-            device, _ = self._where(slot)
+            device = self._device_of(slot)
             state = sharding.with_part(self._take(slot)[1].state, device, state)
         same = len(slots), 1  # what the other devices are given has no slot
         seen, counts = np.tile(start.seen, same), np.tile(start.counts, same)
@@ -137,7 +137,7 @@ class Slots:
         """A running request goes on in a slot of others, on the same devices."""
         rows = self._take(slot)
         if self._mesh is not None:
-            (device, _), (to_device, _) = self._where(slot), to._where(to_slot)
+            device, to_device = self._device_of(slot), to._device_of(to_slot)
             rows = sharding.with_part(rows, to_device, sharding.part_of(rows, device))
         to._put(to._own(to_slot), rows)
         if self.drafts is not None and to.drafts is not None:
@@ -147,14 +147,12 @@ class Slots:
         """What the request in a slot has read and written; on the first device of a mesh."""
         _, rows = self._take(slot)
         if self._mesh is not None:
-            device, _ = self._where(slot)
+            device = self._device_of(slot)
             rows = jax.device_put(sharding.part_of(rows, device), self._devices[0])
         return Snapshot(rows.state, np.asarray(rows.prompt)[0], np.asarray(rows.counts)[0])
 
-    def _where(self, slot: int) -> tuple[Any, int]:
-        """The device of a slot, and which of its own slots it is."""
-        device, own = divmod(slot, self._each)
-        return self._devices[device], own
+    def _device_of(self, slot: int) -> Any:
+        return self._devices[slot // self._each]
 
     def _own(self, slot: int) -> list[int]:
         """A slot for each device: for that of the slot its own, for others one that is none."""
@@ -173,8 +171,7 @@ class Slots:
     def _take(self, slot: int) -> tuple[Controls, Rows]:
         """The request in a slot, alone; on a mesh, with a row of each other device."""
         take = self._ahead.get("take", functools.partial(_take, mesh=self._mesh))
-        _, own = divmod(slot, self._each)
-        index = np.full(len(self._devices), own, np.int32)
+        index = np.full(len(self._devices), slot % self._each, np.int32)
         return take((self.controls, self.rows), self._spread(index))
 
     # Decoding.

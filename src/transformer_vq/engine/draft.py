@@ -126,7 +126,7 @@ class Drafts:
             state = self._ahead.get("empty", functools.partial(_emptied, guide.config))(
                 state, self._new
             )
-            self._new[:] = False
+            self._new = np.zeros_like(self._new)  # the program may still read the old one
         if any(self._unread):
             state = read_chunks(guide, state, self._unread, None, self._ahead)
             self._unread = [[] for _ in self._unread]
