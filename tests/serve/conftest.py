@@ -13,6 +13,7 @@ from tests.helpers import TVQ, make_run
 pytest.importorskip("fastapi", reason="NOT TESTED: the extra serve is not installed")
 pytest.importorskip("openai", reason="NOT TESTED: the openai client is not installed")
 
+import httpx
 from httpx._config import DEFAULT_TIMEOUT_CONFIG
 
 for part in ("connect", "read", "write", "pool"):  # 5 seconds are little on a busy machine
@@ -63,8 +64,6 @@ class Server:
 
     def metric(self, name: str) -> float:
         """A number of `/metrics`."""
-        import httpx
-
         lines = httpx.get(f"{self.url}/metrics").text.splitlines()
         return float(next(line.split()[1] for line in lines if line.startswith(f"{name} ")))
 
@@ -81,6 +80,29 @@ class Server:
         self.process.kill()
         self.process.communicate()
         self._err.close()
+
+
+def auth(key=KEYS[0]):
+    return {"Authorization": f"Bearer {key}"}
+
+
+def complete(server, key=KEYS[0], **fields):
+    """A response as it is, by `httpx`."""
+    return httpx.post(
+        f"{server.url}/v1/completions",
+        json=fields,
+        headers={"Authorization": f"Bearer {key}"},
+        timeout=60,
+    )
+
+
+def endless(server, **fields):
+    """A stream that has begun and goes on for ever, until it is closed."""
+    stream = server.client(max_retries=0).completions.create(
+        model="run", prompt="x", max_tokens=10**8, stream=True, **fields
+    )
+    next(stream)
+    return stream
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 import os
 import random
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -146,3 +148,48 @@ def test_drafts_of_the_killed_go(tmp_path):
         os.utime(tmp_path / "all" / name, times=(time.time() - age,) * 2)
     make_store(tmp_path)
     assert {path.name for path in (tmp_path / "all").iterdir()} == {".b.tvq.0f.new", "c.tvq"}
+
+
+WRITER = """
+import pathlib, sys
+from tests.serve.test_states import make_large_store, snapshot
+store, number = make_large_store(pathlib.Path(sys.argv[1])), int(sys.argv[2])
+while True:
+    number += 1
+    store.save("", "name", snapshot(number))
+    print(number, flush=True)
+"""
+
+
+def make_large_store(folder):
+    """Of states whose files take a while to write: one number, many times."""
+
+    def unpack(data, name):
+        numbers = set(np.frombuffer(data, np.int64)) if len(data) == 8 << 20 else ()
+        if len(numbers) != 1:
+            raise UserError(f"{name} is damaged")
+        return snapshot(int(*numbers))
+
+    pack = lambda s: np.full(1 << 20, s.position, np.int64).tobytes()  # noqa: E731
+    return StateStore(8 << 20, 8 << 20, folder, grid=4, pack=pack, unpack=unpack)
+
+
+@pytest.mark.slow
+def test_killed_while_saving(tmp_path):
+    """kill -9, 25 times: the state is whole, and the last one that was saved or the one after."""
+    dice, saved, torn = random.Random(0), 0, 0
+    for _ in range(25):
+        command = [sys.executable, "-c", WRITER, str(tmp_path), str(saved)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            said = [process.stdout.readline()]
+            time.sleep(dice.uniform(0, 0.05))
+            process.kill()
+            said += process.stdout.readlines()
+        drafts = list((tmp_path / "all").glob(".*.new"))
+        torn += any(draft.stat().st_size < 8 << 20 for draft in drafts)
+        found = make_large_store(tmp_path).load("", "name").position
+        assert found - int(said[-1]) in (0, 1)
+        saved = found
+        for draft in drafts:
+            draft.unlink()
+    assert torn  # it was killed in the middle of writing, at least once
