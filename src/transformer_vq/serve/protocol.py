@@ -14,7 +14,10 @@ NAME = r"^[A-Za-z0-9_-]{1,64}$"  # of a state
 Text = Annotated[str, Field(min_length=1, max_length=1000)]
 Token = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(pattern=NAME)]
-Prompt = str | list[str] | list[Token] | list[list[Token]]
+# Lists are given up at the first item that does not fit: a prompt may have millions.
+Tokens = Annotated[list[Token], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Prompt = str | Texts | Tokens | Annotated[list[Tokens], Field(fail_fast=True)]
 
 
 class ApiError(Exception):
@@ -207,14 +210,14 @@ class DetokenizeRequest(Strict):
     """`POST /detokenize`."""
 
     model: str | None = None
-    tokens: list[Token]
+    tokens: Tokens
 
 
 class StateRequest(Strict):
     """`POST /v1/states`: read a prompt, after a state or after nothing, and keep what it leaves."""
 
     name: Name
-    prompt: str | list[Token] = ""
+    prompt: str | Tokens = ""
     state: Name | None = None
 
 

@@ -5,6 +5,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from transformer_vq.data import Tokenizer
 from transformer_vq.data.vocabulary import END_OF_TEXT
 from transformer_vq.engine.engine import Engine, EngineDead, QueueFull
@@ -157,11 +159,12 @@ class Service:
         params = [self._params(body, seed + i) for i in range(body.samples)]
         scored = body.echo and body.logprobs is not None
         cached = mode != "off" and start is None and not scored
-        known = loaded.store.find(owner, tokens, mode) if cached else None
+        hashed = np.asarray(tokens, np.int32) if cached else None  # once, as there may be millions
+        known = None if hashed is None else loaded.store.find(owner, hashed, mode)
         keep = frozenset({len(tokens)}) if body.save_state else frozenset()
         length = known.length if known else 0
-        if cached:
-            keep |= loaded.store.worth_keeping(owner, tokens, length)
+        if hashed is not None:
+            keep |= loaded.store.worth_keeping(owner, hashed, length)
         request = Request(
             tokens,
             params if body.max_tokens else [],

@@ -88,7 +88,7 @@ class StateStore:
 
     # After known prompts.
 
-    def find(self, owner: str, tokens: Sequence[int], mode: CacheMode) -> Known | None:
+    def find(self, owner: str, tokens: Sequence[int] | np.ndarray, mode: CacheMode) -> Known | None:
         """The state of the longest known prefix of a prompt.
 
         With `exact`, only one that reading the prompt itself would give: it changes no bit.
@@ -108,7 +108,9 @@ class StateStore:
                     return found
         return None
 
-    def _serves(self, mode: CacheMode, exact: bool, length: int, tokens: Sequence[int]) -> bool:
+    def _serves(
+        self, mode: CacheMode, exact: bool, length: int, tokens: Sequence[int] | np.ndarray
+    ) -> bool:
         """Whether a state after so many tokens of a prompt may be used."""
         on_grid = length % self.grid == 0 or length == len(tokens)
         return mode == "any" or (exact and on_grid)
@@ -145,7 +147,9 @@ class StateStore:
             for (owner, digest), known in newest:
                 self._prompts.write(Key(owner, known.length, digest), known.snapshot, known.exact)
 
-    def worth_keeping(self, owner: str, tokens: Sequence[int], known: int) -> frozenset[int]:
+    def worth_keeping(
+        self, owner: str, tokens: Sequence[int] | np.ndarray, known: int
+    ) -> frozenset[int]:
         """After how many tokens of this prompt, of which some are known, to keep its state.
 
         At its end; at the last end of a chunk, from which a longer prompt goes on; and where
@@ -317,7 +321,7 @@ def _remove_drafts(folder: Path) -> None:
                 draft.unlink()
 
 
-def _digests(tokens: Sequence[int], lengths: Sequence[int]) -> dict[int, bytes]:
+def _digests(tokens: Sequence[int] | np.ndarray, lengths: Sequence[int]) -> dict[int, bytes]:
     """Hashes of the first so many tokens, for lengths that rise."""
     array = np.asarray(tokens, np.int32)
     running, done, found = hashlib.blake2b(digest_size=16), 0, {}
