@@ -70,7 +70,7 @@ def test_models_are_trained_and_asked(capsys, monkeypatch):
     """A handful of updates teach nothing; each model is asked at each length, far beyond the first
     too, and the second reading of a text is there."""
     monkeypatch.setattr(recall, "ASKED", 16)
-    monkeypatch.setattr(recall, "PASSAGE", 100)
+    monkeypatch.setattr(recall, "PASSAGES", 4)
     train = {"batch_size": 2}
     options = recall.Options(tasks="far,reading", updates=2, lengths="1,16", json=True,
                              pairs=2, filler=9, config=TINY, train=train)  # fmt: skip
@@ -78,12 +78,13 @@ def test_models_are_trained_and_asked(capsys, monkeypatch):
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(r["task"], r["model"], r["filler"]) for r in rows] == [
         (task, model, filler * times)
-        for task, filler in (("far", 9), ("reading", 100))
+        for task, filler in (("far", 9), ("reading", 9))
         for model in ("vq", "no-cache", "full")
         for times in (1, 16)
     ]
     assert all(0 <= r["accuracy"] <= 1 for r in rows[:6])
     assert all(r["gain"] == r["first"] - r["second"] for r in rows[6:])
+    assert [r["far"] is None for r in rows[6:]] == [False] * 2 + [True] * 4
 
 
 def timed(*seconds, **more):

@@ -14,7 +14,9 @@ from transformer_vq.data import (
     Source,
     Task,
     bundled_corpus,
+    load_bytes,
     open_source,
+    split,
 )
 from transformer_vq.data.loader import UNASKED
 from transformer_vq.data.tasks import NEAREST, QUESTION, TOLD
@@ -23,9 +25,9 @@ from transformer_vq.errors import UserError
 EPISODES = 20
 
 
-def episodes(task: Task, split: str = "all") -> list[tuple[bytes, bytes, np.ndarray]]:
+def episodes(task: Task, part: str = "all") -> list[tuple[bytes, bytes, np.ndarray]]:
     """The text of each, its answers, and where those are."""
-    source = task.source().split(split)
+    source = task.source().split(part)
     found = []
     for start in source.starts:
         text = source.tokens[start : start + task.length + 1]
@@ -85,8 +87,8 @@ def test_copy(pairs, letters, filler):
 def test_passkey(filler, nearest):
     book = bundled_corpus().read_bytes()
     task, distances = Task("passkey", 5, filler=filler, episodes=100), []
-    for split, (low, high) in (("train", (0, 0.9)), ("test", (0.95, 1))):
-        for text, answers, places in episodes(task, split):
+    for name, (low, high) in (("train", (0, 0.9)), ("test", (0.95, 1))):
+        for text, answers, places in episodes(task, name):
             before, _, rest = text.partition(TOLD)
             assert rest[:7] == answers + b". " and answers.isdigit() and text.endswith(answers)
             after = rest[7 : -len(QUESTION) - 5]
@@ -96,6 +98,34 @@ def test_passkey(filler, nearest):
             distances.append(len(after))
     assert nearest <= min(distances) <= max(distances) <= filler
     assert (len(set(distances)) > 50) == (filler > nearest)
+
+
+def reading_sizes(text: bytes, source: bytes) -> tuple[int, int]:
+    """Of a passage of 8 to 20 bytes and of what is in between: of a reading that is as it should
+    be, with a passage of the source, and other text that goes on from gap to gap."""
+    for period in range(8, 61):
+        for size in range(8, min(period, 20) + 1):
+            turns = [text[i : i + period] for i in range(0, len(text), period)]
+            same = all(text[:size].startswith(turn[:size]) for turn in turns)
+            if same and text[:size] in source and b"".join(t[size:] for t in turns) in source:
+                return size, period - size
+    raise AssertionError(text)
+
+
+def test_reading():
+    task, seen = Task("reading", 20, filler=40, episodes=160), []
+    for name in ("train", "test"):
+        part = split(load_bytes(bundled_corpus()), name).tobytes()
+        for text, counted, places in episodes(task, name):
+            assert counted == text and places.tolist() == list(range(80))  # all of it counts
+            seen.append(reading_sizes(text, part))
+    sizes, gaps = np.transpose(seen)
+    assert sizes.min() == 8 and sizes.max() == 20 and np.mean(sizes < 14) > 0.6
+    assert gaps.min() == 0 and gaps.max() > 20 and (gaps <= 2 * sizes).all()
+    assert len({text for text, *_ in episodes(task)}) == 160
+    usual = Task("reading")
+    assert (usual.pairs, usual.filler, usual.length) == (100, 200, 400)
+    assert Task("reading", 3, filler=0, episodes=20).source().sequence_len == 6
 
 
 def test_a_task_is_its_fields():
@@ -141,9 +171,10 @@ def test_a_row_is_an_episode_of_which_the_answers_are_asked():
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("riddle:", "'riddle' is no task: the tasks are recall, updates, copy, passkey"),
+        ("riddle:", "'riddle' is no task: the tasks are recall, updates, copy, passkey, reading"),
         ("recall:rows=3", "has 'rows=3': give FIELD=NUMBER, once for each of the fields of recall, "
          "pairs .1 to 1,024., letters .2 to 26., filler"),
+        ("reading:letters=3", "has 'letters=3'.*the fields of reading, pairs .1 to 1,024., filler"),
         ("recall:pairs", "has 'pairs': give FIELD=NUMBER"),
         ("copy:writes=2", "has 'writes=2'.*the fields of copy, pairs"),
         ("recall:pairs=1,pairs=2", "has 'pairs=2'.*once for each"),
@@ -151,6 +182,7 @@ def test_a_row_is_an_episode_of_which_the_answers_are_asked():
          "lower pairs, or raise letters"),
         ("recall:letters=27", "letters is 27: it must be a whole number from 2 to 26"),
         ("passkey:filler=50001", "filler is 50,001: of passkey it must be at most 50,000"),
+        ("reading:filler=50001", "filler is 50,001: of reading it must be at most 50,000"),
         ("copy:filler=1000000,episodes=2000", "episodes is 2,000, .* 1.9 GiB, and 1 GiB is the"),
     ],
 )  # fmt: skip

@@ -82,7 +82,7 @@ class Train:
         option(
             "files or folders: text, .jsonl, .parquet, pictures (.png, .jpg and the like, "
             "idx3-ubyte, .npz); compressed too (.gz, .bz2, .xz, .zst, .zip of one file); or a task "
-            "of memory: recall:pairs=6,filler=32 (also updates:, copy:, passkey:)",
+            "of memory: recall:pairs=6,filler=32 (also updates:, copy:, passkey:, reading:)",
             "PATH",
             default="those of the run",
         ),

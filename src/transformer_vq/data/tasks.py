@@ -7,10 +7,13 @@ episodes, each a document of its own, in letters that people can read:
     updates  EvKaEbKc 0271...4 KcEb       keys are written several times: the last value counts
     copy     qmzhw 0271...8 = qmzhw       letters, each once, filler, the letters again
     passkey  English, with `The pass key is 582130.` in it, and asked for at the end
+    reading  English, of which a passage comes again and again, with other text in between
 
 (without the spaces). Only the answers count, in the loss and in the accuracy: nothing else can be
-foretold. After the multi-query associative recall of Arora et al. (2023, arXiv 2312.04927) and the
-passkey of Mohtashami and Jaggi (2023, arXiv 2305.16300).
+foretold. Of reading all counts: what comes for the first time is text like any other.
+
+After the multi-query associative recall of Arora et al. (2023, arXiv 2312.04927) and the passkey of
+Mohtashami and Jaggi (2023, arXiv 2305.16300).
 """
 
 import math
@@ -27,7 +30,7 @@ from transformer_vq.data.tokenizer import ByteTokenizer
 from transformer_vq.errors import ConfigError, UserError, shown
 from transformer_vq.fields import MOST_SEED, check, choice, limits, whole
 
-Kind = Literal["far", "updates", "copy", "passkey"]
+Kind = Literal["far", "updates", "copy", "passkey", "reading"]
 
 KEYS = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ", np.uint8)
 VALUES = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
@@ -37,13 +40,16 @@ NEAREST = 300  # bytes of text, at least, between a pass key and the question
 
 AUTO = 0
 USUAL_EPISODES, USUAL_BYTES, MOST_BYTES = 100_000, 2**26, 2**30
-MOST_TEXT = 50_000  # bytes around a pass key: a held-out split of the text has a few more
+MOST_TEXT = 50_000  # bytes of text at a time: a held-out split has a few more
+USUAL_FILLER, USUAL_PAIRS = {"passkey": 1800, "reading": 200}, {"reading": 100}  # else 32 and 6
+SHORTEST = 8  # bytes of a passage
 # What a task is called in `--data` (of kind far: recall), and the fields that mean something there.
 _FIELDS = {
     "recall": ("pairs", "letters", "filler", "episodes", "seed"),
     "updates": ("pairs", "writes", "letters", "filler", "episodes", "seed"),
     "copy": ("pairs", "letters", "filler", "episodes", "seed"),
     "passkey": ("pairs", "filler", "episodes", "seed"),
+    "reading": ("pairs", "filler", "episodes", "seed"),
 }
 
 
@@ -55,12 +61,14 @@ class Task:
     """
 
     kind: Kind = choice("far", "which task; far is called recall: in --data")
-    pairs: int = whole(6, "keys to remember with their values; letters of copy, digits of passkey",
-                       low=1, high=1024)  # fmt: skip
+    pairs: int = whole(AUTO, "keys to remember with their values; letters of copy, digits of "
+                       "passkey, bytes of the longest passage of reading", low=1, high=1024,
+                       also={AUTO: "6, of reading 100"})  # fmt: skip
     letters: int = whole(16, "how many there are to choose from, as keys and as values",
                          low=2, high=26)  # fmt: skip
     filler: int = whole(-1, "bytes between what is told and what is asked; of passkey, text around "
-                        "the key", high=2**24, also={-1: "32, of passkey 1,800"})  # fmt: skip
+                        "the key", high=2**24, also={-1: "32, of passkey 1,800, of reading 200"}
+                        )  # fmt: skip
     writes: int = whole(2, "of updates: how often each key is written", low=1, high=64)
     episodes: int = whole(AUTO, "of which a tenth is held out", low=20, high=2**24,
                           also={AUTO: "100,000, or what 64 MiB hold"})  # fmt: skip
@@ -68,18 +76,20 @@ class Task:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.kind != "passkey" and self.pairs > self.letters:
+        if self.pairs == AUTO:
+            object.__setattr__(self, "pairs", USUAL_PAIRS.get(self.kind, 6))
+        if self.kind not in ("passkey", "reading") and self.pairs > self.letters:
             raise ConfigError(
                 f"pairs is {self.pairs}, and there are {self.letters} letters to choose from, each "
                 f"once: lower pairs, or raise letters (at most {len(KEYS)})",
                 "pairs",
             )
         if self.filler == -1:
-            object.__setattr__(self, "filler", 1800 if self.kind == "passkey" else 32)
-        if self.kind == "passkey" and self.filler > MOST_TEXT:
+            object.__setattr__(self, "filler", USUAL_FILLER.get(self.kind, 32))
+        if self.kind in USUAL_FILLER and self.filler > MOST_TEXT:
             raise ConfigError(
-                f"filler is {self.filler:,}: of passkey it must be at most {MOST_TEXT:,}, because "
-                f"it is text",
+                f"filler is {self.filler:,}: of {self.kind} it must be at most {MOST_TEXT:,}, "
+                f"because it is text",
                 "filler",
             )
         if self.episodes == AUTO:
@@ -131,11 +141,13 @@ class Task:
             return 2 * self.pairs + self.filler + 1
         if self.kind == "passkey":
             return len(TOLD) + 2 + len(QUESTION) + 2 * self.pairs + self.filler
+        if self.kind == "reading":
+            return 2 * self.pairs + self.filler
         writes = self.writes if self.kind == "updates" else 1
         return 2 * self.pairs * (writes + 1) + self.filler
 
     def source(self) -> Source:
-        """The episodes, 90 % to train on, 5 % for validation, 5 % to test; only answers count."""
+        """The episodes, 90 % to train on, 5 % for validation, 5 % to test, and what counts."""
         eos = ByteTokenizer().eos_id
         tokens, spans, first = [], {}, 0
         for number, name in enumerate(("train", "validation", "test")):
@@ -156,9 +168,11 @@ class Task:
         )
 
     def _answers(self) -> np.ndarray:
-        """Which tokens of an episode are answers, bool `[1 + length]`."""
+        """Which tokens of an episode count, bool `[1 + length]`."""
         answers = np.zeros(1 + self.length, bool)
-        if self.kind in ("copy", "passkey"):
+        if self.kind == "reading":
+            answers[1:] = True
+        elif self.kind in ("copy", "passkey"):
             answers[-self.pairs :] = True
         else:  # every other one: key, value, key, value
             answers[-2 * self.pairs + 1 :: 2] = True
@@ -179,9 +193,9 @@ class _Draws:
     def _raw(self, *shape: int) -> np.ndarray:
         return np.asarray(self._bits.random_raw(math.prod(shape)), np.uint64).reshape(shape)
 
-    def below(self, limit: int, *shape: int) -> np.ndarray:
-        """Whole numbers from 0 to `limit` - 1, int64 of this shape."""
-        return (self._raw(*shape) % np.uint64(limit)).astype(np.int64)
+    def below(self, limit: int | np.ndarray, *shape: int) -> np.ndarray:
+        """Whole numbers from 0 to `limit` - 1, int64 of this shape; each may have its limit."""
+        return (self._raw(*shape) % np.asarray(limit, np.uint64)).astype(np.int64)
 
     def order(self, rows: int, size: int) -> np.ndarray:
         """A permutation of 0 to `size` - 1 in each row, int64 `[rows, size]`."""
@@ -240,4 +254,29 @@ def _passkey(task: Task, draws: _Draws, count: int, split_name: str) -> np.ndarr
     return made
 
 
-_MAKERS = {"far": _pairs, "updates": _pairs, "copy": _copy, "passkey": _passkey}
+def _reading(task: Task, draws: _Draws, count: int, split_name: str) -> np.ndarray:
+    """A passage of the split, other text of it, the passage, how the other text goes on, and so on.
+
+    Short passages come more often than long ones, with less in between, and so more times: a model
+    that has learned nothing yet learns to copy from those (docs/log.md).
+    """
+    text = split(load_bytes(bundled_corpus()), split_name)
+    passages = draws.below(len(text) - task.pairs + 1, count)
+    fillers = draws.below(len(text) - task.length + 1, count)
+    least = min(SHORTEST, task.pairs)
+    sizes = least + draws.below(1 + draws.below(task.pairs - least + 1, count), count)
+    gaps = draws.below(1 + task.filler * sizes // task.pairs, count)
+    made, place = np.empty((count, task.length), np.uint8), np.arange(task.length)
+    for row, passage, size, filler, gap in zip(made, passages, sizes, fillers, gaps, strict=True):
+        turn, at = np.divmod(place, size + gap)
+        row[:] = text[np.where(at < size, passage + at, filler + turn * gap + at - size)]
+    return made
+
+
+_MAKERS = {
+    "far": _pairs,
+    "updates": _pairs,
+    "copy": _copy,
+    "passkey": _passkey,
+    "reading": _reading,
+}

@@ -4,6 +4,7 @@ Text at hand hardly needs its past; a text that repeats itself does. Passages of
 each read, followed by other text of it, and read again. The difference is what was remembered.
 """
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,14 +14,17 @@ from transformer_vq.data import Source
 from transformer_vq.errors import UserError
 from transformer_vq.fields import require_count
 from transformer_vq.nn.model import Model
-from transformer_vq.ops.evaluate import evaluate
+from transformer_vq.ops.evaluate import Evaluation, evaluate, has_far_part
 
 
 class Reading(NamedTuple):
-    """Bits per byte of the same passages, read twice."""
+    """Bits per byte of the same passages, read twice, and what the far part brings to the second
+    reading: by how many bits per byte it costs more with keys beyond the window masked."""
 
     first: float
     second: float
+    far: float | None = None  # None where it was not asked for
+    far_error: float | None = None  # standard error; None for few tokens
 
     @property
     def gain(self) -> float:
@@ -35,10 +39,12 @@ def second_reading(
     passage: int = 2000,
     between: int = 2000,
     passages: int = 8,
+    far_gain: bool = False,
 ) -> Reading:
     """Read `passages` passages, spread over the text, twice, with `between` tokens in between.
 
-    Each begins with an empty state. `text`: bytes that the model was not trained on, `[N]`.
+    Each begins with an empty state. `text`: bytes that the model was not trained on, `[N]`. With
+    `far_gain` also what the far part brings to the second reading, if the model has one.
 
     Raises:
       UserError: if the text is shorter than a passage and what comes in between, or for sizes
@@ -59,7 +65,12 @@ def second_reading(
     read = Source(tokens, np.arange(passages) * size, passages * (size - 1), whole_documents=True)
     rows = passages if model.config.attention == "vq" else 1  # all keys of all rows are too many
 
-    def bpb(counted: np.ndarray) -> float:
-        return evaluate(model, replace(read, counted=counted), rows=rows).bpb
+    def score(counted: np.ndarray, far_gain: bool = False) -> Evaluation:
+        return evaluate(model, replace(read, counted=counted), rows=rows, far_gain=far_gain)
 
-    return Reading(bpb((place > 0) & (place <= passage)), bpb(place >= size - passage))
+    first = score((place > 0) & (place <= passage))
+    second = score(place >= size - passage, far_gain and has_far_part(model.config))
+    if (far := second.far_gain) is None:
+        return Reading(first.bpb, second.bpb)
+    error = None if far.error is None else far.error / math.log(2)
+    return Reading(first.bpb, second.bpb, far.nats / math.log(2), error)
