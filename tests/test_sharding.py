@@ -10,14 +10,18 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
+from tests.helpers import tune
 from tests.ops.test_sample import make_model
-from transformer_vq import ModelConfig, SamplingParams, generate, stream
+from transformer_vq import ModelConfig, SamplingParams, costs, generate, stream
 from transformer_vq.config import MeshConfig, TrainConfig
 from transformer_vq.data import Batches
 from transformer_vq.engine.batch import Session
 from transformer_vq.engine.slots import take_rows
-from transformer_vq.nn.model import model_specs
+from transformer_vq.measure import hlo
+from transformer_vq.nn.attention import blocks
+from transformer_vq.nn.model import init_model, model_specs
 from transformer_vq.ops.evaluate import evaluate
+from transformer_vq.ops.loss import token_nll
 from transformer_vq.ops.train import init_train_state, make_train_step, train_state_shardings
 from transformer_vq.sharding import (
     axis_rules,
@@ -27,6 +31,7 @@ from transformer_vq.sharding import (
     require_divisible,
     shard_arrays,
     shard_rows,
+    traced_on,
 )
 
 CONFIG = ModelConfig(
@@ -41,6 +46,7 @@ CONFIG = ModelConfig(
 )
 TRAIN = TrainConfig(batch_size=8, sequence_len=16, update_len=8, warmup_steps=0, learning_rate=0.02)
 TOKENS = (np.random.default_rng(0).integers(0, 8, 600).cumsum() % 32).astype(np.uint8)
+BATCHES = Batches(TOKENS, batch_size=8, sequence_len=16, seed=0)
 CONFIGS = {
     "shga": CONFIG,
     "mqa": CONFIG.replace(head_type="mqa", num_heads=2, d_v=0),
@@ -60,18 +66,24 @@ def start(name):
     return jax.device_get(jax.jit(init_train_state, static_argnums=(0, 1))(CONFIGS[name], TRAIN))
 
 
-STEP = functools.cache(make_train_step)
+@functools.cache
+def compiled_step(name, shape):
+    config, mesh = CONFIGS[name], mesh_of(*shape)
+    batch = shard_rows(mesh, BATCHES.batch(0))
+    return make_train_step(config, TRAIN, mesh).lower(start_on(name, mesh), batch).compile()
+
+
+def start_on(name, mesh):
+    return jax.device_put(start(name), train_state_shardings(CONFIGS[name], TRAIN, mesh))
 
 
 @functools.cache
 def trained(name, shape, first_batch=0):
     """The losses and the end of three batches of two updates."""
-    config, mesh = CONFIGS[name], mesh_of(*shape)
-    state = jax.device_put(start(name), train_state_shardings(config, TRAIN, mesh))
-    step = STEP(config, TRAIN, mesh)
-    batches, losses = Batches(TOKENS, batch_size=8, sequence_len=16, seed=0), []
+    mesh, step = mesh_of(*shape), compiled_step(name, shape)
+    state, losses = start_on(name, mesh), []
     for i in range(3):
-        state, metrics = step(state, shard_rows(mesh, batches.batch(first_batch + i)))
+        state, metrics = step(state, shard_rows(mesh, BATCHES.batch(first_batch + i)))
         losses.append([metrics[name] for name in ("loss", "commitment", "grad_norm")])
     return np.array(losses), state
 
@@ -126,6 +138,32 @@ def test_devices_share_the_train_state(double):
     assert bytes_of_a_device(2, 2, 2) < one / 3
     trained_state = trained("shga", (2, 2, 2))[1]  # and it stays so
     assert trained_state.params["w_out"].sharding.spec == PartitionSpec("fsdp", "tensor")
+
+
+def test_devices_gather_weights_and_nothing_else(double):
+    """A third of the bytes that were gathered when caches were, which have the rows of a batch."""
+    found = hlo.collectives(hlo.Program.parse(compiled_step("shga", (2, 2, 2)).as_text()))
+    weights = costs.parameter_count(CONFIG) * np.dtype(CONFIG.param_dtype).itemsize
+    for kind in ("all-gather", "all-reduce"):
+        assert 0.5 * weights < found[kind].bytes / TRAIN.updates_per_sequence < 1.5 * weights
+
+
+def test_chunks_are_of_what_a_device_has(monkeypatch):
+    """Each chunk of logits costs a gather of their matrix, and a sum of its gradient."""
+    rows, length = 8, 16
+    tune(monkeypatch, logits_per_chunk=rows * length * CONFIG.vocab_size // 4)
+    scores = CONFIG.block_len * (CONFIG.window_len + CONFIG.block_len + CONFIG.codebook_size)
+    monkeypatch.setattr(blocks, "SCORES_PER_CHUNK", rows * scores // 2)
+    config = CONFIG.replace(**dict.fromkeys(("compute_dtype", "param_dtype"), "float32"))
+    model = jax.eval_shape(lambda: init_model(config, 0))
+    features = jax.ShapeDtypeStruct((rows, length, config.d_model), "float32")
+    targets = jax.ShapeDtypeStruct((rows, length), "int32")
+    found = {}
+    for shape in ((1, 1, 1), (2, 1, 2), (2, 2, 2)):
+        with traced_on(mesh_of(*shape)):
+            loss = jax.make_jaxpr(lambda *xs: token_nll(*xs))(model, features, targets)
+            found[shape] = (" scan[" in str(loss), blocks.layout(config, rows, length).chunks)
+    assert found == {(1, 1, 1): (True, 2), (2, 1, 2): (True, 2), (2, 2, 2): (False, 1)}
 
 
 # Rules

@@ -31,7 +31,7 @@ HloModule jit_program, is_scheduled=true, input_output_alias={ {0}: (0, {}, may-
 
 %summed_and_cut (param_0.2: bf16[64,16]) -> bf16[8,16] {
   %param_0.2 = bf16[64,16]{1,0:T(8,128)(2,1)} parameter(0)
-  %all-reduce.3 = bf16[64,16]{1,0:T(8,128)(2,1)} all-reduce(%param_0.2), to_apply=%sum
+  %all-reduce.3 = bf16[64,16]{1,0:T(8,128)(2,1)} all-reduce(%param_0.2), channel_id=3, to_apply=%sum
   ROOT %dynamic-slice.1 = bf16[8,16]{1,0:T(8,128)(2,1)} dynamic-slice(%all-reduce.3, %c, %c)
 }
 
@@ -77,6 +77,7 @@ ENTRY %main (p: f32[8,128], q: bf16[64,16]) -> f32[8,128] {
   %q = bf16[64,16]{1,0:T(8,128)(2,1)} parameter(1)
   %once = f32[8,128]{1,0:T(8,128)} copy(%p)
   %fusion.3 = bf16[8,16]{1,0:T(8,128)(2,1)} fusion(%q), kind=kCustom, calls=%summed_and_cut
+  %fusion.4 = bf16[8,16]{1,0:T(8,128)(2,1)} fusion(%q), kind=kCustom, calls=%summed_and_cut
   %while.1 = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) while(%start), condition=%condition, \
 body=%body, backend_config={"known_trip_count":{"n":"24"}}
   %while.2 = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) while(%while.1), condition=%counted, \
@@ -98,13 +99,16 @@ def test_copies_of_a_loop():
 
 
 def test_what_devices_exchange():
-    """By kind, as often as loops run; in fusions too, and of a result that names its operand."""
+    """By kind, as often as loops run; of a result that names its operand; in fusions too, of which
+    those with one channel are parts of one."""
     found = hlo.collectives(hlo.Program.parse(TEXT))
     assert found == {
         "all-gather": hlo.Traffic(count=1, times=24, bytes=24 * 8 * 128 * 4),
         "all-reduce": hlo.Traffic(count=1, times=1, bytes=64 * 16 * 2),
         "collective-permute": hlo.Traffic(count=1, times=7, bytes=7 * 8 * 128 * 4),
     }
+    apart = hlo.collectives(hlo.Program.parse(TEXT.replace("channel_id=3, ", "")))
+    assert apart["all-reduce"] == hlo.Traffic(count=2, times=2, bytes=2 * 64 * 16 * 2)
 
 
 def test_arrays_of_types():

@@ -20,6 +20,7 @@ _RUNS = re.compile(r"(?:calls|body|condition|true_computation|false_computation)
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _APPLIES = re.compile(r"to_apply=%?([\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
 _OPERATION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,<= ]*)\](?:\{([^}]*)\})?")
@@ -182,14 +183,20 @@ def collectives(program: Program) -> dict[str, Traffic]:
     """What devices exchange, by kind.
 
     The bytes are those of the arrays that are gathered, scattered or summed, as one device has
-    them: the larger of what goes in and what comes out.
+    them: the larger of what goes in and what comes out. For a TPU, XLA writes an exchange into each
+    of the fusions that run meanwhile; all of them name one channel, and count once.
     """
     found: dict[str, Traffic] = {}
+    fused = set()
     for run in program.runs():
         operation = run.operation
         kind = operation.kind.removesuffix("-start")
         if kind not in COLLECTIVES:
             continue
+        if run.in_fusion and (channel := _CHANNEL.search(operation.rest)):
+            if channel[1] in fused:
+                continue
+            fused.add(channel[1])
         given = sum(a.bytes for a in program.arrays(run.computation, operation.operands))
         made = sum(array.bytes for array in operation.results)
         if operation.kind.endswith("-start") and kind != "all-reduce":

@@ -28,6 +28,7 @@ class Tuning:
     narrow_rows: int  # products of at most so many rows read narrow matrices as they are
     narrow_sum: int  # rows of a narrow matrix that one loop adds up; 1: a product does
     tokens_per_chunk: int  # of a device, that go through a unit at once
+    logits_per_chunk: int  # of a device, that the loss holds at once
     micro_batches: bool  # the default of training: no more rows at once than fit a chunk
 
 
@@ -41,9 +42,10 @@ CPU = Tuning(
     narrow_rows=2,
     narrow_sum=16,
     tokens_per_chunk=2048,
+    logits_per_chunk=2**22,
     micro_batches=True,
 )
-# Not in micro-batches: each costs a sum of the gradients over devices.
+# Not in micro-batches, and logits in large chunks: each costs a sum of gradients over devices.
 OTHERS = Tuning(
     few_rows=0,
     large=0,
@@ -54,6 +56,7 @@ OTHERS = Tuning(
     narrow_rows=2**30,
     narrow_sum=1,
     tokens_per_chunk=65_536,
+    logits_per_chunk=2**26,
     micro_batches=False,
 )
 

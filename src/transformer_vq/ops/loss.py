@@ -6,15 +6,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from transformer_vq.nn import products
 from transformer_vq.nn.dropout import DropoutKeys
 from transformer_vq.nn.embedding import to_logits
 from transformer_vq.nn.forward import Training, forward
 from transformer_vq.nn.layers import wide_dtype
 from transformer_vq.nn.model import Model, State
 from transformer_vq.nn.vq import SamplePositions
+from transformer_vq.sharding import row_shares
 from transformer_vq.types import Features, Params, Tokens
-
-LOGITS_PER_CHUNK = 2**22  # logits held at once: a large vocabulary is never whole in memory
 
 
 class LossTerms(NamedTuple):
@@ -59,9 +59,14 @@ def _in_chunks(
     targets: Tokens,
     vocab_size: int,
 ) -> jax.Array:
-    """What `score` makes of features `[B, t, D]` and targets `[B, t]`, for all T."""
+    """What `score` makes of features `[B, t, D]` and targets `[B, t]`, for all T.
+
+    A large vocabulary is never whole in memory. Chunks are as large as a device's share of the rows
+    allows: for each one, devices gather the matrix, and sum its gradient.
+    """
     batch, length, _ = features.shape
-    chunks = -(-batch * length * vocab_size // LOGITS_PER_CHUNK)
+    logits = batch // row_shares(batch) * length * vocab_size
+    chunks = -(-logits // products.tuning().logits_per_chunk)
     size = -(-length // min(chunks, length))
     chunks = -(-length // size)
     if chunks == 1:

@@ -44,6 +44,7 @@ from transformer_vq.nn.attention.window import (
 )
 from transformer_vq.nn.layers import iota, wide
 from transformer_vq.nn.timeline import KeyDocuments, Timeline
+from transformer_vq.sharding import row_shares
 from transformer_vq.types import (
     BlockQueries,
     ByHead,
@@ -57,7 +58,7 @@ from transformer_vq.types import (
     Timed,
 )
 
-SCORES_PER_CHUNK = 2**23  # scores held at once, per unit
+SCORES_PER_CHUNK = 2**23  # scores that a device holds at once, per unit
 BLOCKS_PER_CHUNK = 64  # where window and block differ, each is a slice of its own
 
 
@@ -233,7 +234,8 @@ def layout(config: ModelConfig, batch: int, length: int) -> Layout:
     if not config.grad_through_cache:
         return Layout(window, block, 1, blocks)
     columns = window + block + config.codebook_size
-    limit = SCORES_PER_CHUNK // (block * batch * config.num_heads * columns)
+    rows = batch // row_shares(batch)
+    limit = SCORES_PER_CHUNK // (block * rows * config.num_heads * columns)
     limit = max(1, min(limit, BLOCKS_PER_CHUNK))
     chunks = -(-blocks // limit)
     per_chunk = -(-blocks // chunks)

@@ -21,6 +21,7 @@ from transformer_vq.nn.attention.inputs import Window
 from transformer_vq.nn.attention.writes import soft_sums
 from transformer_vq.nn.layers import iota
 from transformer_vq.nn.timeline import KeyDocuments
+from transformer_vq.sharding import cuts_columns
 from transformer_vq.types import (
     Codewords,
     First,
@@ -216,8 +217,11 @@ def _over_blocks(
 ) -> Float[jax.Array, "B G i S X"]:
     """Sums over blocks k, as far as `keep` takes them over into cache i.
 
-    Products, here and in the backward pass: XLA's sums over blocks are slow on a CPU.
+    Products, here and in the backward pass: XLA's sums over blocks are slow on a CPU. Of devices
+    that share X, no array that is flat in S and X: to make one, each would gather all of it.
     """
-    flat = x.reshape(*x.shape[:3], -1)
-    flat = products.matmul_exact(keep, flat)
+    if cuts_columns():
+        keep = jnp.broadcast_to(keep, (*x.shape[:2], *keep.shape[2:]))
+        return jnp.einsum("bgik,bgksx->bgisx", keep, x, precision="highest")
+    flat = products.matmul_exact(keep, x.reshape(*x.shape[:3], -1))
     return flat.reshape(*flat.shape[:3], *x.shape[3:])
