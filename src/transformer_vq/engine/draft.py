@@ -22,7 +22,7 @@ from transformer_vq.ops.decode import Generated, Rows, prefill, prefill_few
 from transformer_vq.ops.draft import draft_tokens
 
 RECENT = 4096  # tokens of a row's text that guesses are looked up in
-READ = PREFILL_SIZES[-1]  # tokens of a new text's end that a guide reads
+READ = 256  # tokens of a text's end that a guide reads, where it has not read the text before them
 
 
 def check_draft(draft: bool | Model, config: ModelConfig) -> None:
@@ -92,14 +92,17 @@ class Drafts:
             done = draft(*args, self._recent, guide, self._guide_state, np.int32(rounds))
             rows, self._guide_state = done.rows, done.guide
             new, took_part = jax.device_get((done.new, done.rounds))
+            did = int(took_part.max())
             self.guessed += int(took_part.sum()) * (size - 1)
             self.right += int((new.lengths - took_part).sum())
         else:
             began = time.monotonic()
             rows, new = plain(*args)
             new = jax.device_get(new)
+            did = int(new.lengths.max())
         seconds = time.monotonic() - began
-        self.pace.measure(size, float(new.lengths.sum()) / max(1, int(keep.sum())), seconds)
+        tokens = float(new.lengths.sum()) / max(1, int(keep.sum()))
+        self.pace.measure(size, did, tokens, seconds)
         for row, length in enumerate(new.lengths):
             self._push(row, new.tokens[row, :length].tolist(), unread=size == 1)
         return rows, new
@@ -116,6 +119,8 @@ class Drafts:
             self._recent[row] = np.concatenate([self._recent[row, len(some) :], some])
         if unread and self._guide is not None:
             self._unread[row] += tokens
+            if len(self._unread[row]) > READ:  # to read all would cost more than it tells
+                self._unread[row], self._new[row] = self._unread[row][-READ:], True
 
     def _reader(self) -> Decoder | None:
         """The guide, which has read all that was written without it."""
@@ -130,7 +135,7 @@ class Drafts:
         if any(self._unread):
             state = read_chunks(guide, state, self._unread, None, self._ahead)
             self._unread = [[] for _ in self._unread]
-        self._guide_state = state
+        self._guide_state = jax.block_until_ready(state)  # before the clock of a dispatch starts
         return decoder_for(guide, state)
 
     def ahead(self, args: tuple[Any, ...]) -> list[Program]:
