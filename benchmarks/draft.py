@@ -16,9 +16,10 @@ import time
 from dataclasses import replace
 from itertools import islice
 
+import jax
 import numpy as np
 
-from transformer_vq import ModelConfig, SamplingParams, init_model, load
+from transformer_vq import Model, ModelConfig, SamplingParams, init_model, load
 from transformer_vq.data import bundled_corpus, load_bytes
 from transformer_vq.engine.batch import Session
 from transformer_vq.engine.pace import SIZES
@@ -31,6 +32,12 @@ def main() -> None:
     parser.add_argument("--draft", help="folder of a run that guesses; else the text itself does")
     parser.add_argument("--preset", default="enwik8", help="sizes of the model without a run")
     parser.add_argument("--layers", type=int, default=0, help="fewer than the preset has")
+    parser.add_argument(
+        "--deeper",
+        type=int,
+        default=0,
+        help="so many times as many layers more, which do nothing",
+    )
     parser.add_argument("--repeat", action="store_true", help="the prompt repeats itself")
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--batch", type=int, default=1)
@@ -50,7 +57,7 @@ def row(args: argparse.Namespace) -> str:
     book = np.asarray(load_bytes(bundled_corpus()))
     repeat = args.repeat or not args.run
     if args.run:
-        model = load(args.run)[0]
+        model = deeper(load(args.run)[0], args.deeper)
     else:
         layers = {"num_layers": args.layers} if args.layers else {}
         config = ModelConfig.preset(args.preset, compute_dtype="float32", **layers)
@@ -88,6 +95,23 @@ def row(args: argparse.Namespace) -> str:
         f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | "
         f"{sum(wall[0]) / sum(wall[1]):.2f} | {sum(processor[0]) / sum(processor[1]):.2f} | "
         f"{right:,} of {guessed:,} ({right / max(1, guessed):.0%}) | {first_difference(*tokens)} |"
+    )
+
+
+def deeper(model: Model, times: int) -> Model:
+    """The model with its layers so many times more, their outputs 0: it writes the same, but a step
+    costs what one of a larger model does."""
+    units = model.params["units"]
+    idle = {**units, "w_o": np.zeros_like(units["w_o"])}
+    if "shortcut" in units:
+        idle["shortcut"] = np.tile(np.float32([1, 0]), (len(units["shortcut"]), 1))
+    params, codebook = (
+        jax.tree.map(lambda a, b: np.concatenate([a, *[b] * times]), own, more)
+        for own, more in ((units, idle), (model.codebook, model.codebook))
+    )
+    layers = model.config.num_layers * (1 + times)
+    return Model(
+        {**model.params, "units": params}, codebook, model.config.replace(num_layers=layers)
     )
 
 

@@ -27,7 +27,13 @@ def test_products_are_as_asked_for_or_as_is_faster(capsys, monkeypatch):
     def made(asked, saved=None, **options):
         return Train(products=asked, **options)._with_products(config, saved).products
 
-    assert made("bfloat16") == "bfloat16" and made("float32") == "float32"
+    for rate, said in (
+        (0.9e11, "tvq: --products bfloat16 is slower here than float32: th"),
+        (2e11, ""),
+    ):
+        monkeypatch.setattr(peak, "product_rates", lambda config, rate=rate: Rates(1e11, rate))
+        assert made("bfloat16") == "bfloat16" and made("float32") == "float32"
+        assert capsys.readouterr().err[: len(said) or None] == said
     for lead, faster in ((3e11, "bfloat16"), (1.1e11, "float32")):
         monkeypatch.setattr(peak, "product_rates", lambda config, lead=lead: Rates(1e11, lead))
         assert made("auto") == faster

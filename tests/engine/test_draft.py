@@ -193,14 +193,14 @@ def test_continued():
     assert len(set(found.ravel().tolist())) > 10
 
 
-def decode(pace, speeds, tokens):
+def decode(pace, speeds, tokens, noise=lambda: 1.0):
     """Seconds that so many tokens take where a size has these tokens a round, seconds a round."""
     seconds, sizes = 0.0, []
     while tokens > 0:
         size, rounds = pace.choose(32)
         per_round, cost = speeds[size]
         rounds = min(rounds, max(1, round(32 / per_round)))
-        pace.measure(size, rounds, rounds * per_round, rounds * cost)
+        pace.measure(size, rounds, rounds * per_round, rounds * cost * noise())
         seconds, tokens = seconds + rounds * cost, tokens - rounds * per_round
         sizes.append(size)
     return seconds, sizes
@@ -219,6 +219,18 @@ def test_the_fastest_goes_on(speeds, best):
     assert max(set(sizes), key=sizes.count) == best
     assert seconds < 1.02 * 3000 * cost / per_round + 64  # two dispatches to compare with
     assert set(sizes) == ({1, 4} if best == 1 else set(SIZES))
+
+
+def test_a_busy_machine_is_not_taken_for_a_slow_size():
+    """Times that go up and down by half: what does not pay stays off, what does goes on."""
+    rng = np.random.default_rng(0)
+    took = {"pays": [], "does not": []}
+    for _ in range(20):
+        for what, speeds in (("pays", REPEATS), ("does not", HOPELESS)):
+            seconds, _ = decode(Pace(), speeds, 3000, lambda: np.exp(rng.normal(0, 0.4)))
+            took[what].append(seconds / 3000)
+    assert max(took["does not"]) < 1.05
+    assert np.median(took["pays"]) < 0.25
 
 
 def test_switched_off_and_on_again():

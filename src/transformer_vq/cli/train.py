@@ -276,22 +276,23 @@ class Train:
                 f"--products is {self.products}, and {where} says {config.products} already: leave "
                 f"it out"
             )
-        made = self.products
-        if made == "auto":
-            if self.distributed or self.coordinator:
-                raise UsageError(
-                    "--products auto measures one machine, and there are several: give float32 or "
-                    "bfloat16"
-                )
-
-            from transformer_vq.cli.common import say
+        made, several = self.products, self.distributed or self.coordinator
+        if made == "auto" and several:
+            raise UsageError(
+                "--products auto measures one machine, and there are several: give float32 or "
+                "bfloat16"
+            )
+        if made != "float32" and not several and config.compute_dtype == "float32":
+            from transformer_vq.cli.common import say, tell
             from transformer_vq.run.peak import product_rates
 
-            made = "float32"
-            if config.compute_dtype == "float32":
-                rates = product_rates(config)
+            rates = product_rates(config)
+            if made == "auto":
                 made = rates.faster
                 say(f"products: {made}, for {rates}")
+            elif rates.rounded < rates.float32:
+                tell(f"--products bfloat16 is slower here than float32: {rates}")
+        made = "float32" if made == "auto" else made
         try:
             return config.replace(products=made)
         except ValueError as error:

@@ -64,7 +64,7 @@ class Pace:
             if best > 1:
                 self._steps.clear()  # what was measured long ago
             self._steps.append(seconds / rounds)
-        else:
+        elif self._steps:
             self._costs[size].append(seconds / rounds / statistics.median(self._steps))
             brought = tokens / rounds
             share = rounds / (rounds + 2)

@@ -167,17 +167,18 @@ def _guided(
     guide: Decoder, state: State, first: jax.Array, controls: Controls, rows: Rows, count: int
 ) -> jax.Array:
     """What the guide draws after the first token, `[B, count]`, with the keys of the rows."""
-    row = iota(len(first))
+    row, position = iota(len(first)), rows.state.position
 
     def draw(carry, i):
-        state, rows, token = carry
+        state, counts, token = carry
         state = decode_step(guide, state, token)
-        rows = replace(rows, counts=rows.counts.at[row, token].add(1), generated=rows.generated + 1)
-        logits = controlled_logits(state.logits, controls, rows)
-        token = draw_at(controls.key, rows.state.position + 1 + i, logits)
-        return (state, rows, token), token
+        counts = counts.at[row, token].add(1)
+        after = replace(rows, counts=counts, generated=rows.generated + 1 + i)
+        logits = controlled_logits(state.logits, controls, after)
+        token = draw_at(controls.key, position + 1 + i, logits)
+        return (state, counts, token), token
 
-    _, guesses = jax.lax.scan(draw, (state, rows, first), iota(count))
+    _, guesses = jax.lax.scan(draw, (state, rows.counts, first), iota(count))
     return guesses.T
 
 
