@@ -104,7 +104,7 @@ def deeper(model: Model, times: int) -> Model:
     units = model.params["units"]
     idle = {**units, "w_o": np.zeros_like(units["w_o"])}
     if "shortcut" in units:
-        idle["shortcut"] = np.tile(np.float32([1, 0]), (len(units["shortcut"]), 1))
+        idle["shortcut"] = np.tile(np.array([1, 0], np.float32), (len(units["shortcut"]), 1))
     params, codebook = (
         jax.tree.map(lambda a, b: np.concatenate([a, *[b] * times]), own, more)
         for own, more in ((units, idle), (model.codebook, model.codebook))
