@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from transformer_vq import Model
 from transformer_vq.cli import demo, main
 from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.data import bundled_corpus
+from transformer_vq.measure import recall
 from transformer_vq.show.figures import learning_curve
 
 FILES = {"checkpoints", "config.json", "metrics.jsonl", "learning_curve.png", "samples.txt",
@@ -33,6 +35,19 @@ def test_demo_leaves_a_run_and_is_done(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "TRAIN", train)
     monkeypatch.setattr(demo, "SAMPLE_TOKENS", 20)
     monkeypatch.setattr(demo, "PASSAGE", 200)
+    asked = []
+
+    def train_on(config, train, source, max_seconds):
+        assert config == demo.RECALL_CONFIG and train == demo.RECALL_TRAIN and max_seconds == 24
+        assert source.sequence_len == demo.RECALL.length
+        return Model({}, {}, config)
+
+    def share_right(model, task, episodes):
+        asked.append((task.pairs, task.filler, episodes))
+        return 0.987 if model.config.use_cache else 0.0625
+
+    monkeypatch.setattr(recall, "train_on", train_on)
+    monkeypatch.setattr(recall, "share_right", share_right)
     book = tmp_path / "book.txt"
     book.write_bytes(bundled_corpus().read_bytes()[:150_000])
     monkeypatch.setattr(demo, "bundled_corpus", lambda: book)
@@ -42,6 +57,7 @@ def test_demo_leaves_a_run_and_is_done(capsys, monkeypatch, tmp_path):
     for text in (
         "far part brings",
         "A passage of 200 bytes, read again",
+        "98.7% of its answers are right. With its far part\nmasked: 6.2%. Guessing: 6.2%.",
         "Transformer-VQ",
         "bz2 -9",
         "xz -9e",
@@ -55,6 +71,8 @@ def test_demo_leaves_a_run_and_is_done(capsys, monkeypatch, tmp_path):
     results = json.loads((out / "results.json").read_text())
     assert results["finished"] and results["bytes"] == 7_500 == results["tokens"] + 1
     assert results["first_reading"] > 1 and results["far_gain_error"] > 0
+    assert (results["recall"], results["recall_masked"]) == (0.987, 0.0625)
+    assert asked == [(6, demo.LATER, demo.ASKED)] * 2
 
     written = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert main(["demo", "--out", str(out)]) == 0
@@ -67,6 +85,7 @@ def test_demo_leaves_a_run_and_is_done(capsys, monkeypatch, tmp_path):
     sound = json.loads((out / "results.json").read_text())
     damages = [{"bpb": math.nan}, {"xz_bytes": 0}, {"bytes": 10**400}, {"finished": "x"}]
     damages += [{"by_position": []}, {"by_position": [{}]}, {"far_gain": math.inf}, {"trained": 5}]
+    damages += [{"recall": 2}, {"recall_masked": None}, {"recall": "x"}]
     for change in damages:
         (out / "results.json").write_text(json.dumps(sound | change))
         assert demo.Demo(out)._results() is None
@@ -76,10 +95,12 @@ def test_demo_leaves_a_run_and_is_done(capsys, monkeypatch, tmp_path):
     assert main(["demo", "--out", str(out)]) == 0
     assert r"\x1b[2J [/bold]; every byte" in capsys.readouterr().out
 
-    # An interrupted demo, trained but not evaluated, goes on.
+    # An interrupted demo, trained but not evaluated, goes on. A minute leaves out remembering.
     (out / "results.json").unlink()
-    assert main(["demo", "--out", str(out)]) == 0
-    assert json.loads((out / "results.json").read_text())["bpb"] == results["bpb"]
+    assert main(["demo", "--out", str(out), "--minutes", "1"]) == 0
+    assert "learned to remember" not in capsys.readouterr().out
+    later = json.loads((out / "results.json").read_text())
+    assert (later["bpb"], later["recall"]) == (results["bpb"], None) and len(asked) == 2
 
 
 def test_learning_curve_of_little(tmp_path):
@@ -99,3 +120,4 @@ def test_the_demo_beats_bz2_in_five_minutes(tmp_path, user_env):
     bz2, xz = (8 * results[f"{name}_bytes"] / results["bytes"] for name in ("bz2", "xz"))
     assert (round(bz2, 3), round(xz, 3)) == (2.873, 3.175)
     assert results["bpb"] < bz2 - 0.2
+    assert results["recall"] > 0.9 and results["recall_masked"] < 0.2

@@ -22,9 +22,10 @@ def train_on(
 ) -> Model:
     """The model after `train.steps` updates on a source, in memory alone.
 
-    With `max_seconds` it ends sooner if the time is over, compiling included.
+    With `max_seconds` it ends sooner if the time is over, which begins after the first update (a
+    busy machine compiles slowly).
     """
-    end = None if max_seconds is None else time.monotonic() + max_seconds
+    end = None
     batches = Batches(
         source.tokens,
         starts=source.starts,
@@ -41,9 +42,11 @@ def train_on(
     step = make_train_step(config, train)
     for i in range(train.steps // train.updates_per_sequence):
         state, metrics = step(state, batches.batch(i))
-        if end is not None:
+        if max_seconds is not None:
             jax.block_until_ready(metrics)
-            if time.monotonic() > end:
+            now = time.monotonic()
+            end = now + max_seconds if end is None else end
+            if now > end:
                 break
     return trained_model(state, config)
 
