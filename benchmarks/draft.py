@@ -116,13 +116,15 @@ def deeper(model: Model, times: int) -> Model:
 
 
 def compile_all(model, prompts, params, guide) -> None:
-    """All programs, so that none is compiled while the clock runs: a round of each size."""
-    short = [replace(p, max_tokens=40) for p in params]
+    """All programs, so that none is compiled while the clock runs: a round of each size, and what a
+    guide reads after some tokens without it."""
+    turns = [(1, 1), *((size, 1) for size in SIZES[1:]), (1, 5), (SIZES[1], 1), (1, 40)]
+    short = [replace(p, max_tokens=120) for p in params]
     for draft in (False, guide):
         session = Session(model, prompts, short, draft=draft)
         if session._slots.drafts is not None:
-            sizes = iter(SIZES)
-            session._slots.drafts.pace.choose = lambda steps, sizes=sizes: (next(sizes, 1), 1)
+            left = iter(turns)
+            session._slots.drafts.pace.choose = lambda steps, left=left: next(left, (SIZES[1], 1))
         list(session)
 
 

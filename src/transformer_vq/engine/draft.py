@@ -22,7 +22,7 @@ from transformer_vq.ops.decode import Generated, Rows, prefill, prefill_few
 from transformer_vq.ops.draft import draft_tokens
 
 RECENT = 4096  # tokens of a row's text that guesses are looked up in
-READ = 256  # tokens of a text's end that a guide reads, where it has not read the text before them
+READ = PREFILL_SIZES[2]  # tokens at the end of a text that a guide reads if it has not read it
 
 
 def check_draft(draft: bool | Model, config: ModelConfig) -> None:
@@ -144,7 +144,7 @@ class Drafts:
         if self._guide is not None and state is not None:
             guide = decoder_for(self._guide, state)
             lengths = np.zeros(width, np.int32)
-            for size in PREFILL_SIZES:
+            for size in PREFILL_SIZES[: PREFILL_SIZES.index(READ) + 1]:
                 tokens = np.zeros((width, size), np.int32)
                 few = size <= FEW
                 reader = guide if few else self._guide

@@ -38,7 +38,7 @@ class Pace:
         size = self._trial()
         if size not in self._begun:
             return size, 1
-        if size == self._best:
+        if size in (1, self._best):  # plain decoding in full: all costs are told in its steps
             return size, steps
         a_round = statistics.median(self._steps) * self._cost(size)
         return size, min(steps, max(TRIAL, round(LONG_ENOUGH / a_round)))
