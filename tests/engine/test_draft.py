@@ -257,6 +257,16 @@ def test_a_trial_is_short():
     assert sizes == [(1, 1), (1, 32), (4, 1), (4, TRIAL)]
 
 
+def test_one_quick_step_tells_nothing():
+    """As of a stream's first dispatch: most of its time comes of every dispatch."""
+    pace = Pace()
+    for _ in range(2):
+        pace.measure(1, 1, 1, 0.0005)
+    assert pace.choose(32) == (1, 32)  # still nothing to compare with
+    pace.measure(1, 1, 1, 0.05)  # of a large model
+    assert pace.choose(32) == (4, 1)
+
+
 def test_refused():
     full = make_model(attention="full")
     with pytest.raises(UserError, match="draft is a model of full attention, which takes so many"):

@@ -54,10 +54,10 @@ class Pace:
     def measure(self, size: int, rounds: int, tokens: float, seconds: float) -> None:
         """A dispatch of so many rounds of this size took so long for so many tokens of each row."""
         self._due = {size: due - tokens for size, due in self._due.items()}
-        if size not in self._begun:
-            self._begun.add(size)
-            return
-        if not tokens:
+        compiled = size in self._begun
+        self._begun.add(size)
+        telling = rounds > 1 or seconds >= LONG_ENOUGH
+        if not compiled or not telling or not tokens:
             return
         best, speed = self._best, self._speed(self._best)
         if size == 1:
