@@ -57,7 +57,7 @@ def test_demo_leaves_a_run_and_is_done(capsys, monkeypatch, tmp_path):
     for text in (
         "far part brings",
         "A passage of 200 bytes, read again",
-        "98.7% of its answers are right. With its far part\nmasked: 6.2%. Guessing: 6.2%.",
+        "98.7% of its answers are right. With its\nfar part masked: 6.2%. Guessing: 6.2%.",
         "Transformer-VQ",
         "bz2 -9",
         "xz -9e",

@@ -265,8 +265,8 @@ class Demo:
         if results["recall"] is not None:
             console.print(
                 f"A tiny model that learned to remember was told {RECALL.pairs} values, and asked "
-                f"for them {LATER} bytes\nlater, with a window of {RECALL_CONFIG.window_len}: "
-                f"{results['recall']:.1%} of its answers are right. With its far part\nmasked: "
+                f"for them\n{LATER} bytes later, with a window of {RECALL_CONFIG.window_len}: "
+                f"{results['recall']:.1%} of its answers are right. With its\nfar part masked: "
                 f"{results['recall_masked']:.1%}. Guessing: {1 / RECALL.letters:.1%}.\n"
             )
         console.print(
