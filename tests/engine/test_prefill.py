@@ -207,3 +207,17 @@ PARAMS = [
 def test_what_is_no_parameters(params):
     with pytest.raises(UserError, match=r"params .*give SamplingParams, such as"):
         Session(MODEL, [[1]], params)
+
+
+def test_a_new_state_is_one_program():
+    """One for each shape of an array would take milliseconds each, at every start of `tvq`."""
+    compiled = []
+
+    def listen(event, duration, **_):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    begun = prefill.begin(MODEL.config, None, [1] * 9, 9, None)
+    jax.monitoring.unregister_event_duration_listener(listen)
+    assert len(compiled) == 1 and begun.position.shape == (9,)

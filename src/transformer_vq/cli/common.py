@@ -254,6 +254,10 @@ def progress_bar(
     what: str, *, quiet: bool = False, unit: str = "tokens"
 ) -> Iterator[Callable[[int, int | None], None]]:
     """A live line on standard error while it is open: call what it gives with (done, of all)."""
+    if quiet:
+        yield lambda done, total: None
+        return
+
     from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
     from rich.text import Text
 
@@ -265,7 +269,7 @@ def progress_bar(
 
     console = Console(stderr=True)
     columns = (TextColumn(what), BarColumn(24), TextColumn("{task.percentage:.0f} %"), Speed())
-    hidden = quiet or not console.is_terminal
+    hidden = not console.is_terminal
     with Progress(
         *columns, TimeRemainingColumn(), console=console, disable=hidden, transient=True
     ) as bar:

@@ -171,12 +171,10 @@ def read(
 ) -> "State":
     """The state after a prompt, read chunk by chunk; `room`: for so many tokens more."""
     from transformer_vq.engine import prefill
-    from transformer_vq.nn.model import init_state
+    from transformer_vq.ops.decode import empty_state
 
-    if state is None:
-        room = max(256, 1 << (len(prompt) + room - 1).bit_length())  # few shapes to compile for
-        state = init_state(model.config, 1, room=room)
-    now = state
+    room = max(256, 1 << (len(prompt) + room - 1).bit_length())  # few shapes to compile for
+    now = empty_state(model.config, 1, room) if state is None else state
     with progress_bar("reading", quiet=quiet or len(prompt) <= CHUNK) as show:
         for start in range(0, len(prompt), CHUNK):
             chunk = prompt[start : start + CHUNK]

@@ -92,7 +92,7 @@ class Slots:
         vocab_size = model.config.vocab_size
         controls, rows = _begin((), params, seen_tokens(prompts, self.width, vocab_size))
         if mesh is None:
-            controls, rows = jax.tree.map(jnp.asarray, (controls, rows))
+            controls, rows = jax.device_put((controls, rows))
         else:
             controls, rows = sharding.spread(mesh, (controls, rows))
         self.controls: Controls = controls

@@ -121,8 +121,6 @@ def begin(
     if config.default_capacity is not None:
         room = max(MIN_CAPACITY, next_power_of_two(max(need)))  # few shapes to compile for
         _check_memory(config, batch, room, mesh)
-    if mesh is None:
-        return init_state(config, batch, room=room)
     return empty_state(config, batch, room, mesh)
 
 

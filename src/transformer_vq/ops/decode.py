@@ -301,7 +301,12 @@ prepare_decoder = jax.jit(prepare, static_argnames="weights")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def empty_state(config: ModelConfig, batch: int, room: int | None, mesh: Mesh) -> State:
-    """`init_state` with its rows spread over all devices of a mesh."""
+def empty_state(
+    config: ModelConfig, batch: int, room: int | None = None, mesh: Mesh | None = None
+) -> State:
+    """`init_state` as one program, and not one for each shape of an array; on a mesh with its rows
+    spread over all devices."""
     state = init_state(config, batch, room=room)
+    if mesh is None:
+        return state
     return jax.lax.with_sharding_constraint(state, sharding.by_device(mesh))
