@@ -43,11 +43,16 @@ TASKS = {  # what is trained on
     "far": Task("far", pairs=6, filler=32),
     "updates": Task("updates", pairs=6, filler=32),
     "copy": Task("copy", pairs=12, letters=26, filler=64),
-    "passkey": Task("passkey", pairs=5),
+    "passkey": Task("passkey", pairs=5, filler=16),  # asked far later: it learns sooner so
     "reading": Task("reading", pairs=100, filler=200),
 }
 READING = "reading"
-UPDATES, UPDATES_OF = 1000, {"copy": 2500, "reading": 600}  # copying letters comes up late
+UPDATES = 1000
+TRAIN_OF: dict[str, dict[str, Any]] = {  # copying letters comes up late
+    "copy": {"steps": 2500},
+    "passkey": {"steps": 1400, "batch_size": 25, "learning_rate": 5e-3},
+    "reading": {"steps": 600},
+}
 MODELS: dict[str, dict[str, Any]] = {
     "vq": {},
     "no-cache": {"use_cache": False, "reach": 0, "soft_writes": False},
@@ -102,7 +107,7 @@ class Options:
     tasks: str = "far,updates,copy,passkey,reading"
     models: str = "vq,no-cache,full"
     seeds: int = 1
-    updates: int | None = None  # of each task its own by default: 1,000, of copy 2,500
+    updates: int | None = None  # of each task its own by default
     pairs: int | None = None  # keys, letters or digits to remember; of each task its own by default
     filler: int | None = None  # bytes of filler in training
     lengths: str = "1,4,16"  # filler when it is asked, over that of training
@@ -153,7 +158,8 @@ def named(name: str, known: dict[str, Any], what: str) -> str:
 def recall(name: str, model_name: str, seed: int, args: Options) -> Iterator[dict[str, Any]]:
     """Train on a task; then the share of right answers, by filler."""
     task = chosen(name, seed, args)
-    config = configured(CONFIG.replace(block_len=task.length), model_name, args)
+    base = TEXT_CONFIG if task.kind == "passkey" else CONFIG
+    config = configured(base.replace(block_len=task.length), model_name, args)
     model = train_on(config, recipe(name, task.length, seed, args), task.source().split("train"))
     for times in map(int, args.lengths.split(",")):
         count = min(ASKED, max(ASKED_TOKENS // (task.length + times * task.filler), LEAST_ASKED))
@@ -226,12 +232,13 @@ def configured(base: ModelConfig, model_name: str, args: Options) -> ModelConfig
 
 def recipe(name: str, length: int, seed: int, args: Options) -> TrainConfig:
     """How a model is trained on rows of this length, of this task."""
-    usual = UPDATES_OF.get(name, UPDATES)
     chosen: dict[str, Any] = {
         "batch_size": max(4, ROW_TOKENS // length),
         "sequence_len": length,
         "update_len": length,
-        "steps": usual if args.updates is None else args.updates,
+        "steps": UPDATES,
+        **TRAIN_OF.get(name, {}),
+        **({} if args.updates is None else {"steps": args.updates}),
         **args.train,
     }
     return dataclasses.replace(TRAIN, seed=seed, **chosen)
