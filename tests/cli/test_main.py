@@ -77,6 +77,8 @@ def test_overview_names_every_command(capsys):
         (["sample", "--run", "x", "--save-state", "."], "a folder: give the name of a file"),
         (["sample", "--run", "x", "--save-state", "/dev/null"], "no regular file: give the name"),
         (["sample", "--run", "x", "--save-state", "/proc/s"], "cannot be written to"),
+        (["train", "--out", "x", "--data", "x", "a\0b"], r"--data has 'a\x00b': leave out the NUL"),
+        (["demo", "--out=a\0"], "leave out the NUL"),
         (["eval", "--run", "x", "--rows", "0"], "--rows is 0"),
         (["demo", "--minutes", "0"], "--minutes is 0"),
     ],

@@ -96,7 +96,7 @@ def options(command: type, name: str, arguments: Sequence[str]) -> Any:
     Raises `UsageError`.
     """
     known = _known_options(command)
-    _refuse_empty(known, arguments)
+    _refuse_values(known, arguments)
     see = f"(see tvq {name} --help)"
 
     def refuse(event: Any) -> None:
@@ -140,10 +140,11 @@ def _known_options(command: type) -> dict[str, str | None]:
     return known
 
 
-def _refuse_empty(known: Mapping[str, str | None], arguments: Sequence[str]) -> None:
-    """Raise `UsageError` for an empty value of an option that is no text.
+def _refuse_values(known: Mapping[str, str | None], arguments: Sequence[str]) -> None:
+    """Raise `UsageError` for an option that is no text and is empty, or has a NUL character.
 
     An empty path would be the current folder; mostly it is a variable of a shell that is not set.
+    No file can have a name with NUL in it; a shell cannot give one, but a call of `main` can.
     """
     option = ""
     for argument in arguments:
@@ -151,8 +152,12 @@ def _refuse_empty(known: Mapping[str, str | None], arguments: Sequence[str]) -> 
         if argument.startswith("--"):
             option = given.replace("_", "-")
         empty = argument == "" or (argument.startswith("--") and equals and not value)
-        if empty and known.get(option, "TEXT") != "TEXT":
+        if known.get(option, "TEXT") == "TEXT":
+            continue
+        if empty:
             raise UsageError(f"{option} is empty: give a value, or leave it out")
+        if "\0" in argument:
+            raise UsageError(f"{option} has {shown(argument)}: leave out the NUL character")
 
 
 # What tyro finds wrong, as one sentence.
