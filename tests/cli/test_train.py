@@ -38,8 +38,13 @@ def test_products_are_as_asked_for_or_as_is_faster(capsys, monkeypatch):
         monkeypatch.setattr(peak, "product_rates", lambda config, lead=lead: Rates(1e11, lead))
         assert made("auto") == faster
         assert capsys.readouterr().out.startswith(f"products: {faster}, for those of a unit run")
-    with pytest.raises(UsageError, match="and the run says float32 already: leave it out"):
-        made("auto", saved={"config": {}})
+    rounded = {"config": {"products": "bfloat16"}}
+    assert made("auto", saved=rounded) == made("bfloat16", saved=rounded) == "bfloat16"
+    assert made("auto", saved={"config": {}}) == "float32"
+    with pytest.raises(UsageError, match="and the run says bfloat16 already: leave it out"):
+        made("float32", saved=rounded)
+    with pytest.raises(UsageError, match=r"and --config\.products says float32 already"):
+        made("bfloat16", config={"products": "float32"})
     with pytest.raises(UsageError, match="auto measures one machine, and there are several"):
         made("auto", distributed=True)
     half = ModelConfig.preset("tiny", compute_dtype="bfloat16")

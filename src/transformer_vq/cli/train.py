@@ -269,12 +269,15 @@ class Train:
         return 0
 
     def _with_products(self, config: ModelConfig, saved: dict[str, Any] | None) -> ModelConfig:
-        """The configuration with products as asked for, or as is faster here."""
+        """The configuration with products as asked for, or as is faster here; a run that goes on
+        keeps its own, whatever is faster."""
+        given = saved["config"].get("products", "float32") if saved else config.products
+        if saved and self.products in (given, "auto"):
+            return config.replace(products=given)
         if saved or "products" in self.config:
             where = "the run" if saved else "--config.products"
             raise UsageError(
-                f"--products is {self.products}, and {where} says {config.products} already: leave "
-                f"it out"
+                f"--products is {self.products}, and {where} says {given} already: leave it out"
             )
         made, several = self.products, self.distributed or self.coordinator
         if made == "auto" and several:
