@@ -64,6 +64,7 @@ def test_fork_a_state(run_example, tmp_path):
         assert whole.splitlines()[0] == shown.splitlines()[0]
 
 
+@pytest.mark.slow
 def test_million_tokens(run_example):
     text = run_example("million_tokens", "--tokens", 6000)
     rows = [line.split() for line in text.splitlines()[1:]]

@@ -265,7 +265,8 @@ def requests():
     ]
 
 
-@pytest.mark.parametrize("devices", [8, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [8, 3])
 def test_devices_share_requests(devices):
     mesh = data_mesh(jax.devices()[:devices])
     one = generate(SAMPLER, PROMPTS, requests())

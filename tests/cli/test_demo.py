@@ -25,6 +25,7 @@ def picture_size(path: Path) -> tuple[int, int]:
         return picture.size
 
 
+@pytest.mark.slow
 def test_demo_leaves_a_run_and_is_done(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("TVQ_CACHE", "")
     config = ModelConfig(

@@ -52,6 +52,7 @@ def test_export_says_what_it_wrote(capsys, run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.slow
 def test_commands_give_what_they_give_of_the_run(capsys, run, exported):
     same = exported["float32"]
     prompt = ["--prompt", "It was", "--max-tokens", "20"]

@@ -137,6 +137,7 @@ def test_prefill_reads_a_prompt_once(capsys, tmp_path, run, data):
     assert after == sample(capsys, run, "--prompt-file", str(data), "--max-tokens", "10")
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_sampling_ends_the_line(run, user_env):
     process = start(user_env, "sample", "--run", run, "--max-tokens", "100000000")
     assert process.stdout.read(1)

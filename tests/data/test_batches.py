@@ -38,6 +38,7 @@ def test_a_text_shorter_than_a_sequence_is_padded(size):
         assert not batch.targets[0, ~real].any() and not batch.inputs[0, size:].any()
 
 
+@pytest.mark.slow
 def test_padding_trains_nothing(tmp_path, one_device):
     """The loss of a run on a text shorter than its sequences is that of the text."""
     config = ModelConfig(vocab_size=32, d_model=8, d_k=4, num_layers=1, codebook_size=4,

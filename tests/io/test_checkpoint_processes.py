@@ -10,6 +10,7 @@ import time
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests.helpers import ROOT
 from transformer_vq.io.checkpoint import Checkpoints
@@ -44,6 +45,7 @@ def run_python(code: str, *args: str, env: dict[str, str]) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment(tmp_path):
     env = {**os.environ, "XLA_FLAGS": ""}
     rng, last, kills = random.Random(), 0, 0

@@ -10,6 +10,7 @@ from transformer_vq.measure import bench
 TINY = ["--config.d-model", "16", "--config.d-k", "8", "--config.num-layers", "1"]
 TINY += ["--config.codebook-size", "8", "--config.window-len", "8", "--config.block-len", "8"]
 
+DECODING = ["decode", "--batch", "2", "--position", "3"]
 TRAINING = ["train", "--batch", "8", "--length", "16", "--attention", "full"]
 
 
@@ -21,7 +22,7 @@ def record(capsys, *arguments):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["decode", "--batch", "2", "--position", "3"],
+        pytest.param(DECODING, marks=pytest.mark.slow),
         ["prefill", "--length", "20"],
         ["sample", "--batch", "8", "--length", "4", "5"],
         pytest.param(TRAINING, marks=pytest.mark.slow),

@@ -37,6 +37,7 @@ def records(capsys, topologies, *programs):
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
+@pytest.mark.slow
 def test_programs_for_this_machine(capsys):
     """What is told of a program: on a mesh, training exchanges and decoding does not."""
     decode, train = records(capsys, ["cpu:2"], "decode", "train")

@@ -61,10 +61,10 @@ def run(config, tokens_per_chunk, monkeypatch, lengths=None, keys=False, remat=F
     return out, grads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "remat"),
-    [pytest.param(n, False, marks=pytest.mark.slow) for n in VQ]
-    + [("gated_heads_documents", True)],
+    [(n, False) for n in VQ] + [("gated_heads_documents", True)],
 )
 def test_chunks_are_as_the_whole(name, remat, double, monkeypatch):
     config = CASES[name]

@@ -97,6 +97,7 @@ def step():
     return make_train_step(CONFIG, TRAIN)
 
 
+@pytest.mark.slow
 def test_learns(step):
     """The same batch again and again: its loss falls by far."""
     state, losses = START(CONFIG, TRAIN), []

@@ -13,6 +13,8 @@ from transformer_vq.run import loop
 from transformer_vq.run.folder import RunError, load_run
 from transformer_vq.sharding import data_mesh
 
+pytestmark = pytest.mark.slow
+
 PLAIN = TrainConfig(
     batch_size=4, sequence_len=16, update_len=8, steps=20, warmup_steps=0, learning_rate=0.02
 )

@@ -29,6 +29,7 @@ def test_divergence_names_the_last_good_step(tmp_path, monkeypatch):
         train(tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_a_loss_spike_names_the_last_good_step(run, tmp_path, monkeypatch):
     usual = np.median([line["loss"] for line in history(run[0]) if "loss" in line][:8])
     monkeypatch.setattr(Compiled, "bad_step", 18)

@@ -148,6 +148,7 @@ def test_damaged_lines_do_not_stop_a_resume(run, tmp_path):
 
 
 # After one part could not be written, Orbax leaves the others unwritten, some before they began.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
 def test_a_disk_that_fills_up(tmp_path):
     """Between checkpoints, where a line of metrics.jsonl is what finds no room."""

@@ -53,6 +53,7 @@ def test_a_run_can_be_loaded(run):
     assert content["config"] == DROPOUT.to_dict() and content["data"]["path"] == "walk"
 
 
+@pytest.mark.slow
 def test_samples_change_nothing_else(run, tmp_path, monkeypatch):
     """Samples at each validation, interrupted within one: the run is as one without samples."""
     plan = replace(TRAIN, sample_tokens=12)
