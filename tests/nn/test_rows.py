@@ -64,7 +64,7 @@ def run(config, tokens_per_chunk, monkeypatch, lengths=None, keys=False, remat=F
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "remat"),
-    [(n, False) for n in VQ] + [("gated_heads_documents", True)],
+    [(n, n == "gated_heads_documents") for n in VQ],
 )
 def test_chunks_are_as_the_whole(name, remat, double, monkeypatch):
     config = CASES[name]
