@@ -35,6 +35,7 @@ import tyro
 from transformer_vq import ModelConfig, TrainConfig
 from transformer_vq.cli.parse import overrides
 from transformer_vq.data import Task, bundled_corpus, load_bytes, split
+from transformer_vq.data.tasks import AUTO
 from transformer_vq.errors import ConfigError, UserError
 from transformer_vq.measure.reading import second_reading
 from transformer_vq.measure.recall import share_right, train_on
@@ -211,7 +212,7 @@ def chosen(name: str, seed: int, args: Options) -> Task:
     given = {"pairs": args.pairs, "filler": args.filler}
     given = {key: value for key, value in given.items() if value is not None}
     letters = 26 if given.get("pairs", 0) > task.letters else task.letters
-    return dataclasses.replace(task, episodes=0, letters=letters, seed=seed, **given)
+    return dataclasses.replace(task, episodes=AUTO, letters=letters, seed=seed, **given)
 
 
 def configured(base: ModelConfig, model_name: str, args: Options) -> ModelConfig:

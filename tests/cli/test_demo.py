@@ -82,26 +82,42 @@ def test_demo_leaves_a_run_and_is_done(capsys, monkeypatch, tmp_path):
     assert again_written == written  # told again: neither trained nor evaluated
     assert "is done" in again and f"{results['bpb']:.3f}" in again and "The whale" in again
 
-    # Results that are damaged are none.
-    sound = json.loads((out / "results.json").read_text())
-    damages = [{"bpb": math.nan}, {"xz_bytes": 0}, {"bytes": 10**400}, {"finished": "x"}]
-    damages += [{"by_position": []}, {"by_position": [{}]}, {"far_gain": math.inf}, {"trained": 5}]
-    damages += [{"recall": 2}, {"recall_masked": None}, {"recall": "x"}]
-    for change in damages:
-        (out / "results.json").write_text(json.dumps(sound | change))
-        assert demo.Demo(out)._results() is None
-    (out / "results.json").write_text("[" * 10**5)
-    assert demo.Demo(out)._results() is None
-    (out / "results.json").write_text(json.dumps(sound | {"trained": "\x1b[2J [/bold]"}))
-    assert main(["demo", "--out", str(out)]) == 0
-    assert r"\x1b[2J [/bold]; every byte" in capsys.readouterr().out
-
     # An interrupted demo, trained but not evaluated, goes on. A minute leaves out remembering.
     (out / "results.json").unlink()
     assert main(["demo", "--out", str(out), "--minutes", "1"]) == 0
     assert "learned to remember" not in capsys.readouterr().out
     later = json.loads((out / "results.json").read_text())
     assert (later["bpb"], later["recall"]) == (results["bpb"], None) and len(asked) == 2
+
+
+def test_results_that_are_damaged_are_none(capsys, tmp_path):
+    """What an earlier version wrote, without recall, is shown."""
+    position = {"start": 0, "end": 9, "loss": 1.7, "bpb": 2.5}
+    sound: dict = dict.fromkeys(("bpb", "bytes", "bz2_bytes", "xz_bytes", "minutes"), 5)
+    sound |= {"first_reading": 2.1, "second_reading": 2.0}
+    gain = {"far_gain": 0.1, "far_gain_error": 0.01}
+    sound |= {"finished": True, "trained": "4 updates", "by_position": [position | gain], **gain}
+    recall = {"recall": 1.0, "recall_masked": 0.1}
+    (tmp_path / "samples.txt").write_text("The whale")
+
+    def shown(results: str) -> str | None:
+        (tmp_path / "results.json").write_text(results)
+        if demo.Demo(tmp_path)._results() is None:
+            return None
+        assert main(["demo", "--out", str(tmp_path)]) == 0
+        return capsys.readouterr().out
+
+    with_recall, without = shown(json.dumps(sound | recall)), shown(json.dumps(sound))
+    assert "100.0% of its answers are right" in with_recall and "is done" in with_recall
+    assert "answers" not in without and "is done" in without
+    damages = [{"bpb": math.nan}, {"xz_bytes": 0}, {"bytes": 10**400}, {"finished": "x"}]
+    damages += [{"by_position": []}, {"by_position": [{}]}, {"far_gain": math.inf}, {"trained": 5}]
+    damages += [{"recall": 2}, {"recall_masked": None}, {"recall": "x"}]
+    for change in damages:
+        assert shown(json.dumps(sound | recall | change)) is None
+    assert shown("[" * 10**5) is None
+    hostile = shown(json.dumps(sound | {"trained": "\x1b[2J [/bold]"}))
+    assert r"\x1b[2J [/bold]; every byte" in hostile
 
 
 def test_learning_curve_of_little(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from transformer_vq.config import TrainConfig
 from transformer_vq.data import (
     Batches,
     ByteTokenizer,
@@ -148,9 +149,8 @@ def test_a_task_is_its_fields():
 def test_a_row_is_an_episode_of_which_the_answers_are_asked():
     task = Task(pairs=2, filler=5, episodes=EPISODES)
     source = task.source().split("train")
-    options = dict(batch_size=6, sequence_len=16, seed=1, starts=source.starts,
-                   counted=source.counted, whole_documents=source.whole_documents)  # fmt: skip
-    rows = [Batches(source.tokens, **options).batch(i) for i in range(3)]  # an epoch
+    train = TrainConfig(batch_size=6, sequence_len=16, seed=1)
+    rows = [Batches.of(source, train).batch(i) for i in range(3)]  # an epoch
     known = {text: answers for text, answers, _ in episodes(task, "train")}
     for batch in rows:
         assert batch.loss_mask.tolist() == [[True] * 13 + [False] * 3] * 6  # the rest is padding
@@ -163,7 +163,9 @@ def test_a_row_is_an_episode_of_which_the_answers_are_asked():
             answers = targets[asked].astype(np.uint8).tobytes()
             assert known.pop(text.astype(np.uint8).tobytes()) == answers
     assert not known
-    shares = [Batches(source.tokens, **options, process_index=i, process_count=2) for i in (0, 1)]
+    other = Batches.of(source, dataclasses.replace(train, seed=2)).batch(0)
+    assert (other.inputs != rows[0].inputs).any()
+    shares = [Batches.of(source, train, i, 2) for i in (0, 1)]
     targets = np.concatenate([share.batch(2).targets for share in shares])
     np.testing.assert_array_equal(targets, rows[2].targets)
 
@@ -174,6 +176,8 @@ def test_a_row_is_an_episode_of_which_the_answers_are_asked():
         ("riddle:", "'riddle' is no task: the tasks are recall, updates, copy, passkey, reading"),
         ("recall:rows=3", "has 'rows=3': give FIELD=NUMBER, once for each of the fields of recall, "
          "pairs .1 to 1,024., letters .2 to 26., filler"),
+        ("reading:pairs=0", "pairs is 0: it must be a whole number from 1 to 1024"),
+        ("recall:episodes=0", "episodes is 0: it must be a whole number from 20"),
         ("reading:letters=3", "has 'letters=3'.*the fields of reading, pairs .1 to 1,024., filler"),
         ("recall:pairs", "has 'pairs': give FIELD=NUMBER"),
         ("copy:writes=2", "has 'writes=2'.*the fields of copy, pairs"),

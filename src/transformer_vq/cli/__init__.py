@@ -79,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     By default it is the program: with the arguments of the process, which Ctrl-C ends at once.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
-    if argv is None:  # looking for garbage as often as by default takes 12 % of a start
-        gc.set_threshold(100_000, 10, 20)
+    if argv is None:  # looking for garbage as often as by default takes 6 % of a start
+        gc.set_threshold(10_000, 20, 100)
     open_streams()
     try:
         with Interrupts():

@@ -220,7 +220,7 @@ class Demo:
             numbers = ("bpb", "bytes", "bz2_bytes", "xz_bytes", "minutes", "first_reading",
                        "second_reading")  # fmt: skip
             whole = all(0 < found[name] < 1e15 for name in numbers)
-            recalled = [found[name] for name in ("recall", "recall_masked")]
+            recalled = [found.setdefault(name) for name in ("recall", "recall_masked")]  # new ones
             whole = whole and (recalled == [None] * 2 or all(0 <= x <= 1 for x in recalled))
             whole = whole and found["finished"] in (True, False)
             whole = whole and isinstance(found["trained"], str) and bool(found["by_position"])

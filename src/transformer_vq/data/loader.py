@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 
+from transformer_vq.config import TrainConfig
+from transformer_vq.data.source import Source
 from transformer_vq.data.text import DataError, require_length
 from transformer_vq.errors import UserError
 from transformer_vq.fields import require_count
@@ -72,6 +74,24 @@ class Batches:
     whole_documents: bool = False
     process_index: int = 0
     process_count: int = 1
+
+    @classmethod
+    def of(
+        cls, source: Source, train: TrainConfig, process_index: int = 0, process_count: int = 1
+    ) -> Self:
+        """Those of a source, as a recipe wants them."""
+        return cls(
+            source.tokens,
+            starts=source.starts,
+            counted=source.counted,
+            whole_documents=source.whole_documents,
+            streaming=train.streaming,
+            batch_size=train.batch_size,
+            sequence_len=train.sequence_len,
+            seed=train.seed,
+            process_index=process_index,
+            process_count=process_count,
+        )
 
     def __post_init__(self) -> None:
         _require_flat(self.tokens)

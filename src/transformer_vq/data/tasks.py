@@ -38,7 +38,7 @@ DIGITS = np.frombuffer(b"0123456789", np.uint8)
 TOLD, QUESTION = b" The pass key is ", b" What is the pass key? The pass key is "
 NEAREST = 300  # bytes of text, at least, between a pass key and the question
 
-AUTO = 0
+AUTO = -1  # left out; `--data` has no such number
 USUAL_EPISODES, USUAL_BYTES, MOST_BYTES = 100_000, 2**26, 2**30
 MOST_TEXT = 50_000  # bytes of text at a time: a held-out split has a few more
 USUAL_FILLER, USUAL_PAIRS = {"passkey": 1800, "reading": 200}, {"reading": 100}  # else 32 and 6
@@ -66,9 +66,9 @@ class Task:
                        also={AUTO: "6, of reading 100"})  # fmt: skip
     letters: int = whole(16, "how many there are to choose from, as keys and as values",
                          low=2, high=26)  # fmt: skip
-    filler: int = whole(-1, "bytes between what is told and what is asked; of passkey, text around "
-                        "the key", high=2**24, also={-1: "32, of passkey 1,800, of reading 200"}
-                        )  # fmt: skip
+    filler: int = whole(AUTO, "bytes between what is told and what is asked; of passkey, text "
+                        "around the key", high=2**24,
+                        also={AUTO: "32, of passkey 1,800, of reading 200"})  # fmt: skip
     writes: int = whole(2, "of updates: how often each key is written", low=1, high=64)
     episodes: int = whole(AUTO, "of which a tenth is held out", low=20, high=2**24,
                           also={AUTO: "100,000, or what 64 MiB hold"})  # fmt: skip
@@ -84,7 +84,7 @@ class Task:
                 f"once: lower pairs, or raise letters (at most {len(KEYS)})",
                 "pairs",
             )
-        if self.filler == -1:
+        if self.filler == AUTO:
             object.__setattr__(self, "filler", USUAL_FILLER.get(self.kind, 32))
         if self.kind in USUAL_FILLER and self.filler > MOST_TEXT:
             raise ConfigError(

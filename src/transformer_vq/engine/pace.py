@@ -19,7 +19,6 @@ LONG_ENOUGH = 0.002  # seconds of a trial, beside which what comes of every disp
 SPARED = 200  # tokens of a row for each that trials cost
 SHORTEST_WAIT, LONGEST_WAIT = 32, 8192  # tokens of a row between trials
 MEASURES = 5  # of a round
-LEAD = 1.03  # times as fast as what goes on: less may be chance
 
 
 class Pace:
@@ -81,5 +80,5 @@ class Pace:
         return statistics.median(self._costs[size])
 
     def _speed(self, size: int) -> float:
-        """Tokens for the time of a step; what goes on has a lead."""
-        return self._tokens[size] / self._cost(size) * (LEAD if size == self._best else 1.0)
+        """Tokens for the time of a step."""
+        return self._tokens[size] / self._cost(size)

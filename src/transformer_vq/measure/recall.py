@@ -25,16 +25,7 @@ def train_on(
     With `max_seconds` it ends sooner if the time is over, which begins after the first update (a
     busy machine compiles slowly).
     """
-    end = None
-    batches = Batches(
-        source.tokens,
-        starts=source.starts,
-        counted=source.counted,
-        whole_documents=source.whole_documents,
-        batch_size=train.batch_size,
-        sequence_len=train.sequence_len,
-        seed=train.seed,
-    )
+    end, batches = None, Batches.of(source, train)
     state = jax.jit(init_train_state, static_argnums=(0, 1))(config, train)
     if config.attention == "vq" and train.codebook_init == "data":
         start = jax.jit(start_codebook, static_argnums=(0, 1))

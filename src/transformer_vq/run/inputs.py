@@ -45,19 +45,7 @@ class Inputs:
 
     def batches(self, train: TrainConfig, step: int, mesh: Mesh) -> Generator[Batch]:
         """This process's share of the batches from the one that follows `step` updates."""
-        share, shares = process_share(mesh)
-        batches = Batches(
-            self.source.tokens,
-            starts=self.source.starts,
-            counted=self.source.counted,
-            whole_documents=self.source.whole_documents,
-            streaming=train.streaming,
-            batch_size=train.batch_size,
-            sequence_len=train.sequence_len,
-            seed=train.seed,
-            process_index=share,
-            process_count=shares,
-        )
+        batches = Batches.of(self.source, train, *process_share(mesh))
         yield from batches.iterate(step // train.updates_per_sequence)
 
 
