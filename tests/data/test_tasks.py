@@ -1,6 +1,7 @@
 """Tasks: what an episode tells and asks, what counts, and names that are none."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -84,10 +85,40 @@ def test_copy(pairs, letters, filler):
         assert places.tolist() == list(range(pairs + filler + 1, len(text)))
 
 
-@pytest.mark.parametrize(("filler", "nearest"), [(1800, NEAREST), (40, 40)])
-def test_passkey(filler, nearest):
+@pytest.mark.parametrize("kind", ["far", "updates", "copy"])
+def test_what_is_told_comes_amid_the_filler(kind):
+    """Anywhere in it, if at least `nearest` bytes come between it and what is asked; where all of
+    it must, the episodes are those of a task without this field."""
+    task = Task(kind, pairs=3, filler=9, episodes=200, nearest=2)
+    behind = []
+    for text, answers, places in episodes(task):
+        before, told, after, asked = re.fullmatch(
+            rb"(\d*)([A-Za-z]+)(\d*)=?([A-Za-z]+)", text
+        ).groups()
+        assert len(before + after) == 9 and asked.endswith(answers[-1:])
+        assert places.tolist() == list(range(len(text) - 3, len(text)) if kind == "copy"
+                                       else range(len(text) - 5, len(text), 2))  # fmt: skip
+        if kind == "copy":
+            assert told == asked == answers
+        else:  # the last value of each key
+            written = dict(zip(told[::2], told[1::2], strict=True))
+            assert answers == bytes(written[key] for key in asked[::2])
+        behind.append(len(after))
+    assert set(behind) == set(range(2, 10)) and max(np.bincount(behind)) < 50
+    usual = dataclasses.replace(task, nearest=-1)
+    assert usual.source().fingerprint == dataclasses.replace(task, nearest=9).source().fingerprint
+    assert usual.source().fingerprint != task.source().fingerprint
+    longer = dataclasses.replace(usual, filler=30)
+    assert longer.least_between == 30 and str(usual).count("nearest") == 0
+    assert Task.named(str(task)) == task and "nearest=2" in str(task)
+
+
+@pytest.mark.parametrize(
+    ("filler", "given", "nearest"), [(1800, -1, NEAREST), (40, -1, 40), (1800, 7, 7)]
+)
+def test_passkey(filler, given, nearest):
     book = bundled_corpus().read_bytes()
-    task, distances = Task("passkey", 5, filler=filler, episodes=100), []
+    task, distances = Task("passkey", 5, filler=filler, episodes=100, nearest=given), []
     for name, (low, high) in (("train", (0, 0.9)), ("test", (0.95, 1))):
         for text, answers, places in episodes(task, name):
             before, _, rest = text.partition(TOLD)
@@ -98,6 +129,7 @@ def test_passkey(filler, nearest):
             assert places.tolist() == list(range(len(text) - 5, len(text)))
             distances.append(len(after))
     assert nearest <= min(distances) <= max(distances) <= filler
+    assert given != 7 or min(distances) < NEAREST
     assert (len(set(distances)) > 50) == (filler > nearest)
 
 
@@ -187,6 +219,8 @@ def test_a_row_is_an_episode_of_which_the_answers_are_asked():
         ("recall:letters=27", "letters is 27: it must be a whole number from 2 to 26"),
         ("passkey:filler=50001", "filler is 50,001: of passkey it must be at most 50,000"),
         ("reading:filler=50001", "filler is 50,001: of reading it must be at most 50,000"),
+        ("copy:filler=8,nearest=9", "nearest is 9, and filler 8: it is a part of the filler"),
+        ("reading:nearest=9", "has 'nearest=9'.*the fields of reading, pairs"),
         ("copy:filler=1000000,episodes=2000", "episodes is 2,000, .* 1.9 GiB, and 1 GiB is the"),
     ],
 )  # fmt: skip

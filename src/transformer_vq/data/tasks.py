@@ -45,10 +45,10 @@ USUAL_FILLER, USUAL_PAIRS = {"passkey": 1800, "reading": 200}, {"reading": 100} 
 SHORTEST = 8  # bytes of a passage
 # What a task is called in `--data` (of kind far: recall), and the fields that mean something there.
 _FIELDS = {
-    "recall": ("pairs", "letters", "filler", "episodes", "seed"),
-    "updates": ("pairs", "writes", "letters", "filler", "episodes", "seed"),
-    "copy": ("pairs", "letters", "filler", "episodes", "seed"),
-    "passkey": ("pairs", "filler", "episodes", "seed"),
+    "recall": ("pairs", "letters", "filler", "nearest", "episodes", "seed"),
+    "updates": ("pairs", "writes", "letters", "filler", "nearest", "episodes", "seed"),
+    "copy": ("pairs", "letters", "filler", "nearest", "episodes", "seed"),
+    "passkey": ("pairs", "filler", "nearest", "episodes", "seed"),
     "reading": ("pairs", "filler", "episodes", "seed"),
 }
 
@@ -73,6 +73,9 @@ class Task:
     episodes: int = whole(AUTO, "of which a tenth is held out", low=20, high=2**24,
                           also={AUTO: "100,000, or what 64 MiB hold"})  # fmt: skip
     seed: int = whole(0, "of the random numbers", high=MOST_SEED)
+    nearest: int = whole(AUTO, "bytes of the filler, at least, between what is told and what is "
+                         "asked, each as likely; the rest comes before what is told", high=2**24,
+                         also={AUTO: "all of it, of passkey 300"})  # fmt: skip
 
     def __post_init__(self) -> None:
         check(self)
@@ -91,6 +94,12 @@ class Task:
                 f"filler is {self.filler:,}: of {self.kind} it must be at most {MOST_TEXT:,}, "
                 f"because it is text",
                 "filler",
+            )
+        if self.nearest > self.filler:
+            raise ConfigError(
+                f"nearest is {self.nearest:,}, and filler {self.filler:,}: it is a part of the "
+                f"filler, so it must be at most that",
+                "nearest",
             )
         if self.episodes == AUTO:
             fit = max(USUAL_BYTES // self.length, 20)
@@ -130,9 +139,10 @@ class Task:
             raise UserError(f"in {shown(text)}, {error} (the fields are {fields})") from None
 
     def __str__(self) -> str:
-        """The name that `named` reads, with every field."""
+        """The name that `named` reads, with every field that is not left out."""
         name = "recall" if self.kind == "far" else self.kind
-        return f"{name}:" + ",".join(f"{field}={getattr(self, field)}" for field in _FIELDS[name])
+        fields = {field: getattr(self, field) for field in _FIELDS[name]}
+        return f"{name}:" + ",".join(f"{field}={x}" for field, x in fields.items() if x != AUTO)
 
     @property
     def length(self) -> int:
@@ -145,6 +155,13 @@ class Task:
             return 2 * self.pairs + self.filler
         writes = self.writes if self.kind == "updates" else 1
         return 2 * self.pairs * (writes + 1) + self.filler
+
+    @property
+    def least_between(self) -> int:
+        """Bytes of filler between what is told and what is asked, at least."""
+        if self.nearest != AUTO:
+            return self.nearest
+        return min(NEAREST, self.filler) if self.kind == "passkey" else self.filler
 
     def source(self) -> Source:
         """The episodes, 90 % to train on, 5 % for validation, 5 % to test, and what counts."""
@@ -218,7 +235,7 @@ def _pairs(task: Task, draws: _Draws, count: int, split_name: str) -> np.ndarray
     asked = draws.order(count, task.pairs)
     told = _interleaved(np.take_along_axis(keys, which, axis=1), values)
     answered = _interleaved(*(np.take_along_axis(x, asked, axis=1) for x in (keys, true)))
-    return np.concatenate([told, _filler(task, draws, count), answered], axis=1)
+    return np.concatenate([_amid_filler(task, draws, told), answered], axis=1)
 
 
 def _interleaved(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -226,24 +243,39 @@ def _interleaved(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
     return np.stack([KEYS[keys], VALUES[values]], axis=2).reshape(len(keys), -1)
 
 
-def _filler(task: Task, draws: _Draws, count: int) -> np.ndarray:
-    return DIGITS[draws.below(len(DIGITS), count, task.filler)]
+def _amid_filler(task: Task, draws: _Draws, told: np.ndarray) -> np.ndarray:
+    """What is told, with filler behind it, and before it what is left: `[count, told + filler]`."""
+    count, size = told.shape
+    filler = DIGITS[draws.below(len(DIGITS), count, task.filler)]
+    before = (task.filler - _between(task, draws, count))[:, None]
+    place = np.arange(size + task.filler)
+    order = np.where(
+        place < before, size + place, np.where(place < before + size, place - before, place)
+    )
+    return np.take_along_axis(np.concatenate([told, filler], axis=1), order, axis=1)
+
+
+def _between(task: Task, draws: _Draws, count: int) -> np.ndarray:
+    """How much of each episode's filler lies between what is told and what is asked."""
+    least = task.least_between
+    if least == task.filler:  # nothing to draw
+        return np.full(count, least)
+    return least + draws.below(task.filler - least + 1, count)
 
 
 def _copy(task: Task, draws: _Draws, count: int, split_name: str) -> np.ndarray:
     letters = VALUES[draws.order(count, task.letters)[:, : task.pairs]]
     sign = np.full((count, 1), ord("="), np.uint8)
-    return np.concatenate([letters, _filler(task, draws, count), sign, letters], axis=1)
+    return np.concatenate([_amid_filler(task, draws, letters), sign, letters], axis=1)
 
 
 def _passkey(task: Task, draws: _Draws, count: int, split_name: str) -> np.ndarray:
-    """Text of the split, `filler` bytes, in which the key comes `NEAREST` bytes before its end,
-    or earlier."""
+    """Text of the split, `filler` bytes, in which the key comes `least_between` bytes before its
+    end, or earlier."""
     text = split(load_bytes(bundled_corpus()), split_name)
     numbers = DIGITS[draws.below(len(DIGITS), count, task.pairs)]
     starts = draws.below(len(text) - task.filler, count)
-    after = min(NEAREST, task.filler)
-    after = after + draws.below(task.filler - after + 1, count)
+    after = _between(task, draws, count)
     told, stop, question = (np.frombuffer(part, np.uint8) for part in (TOLD, b". ", QUESTION))
     made = np.empty((count, task.length), np.uint8)
     for row, number, start, behind in zip(made, numbers, starts, after, strict=True):
