@@ -38,14 +38,26 @@ def test_fields_that_a_kind_of_model_does_not_have_are_left_out(capsys):
         recall.measured(recall.Options(tasks="riddle"))
 
 
-def test_each_task_has_its_number_of_updates():
-    steps = [
-        recall.recipe(name, 90, 0, recall.Options(updates=updates)).steps
-        for name, updates in (("far", None), ("copy", None), ("copy", 7))
+def test_each_task_has_its_recipe():
+    recipes = [
+        recall.recipe(name, 90, 0, recall.Options(updates=updates))
+        for name, updates in (("far", None), ("reading", None), ("reading", 7))
     ]
-    assert steps == [1000, 2500, 7]
+    assert [recipe.steps for recipe in recipes] == [800, 600, 7]
+    assert [recipe.optimizer for recipe in recipes] == ["muon", "adamw", "adamw"]
     with pytest.raises(UserError, match="steps is 0"):
         recall.recipe("copy", 90, 0, recall.Options(updates=0))
+
+
+def test_training_tells_amid_the_filler_and_asking_before_all_of_it(monkeypatch):
+    trained, asked = [], []
+    monkeypatch.setattr(recall, "train_on", lambda config, train, source: trained.append(source))
+    monkeypatch.setattr(recall, "share_right", lambda model, task, **_: asked.append(task))
+    for name in ("far", "updates", "copy", "passkey"):
+        list(recall.recall(name, "vq", 0, recall.Options(lengths="1,16", filler=20)))
+    assert all("filler=20,nearest=0," in source.path for source in trained)
+    assert [(task.filler, task.least_between) for task in asked] == [
+        *[(20, 20), (320, 320)] * 3, (20, 20), (320, 300)]  # fmt: skip
 
 
 def test_a_table_and_a_figure_of_rows(tmp_path):
