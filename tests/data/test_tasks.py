@@ -92,9 +92,7 @@ def test_what_is_told_comes_amid_the_filler(kind):
     task = Task(kind, pairs=3, filler=9, episodes=200, nearest=2)
     behind = []
     for text, answers, places in episodes(task):
-        before, told, after, asked = re.fullmatch(
-            rb"(\d*)([A-Za-z]+)(\d*)=?([A-Za-z]+)", text
-        ).groups()
+        [(before, told, after, asked)] = re.findall(rb"^(\d*)([A-Za-z]+)(\d*)=?([A-Za-z]+)$", text)
         assert len(before + after) == 9 and asked.endswith(answers[-1:])
         assert places.tolist() == list(range(len(text) - 3, len(text)) if kind == "copy"
                                        else range(len(text) - 5, len(text), 2))  # fmt: skip
