@@ -66,6 +66,13 @@ class Ours:
         prompt = random_tokens(1, length)
         return lambda: read(self.model, None, prompt).logits.block_until_ready()
 
+    def score(self, length: int) -> Call:
+        """A call that gives the loss of a text, as `tvq eval` does."""
+        from transformer_vq import evaluate
+
+        tokens = random_tokens(1, length + 1)[0]
+        return lambda: evaluate(self.model, tokens)
+
     def train(self, rows: int, length: int) -> Call:
         """A call of one update."""
         import jax
@@ -131,6 +138,18 @@ class HuggingFace:
                 self.model.eval()(input_ids=prompt, use_cache=True, logits_to_keep=1)
 
         return read
+
+    def score(self, length: int) -> Call:
+        """A call that gives the loss of a text, as `tvq eval` does."""
+        torch = self.torch
+        tokens = torch.as_tensor(random_tokens(1, length + 1)).long()
+
+        def loss() -> float:
+            with torch.inference_mode():
+                logits = self.model.eval()(input_ids=tokens[:, :-1], use_cache=False).logits
+                return torch.nn.functional.cross_entropy(logits[0], tokens[0, 1:]).item()
+
+        return loss
 
     def train(self, rows: int, length: int) -> Call:
         """A call of one update, its units computed again in the backward pass, as ours does."""
@@ -224,123 +243,16 @@ class Mamba(HuggingFace):
         return lambda: self.greedily(tokens, cache_params=cache), size
 
 
-class Reference:
-    """The paper's implementation (its branch `main`), with the sizes of ours and its own programs:
-    `sample_op` with nucleus 0.9, `eval_op`, `train_op`. Its time does not depend on the context."""
-
-    def __init__(self, sizes: dict[str, int]):
-        import jax
-
-        self.jax, self.sizes = jax, sizes
-        self.params = self.init()
-
-    def config(self, **fields: Any) -> Any:
-        """Its configuration."""
-        from transformer_vq.nn.types import TransformerConfig
-
-        block, width = self.sizes["block"], self.sizes["d_model"]
-        mine = dict(
-            param_dtype="float32", dtype="float32", global_batch_size=1, sequence_len=block,
-            update_len=block, block_len=block, mem_len=block, grad_thru_cache=True, agg_cache=True,
-            d_model=width, d_k=self.sizes["d_k"], d_v=2 * width, d_ff=0, n_head=1,
-            n_code=self.sizes["codebook_size"], n_layer=self.sizes["num_layers"], n_vocab=VOCAB,
-            pe_abs=False, pe_lam=100_000, p_dropemb=0.0, p_dropsin=0.0, p_dropres=0.0,
-            p_droplyr=0.0, p_nucleus=0.9, c_beta=1e-4, c_gamma=0.99, e_tie=False, e_preln=True,
-            e_scale=1.0, is_train=False,
-        )  # fmt: skip
-        return TransformerConfig.create(**{**mine, **fields})
-
-    def init(self) -> Any:
-        """Random parameters."""
-        from transformer_vq.nn.model import Transformer
-        from transformer_vq.nn.vq import VQSpec
-
-        jax, config = self.jax, self.config(is_train=True)
-        jnp, length = jax.numpy, config.block_len
-        ones = jnp.ones([1], jnp.int32)
-        keys = jax.random.split(jax.random.PRNGKey(0), 3)
-        variables = Transformer(config).init(
-            dict(zip(("params", "ephemeral", "timeless"), keys, strict=True)),
-            inputs=jnp.zeros([1, length], jnp.int32),
-            doc_ids=jnp.zeros([1, length], jnp.int32),
-            state=Transformer.initial_state(config, 1),
-            vq_spec=VQSpec.create(
-                n_device=ones, n_block_per_update=ones, loss_mask=jnp.ones([1, length], jnp.int32)
-            ),
-        )
-        return variables["params"]
-
-    @property
-    def parameters(self) -> int:
-        from flax.traverse_util import flatten_dict
-
-        flat = flatten_dict(self.params).items()
-        return sum(x.size for path, x in flat if not path[-1].startswith("c_"))
-
-    def _spread(self, tree: Any) -> Any:
-        """For one device, as `pmap` wants it."""
-        return self.jax.tree.map(lambda x: x[None], tree)
-
-    def _batch(self, rows: int, length: int) -> Any:
-        tokens, jnp = random_tokens(rows, length + 1), self.jax.numpy
-        batch = dict(
-            inputs=tokens[:, :-1],
-            targets=tokens[:, 1:],
-            doc_ids=jnp.zeros((rows, length), jnp.int32),
-            loss_mask=jnp.ones((rows, length), jnp.int32),
-        )
-        return self._spread(self.jax.tree.map(jnp.asarray, batch))
-
-    def decode(self, length: int, tokens: int) -> tuple[Call, int]:
-        """A call that writes tokens, from an empty state."""
-        from transformer_vq.nn.model import Transformer
-        from transformer_vq.ops.sample import sample_op
-
-        config = self.config(sequence_len=tokens, block_len=1)
-        params, key = self._spread(self.params), self.jax.random.PRNGKey(0)[None]
-        state = self.jax.eval_shape(lambda: Transformer.initial_state(config, 1))
-        size = sum(x.size * x.dtype.itemsize for x in self.jax.tree.leaves(state))
-        return lambda: sample_op(config, 0, params, key).block_until_ready(), size
-
-    def prompt(self, length: int) -> Call:
-        """A call that scores a text: it has no other way to read one."""
-        from transformer_vq.ops.evaluate import eval_op
-
-        config, params = self.config(sequence_len=length), self._spread(self.params)
-        batch = self._batch(1, length)
-        return lambda: self.jax.block_until_ready(eval_op(config, params, batch))
-
-    def train(self, rows: int, length: int) -> Call:
-        """A call of one update."""
-        import optax
-        from flax.training.train_state import TrainState
-        from flax.traverse_util import flatten_dict, unflatten_dict
-
-        from transformer_vq.ops.train import train_op
-
-        config = self.config(
-            global_batch_size=rows, sequence_len=length, update_len=length, is_train=True
-        )
-        labels = unflatten_dict(
-            {
-                path: "codebook" if path[-1].startswith("c_") else "main"
-                for path in flatten_dict(self.params)
-            }
-        )
-        adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, b2=0.98))
-        tx = optax.multi_transform({"main": adam, "codebook": optax.sgd(1.0)}, labels)
-        state = TrainState.create(apply_fn=None, params=self.params, tx=tx)
-        kept = [self._spread(self.jax.tree.map(self.jax.numpy.asarray, state))]
-        batch, key = self._batch(rows, length), self.jax.random.PRNGKey(0)[None]
-
-        def update() -> None:
-            kept[0], _ = train_op(config, kept[0], batch, key)
-            self.jax.block_until_ready(kept[0])
-
-        return update
+KINDS = {"transformer-vq": Ours, "llama": Llama, "mamba": Mamba}
 
 
-KINDS = {"transformer-vq": Ours, "llama": Llama, "mamba": Mamba, "reference": Reference}
+def kind(name: str) -> Any:
+    """The class of a model; that of the reference needs what others do not."""
+    if name != "reference":
+        return KINDS[name]
+    from peer_reference import Reference
+
+    return Reference
 
 
 def random_tokens(rows: int, length: int) -> Any:
@@ -356,7 +268,9 @@ def prepared(model: Any, question: dict[str, Any]) -> tuple[Call, dict[str, Any]
     if what == "decode":
         call, size = model.decode(length, question["tokens"])
         return call, {"state_bytes": size}
-    return (model.prompt(length) if what == "prompt" else model.train(question["rows"], length)), {}
+    if what == "train":
+        return model.train(question["rows"], length), {}
+    return (model.prompt(length) if what == "prompt" else model.score(length)), {}
 
 
 def main() -> None:
@@ -369,7 +283,7 @@ def main() -> None:
         try:
             began = time.perf_counter()
             if model is None:
-                model = KINDS[sys.argv[1]](SIZES["--smoke" in sys.argv])
+                model = kind(sys.argv[1])(SIZES["--smoke" in sys.argv])
             if question["what"] == "parameters":
                 answer = {"parameters": model.parameters}
             else:

@@ -2,10 +2,10 @@
 
 Times a Transformer-VQ of this project, a Hugging Face Llama and Mamba (install them with the extra
 `peers`) and, with `--reference DIR`, the paper's own implementation, whose sources are in DIR:
-decoding after contexts of several lengths, reading prompts, and training; float32, random weights,
-batch 1 (in training as many rows as make 4,096 tokens, or one). Each model is in a process of its
-own (`peer.py`), and they take turns. Prints a markdown table of medians, with how many times as
-fast ours is (the median of the ratios of each turn), and draws them.
+decoding after contexts of several lengths, reading prompts, scoring texts, and training; float32,
+random weights, batch 1 (in training as many rows as make 4,096 tokens, or one). Each model is in a
+process of its own (`peer.py`), and they take turns. Prints a markdown table of medians, with how
+many times as fast ours is (the median of the ratios of each turn), and draws them.
 
 The first call of each compiles and warms up, and never counts. What then takes longer than `--long`
 seconds is measured once.
@@ -26,7 +26,12 @@ from typing import Any
 OURS = "transformer-vq"
 NAMES = {OURS: "Transformer-VQ", "llama": "Llama", "mamba": "Mamba", "reference": "reference"}
 NEEDS = {"llama": ("torch", "transformers"), "mamba": ("torch", "transformers")}
-TITLES = {"decode": "decoding", "prompt": "reading a prompt", "train": "training"}
+TITLES = {
+    "decode": "decoding",
+    "prompt": "reading a prompt",
+    "score": "scoring a text",
+    "train": "training",
+}
 
 
 class Peer:
@@ -78,6 +83,7 @@ def main() -> None:
     )
     parser.add_argument("--contexts", type=int, nargs="*", default=[512, 8192, 32768])
     parser.add_argument("--prompts", type=int, nargs="*", default=[512, 8192])
+    parser.add_argument("--texts", type=int, nargs="*", default=[8192], help="to be scored")
     parser.add_argument("--lengths", type=int, nargs="*", default=[1024, 8192], help="training")
     parser.add_argument("--rounds", type=int, default=2, help="of 32 tokens, to decode in a turn")
     parser.add_argument("--turns", type=int, default=3)
@@ -129,6 +135,8 @@ def questions(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {"what": "decode", "length": length, "tokens": 32 * args.rounds}
     for length in args.prompts:
         yield {"what": "prompt", "length": length, "tokens": length}
+    for length in args.texts:
+        yield {"what": "score", "length": length, "tokens": length}
     for length in args.lengths:
         rows = max(1, 4096 // length)
         yield {"what": "train", "length": length, "rows": rows, "tokens": rows * length}

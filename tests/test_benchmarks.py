@@ -169,12 +169,14 @@ def test_peers_are_timed(names, user_env):
     for module in ("torch", "transformers") if names else ():
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"NOT TESTED: {module} is not installed (the extra peers)")
-    options = "--smoke --contexts 40 --prompts 40 --lengths 64 --turns 2 --rounds 1 --json --peers"
-    command = [sys.executable, ROOT / "benchmarks/peers.py", *options.split(), *names]
+    options = (
+        "--smoke --contexts 40 --prompts 40 --texts 40 --lengths 64 --turns 2 --rounds 1 --json"
+    )
+    command = [sys.executable, ROOT / "benchmarks/peers.py", *options.split(), "--peers", *names]
     done = subprocess.run(command, capture_output=True, text=True, env=user_env)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
-    assert [row["what"] for row in rows] == ["decode", "prompt", "train"]
+    assert [row["what"] for row in rows] == ["decode", "prompt", "score", "train"]
     for row in rows:
         assert list(row["results"]) == ["transformer-vq", *names]
         assert all(len(result["seconds"]) == 2 for result in row["results"].values()), row

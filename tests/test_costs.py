@@ -35,6 +35,15 @@ def test_counts_are_those_of_the_arrays(config):
     assert costs.state_bytes(config) == sum(x.size * x.dtype.itemsize for x in leaves)
 
 
+def test_a_forward_pass_is_a_third_of_training():
+    """And logits of every token, which a prompt has not, are 2 D vocab operations."""
+    for config in VARIANTS:
+        forward = costs.forward_flops(config, 100)
+        assert 3 * forward == costs.train_flops(config, 100)
+        logits = 2 * config.d_model * config.vocab_size
+        assert forward - costs.prompt_flops(config, 100) == logits
+
+
 def test_costs_of_attention():
     """Full attention costs more with the length; at the length of our columns, about as much. With
     one block it computes the whole matrix, with n of them n (n + 1) / 2 of n n parts."""

@@ -141,17 +141,17 @@ def decode_bytes(config: ModelConfig, batch: int = 1) -> int:
     return weights * number + batch * state_bytes(config)
 
 
-def train_flops(config: ModelConfig, length: int | None = None) -> int:
-    """Operations per token of training: three times the forward pass, for the gradients.
+def forward_flops(config: ModelConfig, length: int | None = None) -> int:
+    """Operations per token of a forward pass over many tokens.
 
-    The forward pass goes by blocks of L tokens (or `length`, if chunks are shorter). Per unit and
-    token it takes the projections; scores and values over M + L keys and S codes, 2 H (K + V) each;
-    position biases, 2 H K W; and codes, 2 G K S. Keys that leave join the cache by additions, which
-    count nothing (devices that add by products make 2 G S V more). Recomputing units
-    (`TrainConfig.remat`) comes on top, another forward pass.
+    It goes by blocks of L tokens (or `length`, if chunks are shorter). Per unit and token it takes
+    the projections; scores and values over M + L keys and S codes, 2 H (K + V) each; position
+    biases, 2 H K W; and codes, 2 G K S. Keys that leave join the cache by additions, which count
+    nothing (devices that add by products make 2 G S V more). The output makes logits of every
+    token, as scoring a text does; reading a prompt does not (2 D vocab less).
     """
     if config.attention == "full":
-        return full_attention_train_flops(config, length or DEFAULT_CAPACITY)
+        return full_attention_train_flops(config, length or DEFAULT_CAPACITY) // 3
     heads, k, v = config.num_heads, config.d_k, config.d_v
     block = min(config.block_len, length or config.block_len)
     columns = config.window_len + block
@@ -160,7 +160,20 @@ def train_flops(config: ModelConfig, length: int | None = None) -> int:
         columns += config.codebook_size
     attention += 2 * heads * columns * (k + v)
     unit = _projection_flops(config) + attention
-    return 3 * (config.num_units * unit + _output_flops(config))
+    return config.num_units * unit + _output_flops(config)
+
+
+def prompt_flops(config: ModelConfig, length: int | None = None) -> int:
+    """Operations per token of reading a prompt: `forward_flops`, without logits."""
+    return forward_flops(config, length) - _output_flops(config)
+
+
+def train_flops(config: ModelConfig, length: int | None = None) -> int:
+    """Operations per token of training: three times the forward pass, for the gradients.
+
+    Recomputing units (`TrainConfig.remat`) comes on top, another forward pass.
+    """
+    return 3 * forward_flops(config, length)
 
 
 def run_flops(config: ModelConfig, train: TrainConfig) -> int:

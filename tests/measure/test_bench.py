@@ -44,9 +44,10 @@ def test_figures(arguments, capsys, monkeypatch):
 
             fraction = row["bytes_per_step"] / (row["ms_per_step"] / 1e3) / row["bandwidth"]
             assert row["bandwidth_fraction"] == pytest.approx(fraction)
-        if arguments[0] == "train":
+        if arguments[0] in ("train", "prefill", "evaluate"):
             rate = row["tokens_per_second"] * row["flops_per_token"] / row["product_rate"]
             assert row["mfu"] == pytest.approx(rate)
+        if arguments[0] == "train":
             assert row["block_len"] == 8
 
 

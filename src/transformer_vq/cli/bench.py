@@ -177,6 +177,10 @@ def _spread(row: dict[str, Any]) -> str:
     return f"{row['tokens_per_second']:9,.0f} tokens/s ({low:,.0f} to {high:,.0f})"
 
 
+def _mfu(row: dict[str, Any]) -> str:
+    return f"MFU {row['mfu']:.2f} of {row['product_rate'] / 1e9:,.0f} GFLOP/s"
+
+
 def _decode_line(row: dict[str, Any]) -> str:
     return (
         f"batch {row['batch']:3}, position {row['position']:9,}, weights {row['weights']}: "
@@ -205,7 +209,7 @@ def _draft_line(row: dict[str, Any]) -> str:
 
 def _prefill_line(row: dict[str, Any]) -> str:
     return (
-        f"length {row['length']:9,}: {_spread(row)}; first call "
+        f"length {row['length']:9,}: {_spread(row)}; {_mfu(row)}; first call "
         f"{row['compile_seconds']:.1f} s more; peak {size(row['peak_bytes'])}"
     )
 
@@ -224,7 +228,7 @@ def _train_line(row: dict[str, Any]) -> str:
         kind += f" in blocks of {min(row['block_len'], row['update_len']):,}"
     return (
         f"{kind}, batch {row['batch']:3} x {row['length']:7,}: {_spread(row)}; "
-        f"MFU {row['mfu']:.2f} of {row['product_rate'] / 1e9:,.0f} GFLOP/s; compiled in "
+        f"{_mfu(row)}; compiled in "
         f"{row['compile_seconds']:.1f} s; temporaries {size(row['temporary_bytes'])}, peak "
         f"{size(row['peak_bytes'])}"
     )

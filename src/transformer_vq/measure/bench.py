@@ -6,6 +6,7 @@ shared machine is not the same from one hour to the next.
 """
 
 import contextlib
+import functools
 import itertools
 import resource
 import statistics
@@ -36,7 +37,7 @@ from transformer_vq.nn.weights import round_weights
 from transformer_vq.ops.evaluate import evaluate
 from transformer_vq.ops.sample import SampleConfig, sample_op
 from transformer_vq.ops.train import init_train_state, make_train_step, require_trainable
-from transformer_vq.run.peak import peak_flops
+from transformer_vq.run.peak import peak_flops, product_rate
 from transformer_vq.sharding import data_mesh, shard_rows
 
 DISPATCH = 32  # decoding steps between looks at the clock
@@ -238,7 +239,10 @@ def spared_bytes(decoder: Decoder) -> int:
 
 
 def bench_prefill(config: ModelConfig, length: int, *, repeats: int = 3) -> dict[str, Any]:
-    """Seconds to read a prompt of `length` tokens, batch 1, into a new state."""
+    """Seconds to read a prompt of `length` tokens, batch 1, into a new state.
+
+    The rate of products is measured between the repeats.
+    """
     model = init_model(config, 0)
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, length).tolist()
 
@@ -248,14 +252,36 @@ def bench_prefill(config: ModelConfig, length: int, *, repeats: int = 3) -> dict
     start = time.perf_counter()
     jax.block_until_ready(read_prompt())
     first = time.perf_counter() - start
-    peak = PeakMemory()
-    seconds = _seconds(read_prompt, repeats)
+    return _reading(config, length, costs.prompt_flops(config), read_prompt, first, repeats)
+
+
+def _reading(
+    config: ModelConfig,
+    length: int,
+    flops: int,
+    call: Callable[[], Any],
+    first: float,
+    repeats: int,
+) -> dict[str, Any]:
+    """The record of a call that reads `length` tokens with `flops` operations for each, and whose
+    first time took `first` seconds."""
+    peak, samples, rates = PeakMemory(), [], []
+    for _ in range(repeats):
+        rates.append(product_rate(jax.devices()[0], config.compute_dtype))
+        jax.block_until_ready(call())  # with caches that the products have emptied: not counted
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        samples.append(time.perf_counter() - start)
+    seconds, rate = Seconds.of(samples), statistics.median(rates)
     return {
         "length": length,
         "seconds": seconds.median,
         "tokens_per_second": length / seconds.median,
         "tokens_per_second_low": length / seconds.high,
         "tokens_per_second_high": length / seconds.low,
+        "flops_per_token": flops,
+        "product_rate": rate,
+        "mfu": length / seconds.median * flops / rate,
         "compile_seconds": first - seconds.median,
         "peak_bytes": peak.bytes(),
     }
@@ -332,19 +358,14 @@ def bench_train(config: ModelConfig, train: TrainConfig, *, repeats: int = 5) ->
 
 
 def bench_evaluate(config: ModelConfig, length: int, *, repeats: int = 3) -> dict[str, Any]:
-    """Seconds to score one row of `length` tokens, as `tvq eval` does."""
+    """Seconds to score one row of `length` tokens, as `tvq eval` does.
+
+    The rate of products is measured between the repeats.
+    """
     model = init_model(config, 0)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, length + 1, np.int32)
     start = time.perf_counter()
     evaluate(model, tokens)
     first = time.perf_counter() - start
-    peak = PeakMemory()
-    seconds = _seconds(lambda: evaluate(model, tokens).loss, repeats)
-    return {
-        "length": length,
-        "tokens_per_second": length / seconds.median,
-        "tokens_per_second_low": length / seconds.high,
-        "tokens_per_second_high": length / seconds.low,
-        "compile_seconds": first - seconds.median,
-        "peak_bytes": peak.bytes(),
-    }
+    call = functools.partial(evaluate, model, tokens)
+    return _reading(config, length, costs.forward_flops(config), call, first, repeats)
