@@ -353,6 +353,43 @@ def test_who_has_waited_for_a_chunk_waits_for_a_short_dispatch(device, monkeypat
     assert steps == [FIRST_STEPS, 30, 30, 15, 15, 30, 30]
 
 
+@pytest.mark.parametrize(
+    ("streams", "seconds", "expected"),
+    [
+        (True, 0.05, [15, 15, 15, 15]),  # after a chunk half as long as usual, then what is owed
+        (True, 0.2, [15, 30, 30, 24]),  # the last one what is left of it
+        (False, 0.0495, [25, 25, 25, 25]),  # and not 125
+        (False, 0.1995, [100, 100, 100, 100]),
+    ],
+)
+def test_a_chunk_waits_for_no_more_than_its_half(device, monkeypatch, streams, seconds, expected):
+    """Where prompts wait, a dispatch is no longer than the last chunk took."""
+    clock, steps = Clock(), []
+    scheduler, decode, read = Scheduler(device, clock=clock), device.slots[1].decode, device.read
+
+    def slow_decode(*args, **kwargs):
+        steps.append(kwargs["steps"])
+        clock.now += 0.002 * kwargs["steps"]
+        return decode(*args, **kwargs)
+
+    def slow_read(*args):
+        clock.now += seconds
+        return read(*args)
+
+    monkeypatch.setattr(scheduler, "_measure", lambda seconds: None)
+    monkeypatch.setattr(device.slots[1], "decode", slow_decode)
+    scheduler.step_seconds = dict.fromkeys(device.slots, 0.002)
+    scheduler.add(Request([1], [SamplingParams(max_tokens=5000)], streams=streams))
+    for _ in range(3):
+        scheduler.step()
+    monkeypatch.setattr(device, "read", slow_read)
+    scheduler.add(Request([2] * (5 * device.largest), []))
+    steps.clear()
+    for _ in range(4):
+        scheduler.step()
+    assert steps == expected
+
+
 def test_a_first_token_does_not_wait_for_a_long_dispatch(device):
     """Where somebody reads along: the answer is the same, and begins a few steps later."""
     found = []

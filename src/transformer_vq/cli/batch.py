@@ -21,6 +21,7 @@ from transformer_vq.cli.served import (
     SlotsOption,
     StateCacheOption,
     open_text_run,
+    prompt_chunk,
     require_libraries,
     run_folder,
 )
@@ -70,7 +71,7 @@ class Batch:
     exact: Annotated[
         bool, option("answers that do not depend on what else runs, to the bit: always all slots")
     ] = False
-    prompt_chunk: PromptChunkOption = 1024
+    prompt_chunk: PromptChunkOption = None
     state_cache: StateCacheOption = STATE_CACHE
     state_dir: Annotated[Path | None, option("folder of named states", "DIR", default="none")] = (
         None
@@ -117,7 +118,7 @@ class Batch:
     def _digest(self, defaults: dict[str, Any]) -> str:
         """A hash of all that changes answers beside the model and the input."""
         width = self.slots if self.exact else 0  # other widths differ in rounding: that is allowed
-        what = [defaults, self.seed, self.text, self.prompt_chunk, width]
+        what = [defaults, self.seed, self.text, prompt_chunk(self.prompt_chunk), width]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
     def _open(self, folder: Path) -> Served:
@@ -134,7 +135,7 @@ class Batch:
             files=SnapshotFiles(model),
             slots=self.slots,
             exact=self.exact,
-            prompt_chunk=self.prompt_chunk,
+            prompt_chunk=prompt_chunk(self.prompt_chunk),
             state_cache=self.state_cache,
             state_dir=self.state_dir,
             cache="exact",  # an answer must not depend on what was answered before

@@ -188,8 +188,11 @@ def _explained(event: Any, known: Sequence[str]) -> str | None:
             case "BadValue":
                 return f"{event.argument.display_name()} needs a value SEE"
             case "InvalidChoice":
-                choices = ", ".join(c for c in event.choices if c != "None")
-                return str(refusal(event.argument.display_name(), event.value, f"one of {choices}"))
+                choices = [c for c in event.choices if c != "None"]
+                if "None" in event.choices:  # tyro gives those of such an option in any order
+                    choices.sort(key=lambda c: (c.isdecimal(), len(c) if c.isdecimal() else 0, c))
+                limit = f"one of {', '.join(choices)}"
+                return str(refusal(event.argument.display_name(), event.value, limit))
             case "InstantiationFailure":
                 return _not_a_number(event.argument.display_name(), event.message)
     except (AttributeError, IndexError):  # another version of tyro

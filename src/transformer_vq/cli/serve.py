@@ -24,6 +24,7 @@ from transformer_vq.cli.served import (
     SlotsOption,
     StateCacheOption,
     open_text_run,
+    prompt_chunk,
     require_libraries,
     run_folder,
     shared_mesh,
@@ -61,7 +62,7 @@ class Serve:
     exact: Annotated[
         bool, option("answers that do not depend on the load, to the bit: always all slots")
     ] = False
-    prompt_chunk: PromptChunkOption = 1024
+    prompt_chunk: PromptChunkOption = None
     api_key_file: Annotated[
         Path | None, option("keys, one a line, of which clients send one", "FILE", default="none")
     ] = None
@@ -139,7 +140,7 @@ class Serve:
             files=SnapshotFiles(model),
             slots=self.slots,
             exact=self.exact,
-            prompt_chunk=self.prompt_chunk,
+            prompt_chunk=prompt_chunk(self.prompt_chunk),
             state_cache=self.state_cache,
             state_dir=self.state_dir,
             cache="exact" if self.exact else "any",

@@ -295,6 +295,8 @@ class Scheduler:
         news: dict[Answer, list[Token]] = {answer: [] for _, answer in self._running.live}
         streams = [answer for answer in news if answer.request.streams]
         seconds = (AFTER_A_CHUNK if self._has_read else STREAMING) if streams else ALONE
+        if self._reading and self._owed > 0:  # the next chunk of a prompt waits for so much
+            seconds = min(seconds, max(self._owed, AFTER_A_CHUNK))
         first = any(not answer.written for answer in streams)
         most = FIRST_STEPS if first else MOST_STEPS
         began = self._clock()
