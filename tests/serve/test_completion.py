@@ -60,7 +60,7 @@ class Alphabet:
         for request, choices in list(self.requests):
             for i in list(choices):
                 params, done = request.params[i], request.written_so_far[i]
-                first = request.prompt[-1] + 1 + i + done
+                first = int(request.prompt[-1]) + 1 + i + done
                 count = min(3, params.max_tokens - done)
                 logprob = -float(params.seed)
                 tokens = [
@@ -157,6 +157,13 @@ def test_a_stop_ends_one_answer():
     assert (first["text"], second["text"]) == ("BCD", "CD")
     assert first["finish_reason"] == second["finish_reason"] == "stop"
     assert first["token_ids"] == [66, 67, 68]
+
+
+def test_a_stream_is_ascii():
+    """No letter in it can be taken for the end of a line (`str.splitlines`)."""
+    fields = dict(prompt=[126], max_tokens=6)
+    whole, stream = ask(**fields), ask(**fields, stream=True)
+    assert not whole["choices"][0]["text"].isascii() and stream.isascii()
 
 
 def test_streams_are_the_answers():

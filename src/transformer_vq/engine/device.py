@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from transformer_vq import sharding
+from transformer_vq.data.tokenizer import Tokens
 from transformer_vq.engine.controls import controls_batch
 from transformer_vq.engine.decoders import decoder_for, model_on
 from transformer_vq.engine.draft import Drafts, check_draft
@@ -106,9 +107,7 @@ class Slots:
         state = read_chunks(self._model, self.rows.state, prompts, self._mesh)
         self.rows = replace(self.rows, state=state)
 
-    def insert(
-        self, slot: int, start: Snapshot, params: SamplingParams, text: Sequence[int]
-    ) -> None:
+    def insert(self, slot: int, start: Snapshot, params: SamplingParams, text: Tokens) -> None:
         """Begin a request after what `start` has read, which ends with the text."""
         slots, state = self._own(slot), start.state
         if self._mesh is not None:
@@ -342,14 +341,14 @@ class Device:
             state = jax.device_put(state, here)
         return self._programs["copy"](state, np.zeros(1, np.int32))
 
-    def read(self, state: State, tokens: Sequence[int]) -> State:
+    def read(self, state: State, tokens: Tokens) -> State:
         """The state after at most `largest` tokens of a prompt; the given one is no more. Waits for
         the device."""
         for chunk, lengths in prompt_chunks([tokens], 1):
             state = self._read("read", state, chunk, lengths)
         return jax.block_until_ready(state)
 
-    def read_scored(self, state: State, tokens: Sequence[int]) -> tuple[State, Scores]:
+    def read_scored(self, state: State, tokens: Tokens) -> tuple[State, Scores]:
         """`read`, and how probable the tokens were."""
         parts = []
         for chunk, lengths in prompt_chunks([tokens], 1):

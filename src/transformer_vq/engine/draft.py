@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from transformer_vq.config import ModelConfig
+from transformer_vq.data.tokenizer import Tokens
 from transformer_vq.engine.decoders import decoder_for
 from transformer_vq.engine.pace import SIZES, Pace
 from transformer_vq.engine.prefill import FEW, PREFILL_SIZES, begin, read_chunks
@@ -67,7 +68,7 @@ class Drafts:
             self._guide_state = begin(self._guide.config, None, [room or 1], width, None)
         self._ahead: dict[Any, Program] = {}
 
-    def begin(self, row: int, text: Sequence[int]) -> None:
+    def begin(self, row: int, text: Tokens) -> None:
         """Another text is in a row, of which this is what is known, or its end."""
         self._recent[row], self._new[row] = -1, True
         self._push(row, text, unread=False)
@@ -112,7 +113,7 @@ class Drafts:
             draft_tokens, size=size, steps=self._most_steps, with_logprobs=with_logprobs
         )
 
-    def _push(self, row: int, tokens: Sequence[int], *, unread: bool) -> None:
+    def _push(self, row: int, tokens: Tokens, *, unread: bool) -> None:
         """A row's text has grown."""
         some = np.asarray(tokens, np.int32)[-RECENT:]
         if len(some):

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from transformer_vq import costs, sharding
 from transformer_vq.config import ModelConfig
+from transformer_vq.data.tokenizer import Tokens
 from transformer_vq.engine.decoders import decoder_for, model_on
 from transformer_vq.engine.slots import num_rows, take_rows
 from transformer_vq.engine.tokens import prompt_lists
@@ -195,9 +196,7 @@ def first_rows(state: State, rows: int, mesh: Mesh | None) -> State:
     return tree.unflatten([jnp.array(x[:rows], copy=True) for x in leaves])
 
 
-def prompt_chunks(
-    prompts: Sequence[Sequence[int]], batch: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def prompt_chunks(prompts: Sequence[Tokens], batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Chunks of prompts: tokens `[batch, size]` and how many of each row are real, `[batch]`.
 
     The rows whose next chunk is the largest go first, the others wait.

@@ -4,12 +4,12 @@ This is the core of the engine. Whoever runs requests, a `Scheduler` or a `Sessi
 here and gets their tokens from here.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from transformer_vq.data.tokenizer import Tokens
 from transformer_vq.engine.output import Output
 from transformer_vq.engine.request import SamplingParams, Token
 
@@ -52,9 +52,7 @@ class Slots(Protocol):
 
     @property
     def drafted(self) -> tuple[int, int]: ...
-    def insert(
-        self, slot: int, start: Snapshot, params: SamplingParams, text: Sequence[int]
-    ) -> None: ...
+    def insert(self, slot: int, start: Snapshot, params: SamplingParams, text: Tokens) -> None: ...
     def move(self, slot: int, to: Any, to_slot: int) -> None: ...
     def snapshot(self, slot: int) -> Snapshot: ...
     def decode(

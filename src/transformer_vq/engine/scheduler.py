@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from transformer_vq.data.tokenizer import Tokens
 from transformer_vq.engine.request import SamplingParams, Token
 from transformer_vq.engine.running import (
     MOST_STEPS,
@@ -49,8 +50,8 @@ class Device(Protocol):
 
     def begin(self, start: Snapshot | None) -> Any: ...
     def copy(self, state: Any) -> Any: ...
-    def read(self, state: Any, tokens: Sequence[int]) -> Any: ...
-    def read_scored(self, state: Any, tokens: Sequence[int]) -> tuple[Any, Scores]: ...
+    def read(self, state: Any, tokens: Tokens) -> Any: ...
+    def read_scored(self, state: Any, tokens: Tokens) -> tuple[Any, Scores]: ...
     def is_sound(self, state: Any) -> bool: ...
 
 
@@ -62,7 +63,7 @@ class Request:
     prompt missing. What a request is given stays as it is; the rest is the scheduler's.
     """
 
-    prompt: Sequence[int]
+    prompt: Tokens
     params: Sequence[SamplingParams]  # none: the prompt is read, and that is all
     start: Snapshot | None = None  # what came before the prompt
     known: int = 0  # `start` is the state of so many tokens of the prompt, which came after nothing

@@ -2,11 +2,12 @@
 
 import numbers
 import operator
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from typing import Any
 
 import numpy as np
 
+from transformer_vq.data.tokenizer import Tokens
 from transformer_vq.errors import UserError, is_listed, shown
 
 BYTES = 256  # the vocabulary of which text is tokens as it is: its bytes in UTF-8
@@ -84,8 +85,10 @@ def _prompt(name: str, prompt: Any, vocab_size: int) -> list[int]:
     return tokens
 
 
-def check_vocabulary(name: str, tokens: Sequence[int], vocab_size: int) -> None:
+def check_vocabulary(name: str, tokens: Tokens, vocab_size: int) -> None:
     """Raise `UserError`, with the name of the list, for a token that the model does not have."""
+    if isinstance(tokens, np.ndarray):  # one that is wrong is enough
+        tokens = tokens[(tokens < 0) | (tokens >= vocab_size)][:1].tolist()
     if not len(tokens) or (min(tokens) >= 0 and max(tokens) < vocab_size):
         return
     bad = next(t for t in tokens if not 0 <= t < vocab_size)

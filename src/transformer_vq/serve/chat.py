@@ -6,9 +6,11 @@ import secrets
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from pydantic import ValidationError
 
 from transformer_vq.errors import UserError
+from transformer_vq.serve.aside import token_array
 from transformer_vq.serve.completion import Completion
 from transformer_vq.serve.protocol import (
     MOST_STOPS,
@@ -110,10 +112,11 @@ def completion_of(service: Service, template: ChatTemplate, body: ChatRequest) -
     """The request for a completion that answers a chat. Raises `ApiError`."""
     service.require_model(body.model)
     documents, stops = template.render(body.messages)
-    tokens: list[int] = []
+    parts: list[np.ndarray] = []
     for i, text in enumerate(documents):
-        tokens += [service.ready.tokenizer.eos_id] if i else []
-        tokens += service.encode(text)
+        parts += [token_array([service.ready.tokenizer.eos_id])] if i else []
+        parts.append(service.encode(text))
+    tokens: Any = np.concatenate(parts)
     length = body.max_completion_tokens or body.max_tokens
     if length is None:
         capacity = service.ready.capacity

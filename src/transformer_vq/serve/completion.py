@@ -1,6 +1,7 @@
 """One request for completions, from its first token to its last."""
 
 import asyncio
+import functools
 import time
 import uuid
 from collections import deque
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from transformer_vq.engine.scheduler import Event, Finish, Request, Snapshot
+from transformer_vq.serve.aside import aside
+from transformer_vq.serve.hashes import Hashed
 from transformer_vq.serve.protocol import ApiError, CompletionRequest
 from transformer_vq.serve.writer import Entry, Piece, Writer, logprobs_object
 
@@ -25,8 +28,9 @@ class Prompt:
 
     request: Request
     follows_unknown: bool  # it goes on from a state
-    cached: bool  # its states may be kept and used again
+    hashed: Hashed | None  # its tokens, where states of it may be kept and used again
     exact: bool  # it goes on from what it would itself have read
+    offset: int  # characters before the answer, where places in the text are told
     end: Snapshot | None = None  # after it, if that was to be kept
 
 
@@ -83,13 +87,11 @@ class Completion:
         self._later: list[Event] = []  # what has come since
         self.began = time.monotonic()
         self.first_token: float | None = None  # seconds until there was one
+        self.size = 0  # tokens and alternatives of what is sent now
 
     def _writer(self, prompt: Prompt) -> Writer:
         body, tokens, tokenizer = self._body, prompt.request.prompt, self._loaded.tokenizer
         before = None if prompt.follows_unknown else () if body.echo else tokens
-        offset = 0
-        if body.logprobs is not None and not body.echo:
-            offset = len(tokenizer.decode_text(list(tokens)))
         return Writer(
             tokenizer,
             before,
@@ -97,7 +99,7 @@ class Completion:
             min_tokens=body.min_tokens,
             alternatives=body.logprobs,
             include_stop=body.include_stop_str_in_output,
-            offset=offset,
+            offset=prompt.offset,
         )
 
     # What comes of the engine.
@@ -124,9 +126,11 @@ class Completion:
         for length, snapshot in event.snapshots.items():
             if length == len(tokens):
                 prompt.end = snapshot
-            if prompt.cached:
+            if prompt.hashed is not None:
                 exact = prompt.exact and prompt.request.known % grid == 0
-                self._loaded.store.keep(self._owner, tokens[:length], snapshot, exact=exact)
+                self._loaded.store.keep(
+                    self._owner, prompt.hashed, snapshot, exact=exact, length=length
+                )
         size = len(tokens) * (1 + (self._body.logprobs or 0))
         if self._body.echo and size > MOST_AT_ONCE:
             self._echoing = asyncio.ensure_future(self._echo_aside(prompt, event))
@@ -184,8 +188,8 @@ class Completion:
         elif event.snapshot is not None:
             choice.snapshot = event.snapshot
             prompt = choice.prompt
-            if prompt.cached:
-                tokens = [*prompt.request.prompt, *choice.writer.tokens]
+            if prompt.hashed is not None:
+                tokens = prompt.hashed.followed_by(choice.writer.tokens)
                 self._loaded.store.keep(self._owner, tokens, event.snapshot, exact=False)
         if piece.text or piece.entries or finish:
             self._add(choice, piece, finish)
@@ -251,14 +255,16 @@ class Completion:
             raise self._error
         await self._save(self._choices[0])
         choices = self._best()
-        return {
-            **self._head(self.object),
-            "choices": [
+
+        def written() -> list[dict[str, Any]]:
+            return [
                 self._choice(i, Piece(choice.text, choice.entries), choice.finish, chunk=False)
                 for i, choice in enumerate(choices)
-            ],
-            "usage": self.usage,
-        }
+            ]
+
+        self.size = sum(self._size(Piece(choice.text, choice.entries)) for choice in choices)
+        found = await aside(self.size, written)
+        return {**self._head(self.object), "choices": found, "usage": self.usage}
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:
         """The response in chunks. Raises `ApiError`."""
@@ -270,9 +276,11 @@ class Completion:
                 if finish is not None:
                     left -= 1
                     await self._save(choice)
+                self.size = self._size(piece)
+                written = functools.partial(self._choice, choice.index, piece, finish, chunk=True)
                 yield {
                     **self._head(self.chunk_object),
-                    "choices": [self._choice(choice.index, piece, finish, chunk=True)],
+                    "choices": [await aside(self.size, written)],
                     **({"usage": None} if self._body.stream_options.include_usage else {}),
                 }
             if self._error is not None:

@@ -2,7 +2,8 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, WrapValidator, model_validator
 
 MOST_SAMPLES = 128  # of one prompt
 MOST_PROMPTS = 256  # of one request
@@ -14,10 +15,28 @@ NAME = r"^[A-Za-z0-9_-]{1,64}$"  # of a state
 Text = Annotated[str, Field(min_length=1, max_length=1000)]
 Token = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(pattern=NAME)]
+
+
+def _as_read(value: Any, check: Any) -> Any:
+    """What `body.parse` has made arrays was checked there, in slices."""
+    return value if isinstance(value, np.ndarray) else check(value)
+
+
+def _all_as_read(value: Any, check: Any) -> Any:
+    """The same of one prompt or of several."""
+    if isinstance(value, list) and value and all(isinstance(item, np.ndarray) for item in value):
+        return value
+    return _as_read(value, check)
+
+
 # Lists are given up at the first item that does not fit: a prompt may have millions.
-Tokens = Annotated[list[Token], Field(fail_fast=True)]
+_Tokens = Annotated[list[Token], Field(fail_fast=True)]
+Tokens = Annotated[_Tokens, WrapValidator(_as_read)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
-Prompt = str | Texts | Tokens | Annotated[list[Tokens], Field(fail_fast=True)]
+Prompt = Annotated[
+    str | Texts | _Tokens | Annotated[list[_Tokens], Field(fail_fast=True)],
+    WrapValidator(_all_as_read),
+]
 
 
 class ApiError(Exception):
@@ -217,7 +236,7 @@ class StateRequest(Strict):
     """`POST /v1/states`: read a prompt, after a state or after nothing, and keep what it leaves."""
 
     name: Name
-    prompt: str | Tokens = ""
+    prompt: Annotated[str | _Tokens, WrapValidator(_as_read)] = ""
     state: Name | None = None
 
 

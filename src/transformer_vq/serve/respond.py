@@ -1,14 +1,14 @@
 """An answer over HTTP, whole or as server-sent events, as long as somebody waits for it."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from transformer_vq.serve.aside import aside, json_text
 from transformer_vq.serve.completion import Completion
 from transformer_vq.serve.metrics import Metrics
 from transformer_vq.serve.protocol import ApiError
@@ -33,7 +33,8 @@ async def respond(
         return Response(status_code=499)  # nobody is there to read it
     content = answer.result()
     metrics.completed(completion)
-    return JSONResponse(content)
+    size = completion.size
+    return Response(await aside(size, json_text, content, size), media_type="application/json")
 
 
 async def _first(answer: "asyncio.Future[Any]", receive: Receive) -> None:
@@ -82,11 +83,20 @@ class EventStream(Response):
 
         try:
             async for chunk in _or_ping(self._completion.chunks()):
-                await line(f"data: {json.dumps(chunk)}\n\n" if chunk else ": ping\n\n")
+                if chunk is None:
+                    await line(": ping\n\n")
+                    continue
+                size = self._completion.size
+                await line(f"data: {await aside(size, _event, chunk, size)}\n\n")
             self._metrics.completed(self._completion)
         except ApiError as error:
-            await line(f"data: {json.dumps(error.content)}\n\n")
+            await line(f"data: {_event(error.content, 0)}\n\n")
         await line("data: [DONE]\n\n", more=False)
+
+
+def _event(content: dict[str, Any], size: int) -> str:
+    """JSON in ASCII: to some clients, letters such as U+2028 end a line, and so an event."""
+    return json_text(content, size, ascii=True)
 
 
 async def _or_ping(

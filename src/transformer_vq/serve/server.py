@@ -1,6 +1,7 @@
 """The API over HTTP. It parses, passes on to the `Service`, and writes; it imports no JAX."""
 
 import asyncio
+import json
 import re
 import secrets
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
+import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -15,6 +17,8 @@ from starlette.exceptions import HTTPException
 
 from transformer_vq.engine.scheduler import Snapshot
 from transformer_vq.errors import UserError
+from transformer_vq.serve.aside import aside, json_list
+from transformer_vq.serve.body import LargeBodies
 from transformer_vq.serve.chat import ChatCompletion, ChatTemplate, completion_of
 from transformer_vq.serve.guard import Guard, error_response
 from transformer_vq.serve.metrics import Metrics
@@ -72,6 +76,7 @@ def make_app(
         redoc_url=None,
         responses={"4XX": ERROR, "5XX": ERROR},
     )
+    app.router.route_class = LargeBodies
     metrics = Metrics(service)
     app.add_middleware(Guard, service=service, keys=keys, local=local, metrics=metrics)
     _add_errors(app)
@@ -211,7 +216,8 @@ def _add_chat(
     @app.post(path, responses=OF_CHAT)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a chat, as OpenAI's API does."""
-        of_text = completion_of(service, template, body)
+        size = sum(len(message.text) for message in body.messages)
+        of_text = await aside(size, completion_of, service, template, body)
         owner = request.state.owner
         completion = await service.complete(of_text, owner, _seed(body), ChatCompletion)
         return await respond(completion, body.stream, request, metrics)
@@ -228,23 +234,27 @@ def _add_tokenizer(
     app: FastAPI, service: Service, prefix: str, template: ChatTemplate | None
 ) -> None:
     @app.post(f"{prefix}/tokenize", include_in_schema=not prefix)
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(body: TokenizeRequest) -> Any:
         """The tokens of a text; of `eos_token` of `/tokenizer_info` alone, that token."""
         service.require_model(body.model)
-        at_end = body.prompt == service.eos_text
-        tokens = [service.ready.tokenizer.eos_id] if at_end else service.encode(body.prompt)
-        return {
-            "tokens": tokens,
-            "count": len(tokens),
-            "max_model_len": service.ready.capacity,
-        }
+        if body.prompt == service.eos_text:
+            return answer(np.array([service.ready.tokenizer.eos_id]))
+        return await aside(len(body.prompt), lambda: answer(service.encode(body.prompt)))
+
+    def answer(tokens: np.ndarray) -> Response:
+        rest = {"count": len(tokens), "max_model_len": service.ready.capacity}
+        content = f'{{"tokens":{json_list(tokens)},{json.dumps(rest)[1:]}'
+        return Response(content, media_type="application/json")
 
     @app.post(f"{prefix}/detokenize", include_in_schema=not prefix)
     async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
         """The text of tokens; bytes that are no text are U+FFFD."""
         service.require_model(body.model)
-        service.check_tokens("tokens", body.tokens)
-        return {"prompt": service.ready.tokenizer.decode_text(body.tokens)}
+        return await aside(len(body.tokens), text_of, body.tokens)
+
+    def text_of(given: Any) -> dict[str, str]:
+        tokens = service.tokens("tokens", given)
+        return {"prompt": service.ready.tokenizer.decode_text(tokens)}
 
     @app.get(f"{prefix}/tokenizer_info", include_in_schema=not prefix)
     async def tokenizer_info() -> dict[str, Any]:

@@ -2,19 +2,22 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from transformer_vq.data import Tokenizer
+from transformer_vq.data.tokenizer import Tokens
 from transformer_vq.data.vocabulary import END_OF_TEXT
 from transformer_vq.engine.engine import Engine, EngineDead, QueueFull
 from transformer_vq.engine.request import SamplingParams, check_params
 from transformer_vq.engine.scheduler import Event, Request, Snapshot
 from transformer_vq.engine.tokens import check_vocabulary
 from transformer_vq.errors import UserError
+from transformer_vq.serve.aside import LARGE, aside, encoded, token_array
 from transformer_vq.serve.completion import Completion, Prompt
+from transformer_vq.serve.hashes import Hashed
 from transformer_vq.serve.protocol import MOST_PROMPTS, ApiError, CompletionRequest, StateRequest
 from transformer_vq.serve.states import CacheMode, StateStore, StoreFull
 
@@ -109,38 +112,39 @@ class Service:
         loaded = self.ready
         self.require_model(body.model)
         start = None if body.state is None else await self.named(owner, body.state)
-        given = self._prompts(body, start is not None)
-        if body.save_state is not None and len(given) > 1:
-            raise ApiError(400, "save_state keeps one state: give one prompt", param="save_state")
-        mode = body.cache or loaded.cache
-        if start is None and loaded.store.in_files:
-            for tokens in given:
-                await asyncio.to_thread(loaded.store.fetch, owner, tokens, mode)
-        prompts = [self._prompt(body, owner, tokens, start, mode, seed) for tokens in given]
+        reads_files = start is None and loaded.store.in_files
+        size = LARGE + 1 if reads_files else _size(body.prompt)
+        prompts = await aside(size, self._prompts, body, owner, start, seed)
         completion = kind(self, body, owner, prompts, seed)
         self._submit(completion, *(prompt.request for prompt in prompts))
         self.cached_tokens += completion.cached_tokens
         return completion
 
-    def _prompts(self, body: CompletionRequest, goes_on: bool) -> list[list[int]]:
+    def _prompts(
+        self, body: CompletionRequest, owner: str, start: Snapshot | None, seed: int
+    ) -> list[Prompt]:
+        """The prompts of a request, checked and hashed; in any thread, for they may be long."""
+        given = self._tokens(body, start is not None)
+        if body.save_state is not None and len(given) > 1:
+            raise ApiError(400, "save_state keeps one state: give one prompt", param="save_state")
+        return [self._prompt(body, owner, tokens, start, seed) for tokens in given]
+
+    def _tokens(self, body: CompletionRequest, goes_on: bool) -> list[np.ndarray]:
         """The tokens of every prompt; where nothing comes before an empty one, of its start."""
         loaded = self.ready
-        prompt = body.prompt
-        one = isinstance(prompt, str) or (prompt and isinstance(prompt[0], int))
-        texts = [prompt] if one else prompt
+        texts = [body.prompt] if _is_one(body.prompt) else body.prompt
         if not texts or len(texts) > MOST_PROMPTS:
             raise ApiError(
                 400,
                 f"there are {len(texts)} prompts: from 1 to {MOST_PROMPTS} are allowed",
                 param="prompt",
             )
-        found: list[list[int]] = []
+        found: list[np.ndarray] = []
         for text in texts:
-            tokens = self.encode(text) if isinstance(text, str) else list(text)  # pyright: ignore[reportArgumentType]
-            self.check_tokens("prompt", tokens)
-            if not tokens and not goes_on:
+            tokens = self.tokens("prompt", text)  # pyright: ignore[reportArgumentType]
+            if not len(tokens) and not goes_on:
                 eos, begin = loaded.tokenizer.eos_id, loaded.tokenizer.start_id
-                tokens = [eos if loaded.ends_documents else begin]
+                tokens = token_array([eos if loaded.ends_documents else begin])
             found.append(tokens)
         return found
 
@@ -148,9 +152,8 @@ class Service:
         self,
         body: CompletionRequest,
         owner: str,
-        tokens: list[int],
+        tokens: np.ndarray,
         start: Snapshot | None,
-        mode: CacheMode,
         seed: int,
     ) -> Prompt:
         """One prompt as a request of the engine, from the longest state that is known of it."""
@@ -158,13 +161,18 @@ class Service:
         self._check_length(start, len(tokens) + body.max_tokens)
         params = [self._params(body, seed + i) for i in range(body.samples)]
         scored = body.echo and body.logprobs is not None
+        mode = body.cache or loaded.cache
         cached = mode != "off" and start is None and not scored
-        hashed = np.asarray(tokens, np.int32) if cached else None  # once, as there may be millions
-        known = None if hashed is None else loaded.store.find(owner, hashed, mode)
+        hashed = Hashed(tokens) if cached else None
+        known = None
+        if hashed is not None:
+            loaded.store.fetch(owner, hashed, mode)
+            known = loaded.store.find(owner, hashed, mode)
         keep = frozenset({len(tokens)}) if body.save_state else frozenset()
         length = known.length if known else 0
         if hashed is not None:
             keep |= loaded.store.worth_keeping(owner, hashed, length)
+            hashed.digests(sorted(keep))
         request = Request(
             tokens,
             params if body.max_tokens else [],
@@ -176,7 +184,9 @@ class Service:
             keep_answers=cached or body.save_state is not None,
         )
         exact = known is None or known.exact
-        return Prompt(request, follows_unknown=start is not None, cached=cached, exact=exact)
+        named = body.logprobs is not None and not body.echo  # its tokens, by their place
+        offset = len(loaded.tokenizer.decode_text(tokens)) if named else 0
+        return Prompt(request, start is not None, hashed=hashed, exact=exact, offset=offset)
 
     def _check_length(self, start: Snapshot | None, more: int) -> None:
         """Raise `ApiError` for more tokens than a state of full attention holds."""
@@ -262,10 +272,17 @@ class Service:
 
     # Text and tokens.
 
-    def encode(self, text: str) -> list[int]:
+    def tokens(self, name: str, given: str | Tokens) -> np.ndarray:
+        """Text or tokens as tokens, int32. Raises `ApiError` for what the vocabulary has not."""
+        if isinstance(given, str):
+            return self.encode(given)
+        self.check_tokens(name, given)
+        return token_array(given)
+
+    def encode(self, text: str) -> np.ndarray:
         """Raises `ApiError` for what the vocabulary cannot express."""
         try:
-            return self.ready.tokenizer.encode(text)
+            return encoded(self.ready.tokenizer, text)
         except ValueError as error:  # half a character (a surrogate), too
             raise ApiError(400, f"the text has no tokens: {error}", param="prompt") from None
 
@@ -275,7 +292,7 @@ class Service:
         tokenizer = self.ready.tokenizer
         return tokenizer.decode_text([tokenizer.eos_id]) or END_OF_TEXT
 
-    def check_tokens(self, name: str, tokens: Sequence[int]) -> None:
+    def check_tokens(self, name: str, tokens: Tokens) -> None:
         """Raise `ApiError` for a token that the vocabulary does not have."""
         try:
             check_vocabulary(name, tokens, self.ready.tokenizer.vocab_size)
@@ -305,9 +322,8 @@ class Service:
     async def make_state(self, body: StateRequest, owner: str) -> Snapshot:
         """Read a prompt and keep what it leaves."""
         start = None if body.state is None else await self.named(owner, body.state)
-        tokens = self.encode(body.prompt) if isinstance(body.prompt, str) else list(body.prompt)
-        self.check_tokens("prompt", tokens)
-        if not tokens and start is None:
+        tokens = await aside(len(body.prompt), self.tokens, "prompt", body.prompt)
+        if not len(tokens) and start is None:
             raise ApiError(400, "there is neither a prompt nor a state", param="prompt")
         self._check_length(start, len(tokens))
         keep = frozenset({len(tokens)})
@@ -315,6 +331,18 @@ class Service:
         snapshot = event.snapshots[len(tokens)]
         await self.save(owner, body.name, snapshot)
         return snapshot
+
+
+def _is_one(prompt: Any) -> bool:
+    """Whether it is one prompt, and no list of them."""
+    if isinstance(prompt, str | np.ndarray):
+        return True
+    return bool(prompt) and isinstance(prompt[0], int)
+
+
+def _size(prompt: Any) -> int:
+    """How many characters or tokens there are in all."""
+    return len(prompt) if _is_one(prompt) else sum(map(len, prompt))
 
 
 def no_room(error: Exception) -> ApiError:

@@ -1,22 +1,20 @@
 """States that are kept: after known prompts, and under names. In memory, and in files."""
 
 import contextlib
-import hashlib
 import os
 import re
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from transformer_vq.atomic import write_whole
 from transformer_vq.engine.scheduler import Snapshot
 from transformer_vq.errors import UserError
+from transformer_vq.serve.hashes import Hashed, Tokens
 from transformer_vq.serve.prompts import Key, PromptFiles
 from transformer_vq.serve.protocol import NAME
 
@@ -88,31 +86,31 @@ class StateStore:
 
     # After known prompts.
 
-    def find(self, owner: str, tokens: Sequence[int] | np.ndarray, mode: CacheMode) -> Known | None:
+    def find(self, owner: str, tokens: Tokens | Hashed, mode: CacheMode) -> Known | None:
         """The state of the longest known prefix of a prompt.
 
         With `exact`, only one that reading the prompt itself would give: it changes no bit.
         """
         if mode == "off":
             return None
+        prompt = Hashed.of(tokens)
         with self._lock:
-            lengths = sorted(n for o, n in self._lengths if o == owner and n <= len(tokens))
-            digests = _digests(tokens, lengths)
+            lengths = sorted(n for o, n in self._lengths if o == owner and n <= len(prompt))
+        digests = prompt.digests(lengths)  # a prompt may be long, and others ask, too
+        with self._lock:
             for length in reversed(lengths):
                 key = owner, digests[length]
                 found = self._known.get(key)
                 if found is None:
                     continue
-                if self._serves(mode, found.exact, length, tokens):
+                if self._serves(mode, found.exact, length, len(prompt)):
                     self._known.move_to_end(key)
                     return found
         return None
 
-    def _serves(
-        self, mode: CacheMode, exact: bool, length: int, tokens: Sequence[int] | np.ndarray
-    ) -> bool:
-        """Whether a state after so many tokens of a prompt may be used."""
-        on_grid = length % self.grid == 0 or length == len(tokens)
+    def _serves(self, mode: CacheMode, exact: bool, length: int, whole: int) -> bool:
+        """Whether a state after so many tokens of a prompt, which has so many, may be used."""
+        on_grid = length % self.grid == 0 or length == whole
         return mode == "any" or (exact and on_grid)
 
     @property
@@ -120,21 +118,22 @@ class StateStore:
         """Whether states after known prompts may be in files, which `fetch` reads."""
         return self._prompts is not None
 
-    def fetch(self, owner: str, tokens: Sequence[int], mode: CacheMode) -> None:
+    def fetch(self, owner: str, tokens: Tokens | Hashed, mode: CacheMode) -> None:
         """Have in memory what `find` would find if files counted."""
         if self._prompts is None or mode == "off":
             return
-        known = self.find(owner, tokens, mode)
+        prompt = Hashed.of(tokens)
+        known = self.find(owner, prompt, mode)
         least = known.length if known else 0
-        lengths = [n for n in self._prompts.lengths(owner) if least < n <= len(tokens)]
-        digests = _digests(tokens, lengths)
+        lengths = [n for n in self._prompts.lengths(owner) if least < n <= len(prompt)]
+        digests = prompt.digests(lengths)
         for length in reversed(lengths):
             key = Key(owner, length, digests[length])
             exact = self._prompts.exact(key)
-            if exact is None or not self._serves(mode, exact, length, tokens):
+            if exact is None or not self._serves(mode, exact, length, len(prompt)):
                 continue
             if snapshot := self._prompts.read(key):
-                self.keep(owner, tokens[:length], snapshot, exact=exact)
+                self.keep(owner, prompt, snapshot, exact=exact, length=length)
                 return
 
     def close(self) -> None:
@@ -147,18 +146,17 @@ class StateStore:
             for (owner, digest), known in newest:
                 self._prompts.write(Key(owner, known.length, digest), known.snapshot, known.exact)
 
-    def worth_keeping(
-        self, owner: str, tokens: Sequence[int] | np.ndarray, known: int
-    ) -> frozenset[int]:
+    def worth_keeping(self, owner: str, tokens: Tokens | Hashed, known: int) -> frozenset[int]:
         """After how many tokens of this prompt, of which some are known, to keep its state.
 
         At its end; at the last end of a chunk, from which a longer prompt goes on; and where
         prompts part: at the last end of a chunk that another prompt has had.
         """
-        ends = {len(tokens)}
+        prompt = Hashed.of(tokens)
+        ends = {len(prompt)}
         if known % self.grid == 0:
-            grid = list(range(known + self.grid, len(tokens) + 1, self.grid))
-            digests = _digests(tokens, grid)
+            grid = list(range(known + self.grid, len(prompt) + 1, self.grid))
+            digests = prompt.digests(grid)
             with self._lock:
                 ends |= set(grid[-1:])
                 ends |= set([n for n in grid if owner.encode() + digests[n] in self._seen][-1:])
@@ -168,10 +166,19 @@ class StateStore:
                     self._seen.popitem(last=False)
         return frozenset(ends)
 
-    def keep(self, owner: str, tokens: Sequence[int], snapshot: Snapshot, *, exact: bool) -> None:
-        """Remember the state after these tokens."""
-        length = len(tokens)
-        key = owner, _digests(tokens, [length])[length]
+    def keep(
+        self,
+        owner: str,
+        tokens: Tokens | Hashed,
+        snapshot: Snapshot,
+        *,
+        exact: bool,
+        length: int | None = None,
+    ) -> None:
+        """Remember the state after these tokens, or the first `length` of them."""
+        prompt = Hashed.of(tokens)
+        length = len(prompt) if length is None else length
+        key = owner, prompt.digest(length)
         with self._lock:
             old = self._known.get(key)
             if old and (old.exact or not exact):
@@ -319,14 +326,3 @@ def _remove_drafts(folder: Path) -> None:
         with contextlib.suppress(OSError):  # another process removes it, too
             if time.time() - draft.stat().st_mtime > 3600:
                 draft.unlink()
-
-
-def _digests(tokens: Sequence[int] | np.ndarray, lengths: Sequence[int]) -> dict[int, bytes]:
-    """Hashes of the first so many tokens, for lengths that rise."""
-    array = np.asarray(tokens, np.int32)
-    running, done, found = hashlib.blake2b(digest_size=16), 0, {}
-    for length in lengths:
-        running.update(array[done:length].tobytes())
-        done = length
-        found[length] = running.copy().digest()
-    return found

@@ -4,7 +4,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from transformer_vq.data import StreamDecoder, Tokenizer
+from transformer_vq.data.tokenizer import Tokens
 from transformer_vq.engine.request import Token
 from transformer_vq.engine.scheduler import Scores
 from transformer_vq.serve.text import TextStops
@@ -59,7 +62,7 @@ class Writer:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        before: Sequence[int] | None,
+        before: Tokens | None,
         *,
         stops: Iterable[str] = (),
         min_tokens: int = 0,
@@ -78,10 +81,10 @@ class Writer:
         self.ended = False  # by a stop text
         self.tokens: list[int] = []  # of the answer: those that are certain
 
-    def echo(self, tokens: Sequence[int], scores: Scores | None, *, first: bool) -> Piece:
+    def echo(self, tokens: Tokens, scores: Scores | None, *, first: bool) -> Piece:
         """The prompt as part of the text. `first`: nothing comes before it."""
         piece = Piece()
-        for i, token in enumerate(tokens):
+        for i, token in enumerate(np.asarray(tokens).tolist()):
             logprob, top = None, None
             if scores is not None and not (first and i == 0):
                 logprob = float(scores.logprobs[i])
