@@ -95,6 +95,7 @@ def test_a_run_is_not_overwritten(capsys, run, data):
     assert f"already holds a run, at step {STEPS}" in says
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_losses(capsys, tmp_path, run, content):
     """Digit for digit; and a compressed file is what it holds."""
     data, out = tmp_path / "book.gz", str(tmp_path / "run")
