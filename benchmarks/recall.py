@@ -73,7 +73,7 @@ CONFIG = ModelConfig(
     long_units=1,  # of two
 )
 TRAIN = TrainConfig(
-    optimizer="muon",  # far, copy and passkey then come up with every seed that was tried
+    optimizer="muon",  # of passkey one seed of three still does not come up
     learning_rate=5e-3,
     warmup_steps=20,
     schedule="wsd",
