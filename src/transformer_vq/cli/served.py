@@ -82,11 +82,10 @@ def shared_mesh(slots: int, draft: object) -> "Mesh | None":
 
 
 def prompt_chunk(given: int | None) -> int:
-    """How many tokens of a prompt are read at once, which follows nothing but the machine: on a
-    CPU four chunks of 256 take as long as one of 1,024, and others wait for a quarter of it."""
-    import jax
+    """How many tokens of a prompt are read at once: what is given, or what suits the backend."""
+    from transformer_vq.nn.products import tuning
 
-    return given or (256 if jax.default_backend() == "cpu" else 1024)
+    return given or tuning().prompt_chunk
 
 
 @dataclass(frozen=True)

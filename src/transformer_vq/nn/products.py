@@ -29,6 +29,7 @@ class Tuning:
     narrow_sum: int  # rows of a narrow matrix that one loop adds up; 1: a product does
     tokens_per_chunk: int  # of a device, that go through a unit at once
     logits_per_chunk: int  # of a device, that the loss holds at once
+    prompt_chunk: int  # tokens of a prompt that a server reads between dispatches
     micro_batches: bool  # the default of training: no more rows at once than fit a chunk
 
 
@@ -43,6 +44,7 @@ CPU = Tuning(
     narrow_sum=16,
     tokens_per_chunk=2048,
     logits_per_chunk=2**22,
+    prompt_chunk=256,  # four take as long as one of 1,024, and others wait for a quarter of it
     micro_batches=True,
 )
 # Not in micro-batches, and logits in large chunks: each costs a sum of gradients over devices.
@@ -57,6 +59,7 @@ OTHERS = Tuning(
     narrow_sum=1,
     tokens_per_chunk=65_536,
     logits_per_chunk=2**26,
+    prompt_chunk=1024,
     micro_batches=False,
 )
 
