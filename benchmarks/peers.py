@@ -89,6 +89,9 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--long", type=float, default=6.0)
     parser.add_argument("--figure", help="where to draw, as docs/peers.svg")
+    parser.add_argument(
+        "--rows", nargs="*", default=[], metavar="FILE", help="what --json printed of earlier parts"
+    )
     parser.add_argument("--json", action="store_true", help="a line of JSON for each measurement")
     parser.add_argument("--smoke", action="store_true", help="tiny models, to see that all runs")
     args = parser.parse_args()
@@ -100,7 +103,7 @@ def main() -> None:
         for name in names:
             peers[name] = Peer(name, args)
         print(about(peers), flush=True)
-        rows = []
+        rows = earlier(args.rows)
         for question in questions(args):
             row = measured(peers, question, args)
             rows.append(row)
@@ -108,9 +111,16 @@ def main() -> None:
     finally:
         for peer in peers.values():
             peer.close()
+    names = [name for name in NAMES if any(name in row["results"] for row in rows)]
     print(*table(rows, names), sep="\n")
     if args.figure:
         draw(rows, names, args.figure)
+
+
+def earlier(files: list[str]) -> list[dict[str, Any]]:
+    """The rows that earlier runs have printed with `--json`."""
+    lines = (line for file in files for line in Path(file).read_text("utf-8").splitlines())
+    return [json.loads(line) for line in lines if line.startswith("{")]
 
 
 def complain(names: list[str], reference: str | None) -> None:
@@ -168,8 +178,8 @@ def measured(
 
 
 def speed(row: dict[str, Any], name: str) -> float | None:
-    """Tokens a second, the median of the turns; None where it failed."""
-    result = row["results"][name]
+    """Tokens a second, the median of the turns; None where it failed, or was not asked."""
+    result = row["results"].get(name, {"error": ""})
     return None if "error" in result else row["tokens"] / statistics.median(result["seconds"])
 
 
@@ -202,6 +212,8 @@ def progress(row: dict[str, Any]) -> str:
 
 def cell(row: dict[str, Any], name: str) -> str:
     """Tokens a second, and by how much ours is faster."""
+    if name not in row["results"]:
+        return ""
     value, times = speed(row, name), lead(row, name)
     if value is None:
         return "failed: " + row["results"][name]["error"]
@@ -220,7 +232,7 @@ def table(rows: list[dict[str, Any]], names: list[str]) -> Iterator[str]:
         cells = (cell(row, name) for name in names)
         yield f"| {TITLES[row['what']]} | {length} | " + " | ".join(cells) + " |"
     for row in (row for row in rows if row["what"] == "decode"):
-        sizes = (row["results"][name].get("state_bytes", 0) / 1e6 for name in names)
+        sizes = (row["results"].get(name, {}).get("state_bytes", 0) / 1e6 for name in names)
         cells = (f"{size:,.1f}" if size else "" for size in sizes)
         yield f"| state, MB | {row['length']:,} | " + " | ".join(cells) + " |"
 
