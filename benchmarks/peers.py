@@ -241,6 +241,7 @@ def draw(rows: list[dict[str, Any]], names: list[str], path: str) -> None:
     """Tokens/s against length, a panel for each task."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     matplotlib.rcParams["svg.hashsalt"] = "peers"  # the same figure of the same numbers
 
@@ -260,7 +261,9 @@ def draw(rows: list[dict[str, Any]], names: list[str], path: str) -> None:
         axes.set_yscale("log")
         ticks = [row["length"] for row in some]
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_title(TITLES[what], fontsize=10)
         axes.set_xlabel("tokens before" if what == "decode" else "tokens")
         axes.grid(alpha=0.3, which="both")
