@@ -269,16 +269,18 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(3.2 * len(tasks), 3.2), dpi=150, layout="constrained")
     for axes, task in zip(np.atleast_1d(figure.subplots(1, len(tasks))), tasks, strict=True):
         name = "gain" if task == READING else "accuracy"
-        fillers = sorted({row["filler"] for row in rows if row["task"] == task})
-        for model in dict.fromkeys(row["model"] for row in rows):
-            mine = [r for r in rows if (r["task"], r["model"]) == (task, model)]
+        asked = [row for row in rows if row["task"] == task]
+        for model in dict.fromkeys(row["model"] for row in asked):
+            mine = [row for row in asked if row["model"] == model]
+            fillers = sorted({row["filler"] for row in mine})
             values = [[r[name] for r in mine if r["filler"] == f] for f in fillers]
             means = [statistics.mean(v) for v in values]
             axes.plot(fillers, means, color=colors[model], marker="o", markersize=4, label=model)
             for filler, seeds in zip(fillers, values, strict=True):
                 axes.plot([filler] * len(seeds), seeds, ".", color=colors[model], alpha=0.4)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(fillers, [f"{f:,}" for f in fillers])
+        ticks = sorted({row["filler"] for row in asked})
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
         axes.set_title(task, loc="left", fontweight="bold", fontsize=10)
         axes.set_xlabel("bytes of filler")
         axes.set_ylabel("gain, bits per byte" if task == READING else "answers right")
@@ -287,7 +289,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.grid(axis="y", color="#e8e8e8", linewidth=0.8)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    figure.axes[0].legend(frameon=False)
+    figure.axes[0].legend(frameon=False, loc="center left")
     figure.savefig(path)
 
 
