@@ -52,7 +52,7 @@ UPDATES = 800
 TRAIN_OF: dict[str, dict[str, Any]] = {
     "far": {"steps": 500},
     "updates": {"steps": 1000, "optimizer": "adamw", "learning_rate": 3e-3},
-    "passkey": {"steps": 600, "batch_size": 25},
+    "passkey": {"steps": 1600, "batch_size": 25, "learning_rate": 3e-3},
     "reading": {"steps": 600, "optimizer": "adamw", "learning_rate": 3e-3},
 }
 MODELS: dict[str, dict[str, Any]] = {
@@ -73,7 +73,7 @@ CONFIG = ModelConfig(
     long_units=1,  # of two
 )
 TRAIN = TrainConfig(
-    optimizer="muon",  # of passkey one seed of three still does not come up
+    optimizer="muon",
     learning_rate=5e-3,
     warmup_steps=20,
     schedule="wsd",
