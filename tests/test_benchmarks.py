@@ -77,6 +77,33 @@ def test_a_table_and_a_figure_of_rows(tmp_path):
     assert (tmp_path / "recall.svg").read_text().count("<svg") == 1
 
 
+def test_a_figure_has_what_was_asked(tmp_path):
+    """Not every model is asked about every length of every task."""
+    asked = [("far", "vq", 32, 1.0), ("far", "vq", 64, 0.9), ("far", "full", 32, 0.8),
+             ("copy", "vq", 8, 0.7)]  # fmt: skip
+    names = ("task", "model", "filler", "accuracy")
+    recall.draw([dict(zip(names, row, strict=True)) for row in asked], tmp_path / "recall.svg")
+    assert (tmp_path / "recall.svg").stat().st_size > 5000
+
+
+def test_parts_of_a_run_are_put_together(tmp_path):
+    """Rows of earlier runs make one table, with a gap where a model was not asked."""
+    parts = [
+        {"llama": {"seconds": [2.0]}, "transformer-vq": {"seconds": [1.0], "state_bytes": 10**6}},
+        {"transformer-vq": {"seconds": [4.0]}},
+    ]
+    files = [tmp_path / "first", tmp_path / "second"]
+    for file, results, what in zip(files, parts, ("decode", "train"), strict=True):
+        row = {"what": what, "length": 64, "tokens": 32, "rows": 1, "results": results}
+        file.write_text(f"a line that is no row\n{json.dumps(row)}\n")
+    nothing = "--peers --contexts --prompts --texts --lengths".split()
+    command = [sys.executable, ROOT / "benchmarks/peers.py", *nothing, "--rows", *files]
+    command += ["--figure", tmp_path / "peers.svg"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "| 64 | 32 | 16 (2.00) |" in printed and "| 8.0 |  |" in printed, printed
+    assert (tmp_path / "peers.svg").stat().st_size > 5000
+
+
 @pytest.mark.slow
 def test_models_are_trained_and_asked(capsys, monkeypatch):
     """A handful of updates teach nothing; each model is asked at each length, far beyond the first

@@ -190,7 +190,7 @@ def _explained(event: Any, known: Sequence[str]) -> str | None:
             case "InvalidChoice":
                 choices = [c for c in event.choices if c != "None"]
                 if "None" in event.choices:  # tyro gives those of such an option in any order
-                    choices.sort(key=lambda c: (c.isdecimal(), len(c) if c.isdecimal() else 0, c))
+                    choices.sort(key=lambda c: (int(c) if c.isdecimal() else 0, c))
                 limit = f"one of {', '.join(choices)}"
                 return str(refusal(event.argument.display_name(), event.value, limit))
             case "InstantiationFailure":

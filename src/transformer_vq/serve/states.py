@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 from transformer_vq.atomic import write_whole
+from transformer_vq.data.tokenizer import Tokens
 from transformer_vq.engine.scheduler import Snapshot
 from transformer_vq.errors import UserError
-from transformer_vq.serve.hashes import Hashed, Tokens
+from transformer_vq.serve.hashes import Hashed
 from transformer_vq.serve.prompts import Key, PromptFiles
 from transformer_vq.serve.protocol import NAME
 
