@@ -96,7 +96,7 @@ def test_parts_of_a_run_are_put_together(tmp_path):
     for file, results, what in zip(files, parts, ("decode", "train"), strict=True):
         row = {"what": what, "length": 64, "tokens": 32, "rows": 1, "results": results}
         file.write_text(f"a line that is no row\n{json.dumps(row)}\n")
-    nothing = "--peers --contexts --prompts --texts --lengths".split()
+    nothing = ["--peers", "--contexts", "--prompts", "--texts", "--lengths"]
     command = [sys.executable, ROOT / "benchmarks/peers.py", *nothing, "--rows", *files]
     command += ["--figure", tmp_path / "peers.svg"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
