@@ -228,6 +228,22 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
+def test_a_limit_of_files_is_named(tmp_path):
+    """And not the page that the library makes of it, which begins with a file and ends with why."""
+    resource = pytest.importorskip("resource", reason="Windows has no such limits")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"w": np.ones(3)}, wait=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        try:
+            message = refused(checkpoints.save, 2, {"w": np.random.rand(1 << 14)}, wait=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert "(step 1 is intact): a file may not be as large here" in message
+        assert "ulimit -f" in message and len(message) < 300
+        checkpoints.save(2, {"w": np.ones(3)}, wait=True)
+
+
 def test_a_save_does_not_wait_for_the_disk(tmp_path, monkeypatch):
     """While a slow disk takes the last file, the program goes on; leaving waits for it."""
     disk, sha256 = threading.Event(), checksums.sha256

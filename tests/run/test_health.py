@@ -1,6 +1,7 @@
 """Models that are lost: a run says so, names the last good checkpoint, and saves no other."""
 
 import dataclasses
+import errno
 import os
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import CONFIG, TOKENS, replace
-from tests.run.runs import TRAIN, Compiled, history, train
+from tests.run.runs import TRAIN, Compiled, Told, history, train
 from transformer_vq.io.checkpoint import Checkpoints
 from transformer_vq.run import loop
 from transformer_vq.run.folder import DataSource, RunError
@@ -27,6 +28,19 @@ def test_divergence_names_the_last_good_step(tmp_path, monkeypatch):
     monkeypatch.setattr(Compiled, "bad_step", 2)
     with pytest.raises(RunError, match="loss is nan at step 2, and nothing was saved before"):
         train(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "number, problem", [(errno.EDQUOT, "the quota of the disk"), (errno.EFBIG, "ulimit -f")]
+)
+def test_a_line_that_cannot_be_written_names_the_last_good_step(tmp_path, number, problem):
+    def full(record):
+        if record["step"] == 6:
+            raise OSError(number, os.strerror(number))
+
+    with pytest.raises(RunError, match=problem) as caught:
+        train(tmp_path / "run", observers=[Told(full)])
+    assert "step 4 in" in str(caught.value) and "is the last good checkpoint" in str(caught.value)
 
 
 @pytest.mark.slow

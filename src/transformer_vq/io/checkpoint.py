@@ -375,9 +375,21 @@ def _to_json(content: dict[str, Any]) -> str:
         raise CheckpointError(f"the metadata is not JSON: {_reason(error)}") from error
 
 
+# What the system says, and what to do about it.
+_FULL = {
+    errno.ENOSPC: "the disk is full, so free some space and resume",
+    errno.EDQUOT: "the quota of this disk is used up, so free some space and resume",
+    errno.EFBIG: "a file may not be as large here, so raise the limit (ulimit -f) and resume",
+}
+
+
 def _reason(error: Exception) -> str:
-    """The first line of an error, which may be a page long."""
+    """The reason of an error, which may be a page long, in a line."""
     text = str(error).strip() or type(error).__name__
-    if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in text:
-        return "the disk is full, so free some space and resume"
-    return textwrap.shorten(text.splitlines()[0], 300)
+    of_library = re.search(r"\[os_error_code='(\d+)'", text)
+    code = int(of_library[1]) if of_library else getattr(error, "errno", None)
+    for number, advice in _FULL.items():
+        if code == number or os.strerror(number) in text:
+            return advice
+    # The library names the file that it would write first, and what the system says last.
+    return os.strerror(code) if of_library else textwrap.shorten(text.splitlines()[0], 300)

@@ -3,6 +3,8 @@
 import logging
 import os
 import sys
+import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,20 +53,31 @@ def keep_quiet() -> None:
     """Keep from the terminal what orbax logs: what matters of it reaches the user as errors.
 
     When one of many writes fails, orbax closes its event loop on the others. Those complain later,
-    of an error that is known by then: to asyncio's log, and to `sys.unraisablehook`.
+    of an error that is known by then: to asyncio's log, to `sys.unraisablehook`, and by a warning
+    those that had not begun.
     """
     logging.getLogger("absl").addFilter(_not_of_orbax)  # adding it twice has no effect
     logging.getLogger("asyncio").addFilter(_not_of_a_save)
     if not isinstance(sys.unraisablehook, _Unraisable):
         sys.unraisablehook = _Unraisable(sys.unraisablehook)
+    never_begun = r"coroutine '(async_serialize_from_host|Store\.write)\b.*' was never awaited"
+    warnings.filterwarnings("ignore", never_begun, RuntimeWarning)
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
-    return f"{os.sep}orbax{os.sep}" not in record.pathname
+    return not _is_of_orbax(record.pathname)
+
+
+def _is_of_orbax(path: str) -> bool:
+    return f"{os.sep}orbax{os.sep}" in path
 
 
 def _not_of_a_save(record: logging.LogRecord) -> bool:
-    return ".orbax-checkpoint-tmp" not in record.getMessage()
+    if ".orbax-checkpoint-tmp" in record.getMessage():
+        return False
+    error = record.exc_info[1] if record.exc_info else None  # which may name no file
+    frames = traceback.walk_tb(error.__traceback__ if error else None)
+    return not any(_is_of_orbax(frame.f_code.co_filename) for frame, _ in frames)
 
 
 @dataclass(frozen=True)

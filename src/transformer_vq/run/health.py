@@ -48,15 +48,21 @@ class Health:
 
     @contextlib.contextmanager
     def stops_on_full_disk(self) -> Generator[None]:
-        """Meanwhile, a disk that is full raises `RunError`."""
+        """Meanwhile, a disk that is full, or a file as large as it may be, raises `RunError`."""
         try:
             yield
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            folder, advice = self.files.folder, "free some space"
+            if error.errno == errno.ENOSPC:
+                problem = f"the disk of {folder} is full"
+            elif error.errno == errno.EDQUOT:
+                problem = f"the quota of the disk of {folder} is used up"
+            elif error.errno == errno.EFBIG:
+                problem = f"a file in {folder} may not be larger here"
+                advice = "raise the limit (ulimit -f)"
+            else:
                 raise
-            raise self.stopped(
-                f"the disk of {self.files.folder} is full", "free some space"
-            ) from None
+            raise self.stopped(problem, advice) from None
 
     def require_finite(self, step: int, state: TrainState) -> None:
         """Raise `RunError` if a number is not finite that the run would go on with."""
