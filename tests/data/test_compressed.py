@@ -133,11 +133,24 @@ def test_what_is_not_unpacked_here_is_refused(tmp_path, name, says):
     assert skipped.tokens.tobytes() == b"good" and name in skipped.notes[0]
 
 
-def test_bytes_of_what_looks_compressed_are_read_with_a_word(tmp_path):
-    (path := tmp_path / "book").write_bytes(gzip.compress(TEXT))
+@pytest.mark.parametrize(
+    ("what", "content"),
+    [
+        ("a gzip file", gzip.compress(TEXT)),
+        ("text in UTF-16", TEXT.decode().encode("utf-16")),
+        ("text in UTF-32", TEXT.decode().encode("utf-32")),
+        ("a HEIC picture or a film", b"\0\0\0\x18ftypheic" + TEXT),
+        ("a tar archive", bytes(257) + b"ustar" + TEXT),
+        ("an array of NumPy", b"\x93NUMPY\x01\0" + TEXT),
+    ],
+)
+def test_bytes_of_what_looks_like_something_else_are_read_with_a_word(tmp_path, what, content):
+    (path := tmp_path / "book").write_bytes(content)
     assert open_source([path]).notes == (
-        f"read the bytes of what looks like a gzip file, not what is in it: {path}",
+        f"read the bytes of what looks like {what}, not what is in it: {path}",
     )
+    path.write_bytes(TEXT)  # control
+    assert open_source([path]).notes == ()
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.gz", "a.parquet", "a.png", "a.npz",

@@ -43,7 +43,7 @@ def _break(folder: Path, how: str) -> Path:
     ("how", "sentence"),
     [
         ("cut", r"bad.png is no picture that can be read: "),
-        ("text", r"bad.png is no picture that can be read: cannot identify"),
+        ("text", r"bad.png is no picture that can be read: it begins as no kind"),
         ("short", r"bad-idx3-ubyte has 63 bytes, and 64 by its own account"),
         ("labels", r"bad-idx3-ubyte is no IDX file of pictures of unsigned bytes"),
         ("damaged", r"bad.npz is no picture that can be read: "),

@@ -16,6 +16,7 @@ from pyarrow import parquet
 from transformer_vq.cli import main
 from transformer_vq.data import DataError, Source, fingerprint, load_bytes, open_source, split
 from transformer_vq.data.prepare import cut
+from transformer_vq.errors import UserError
 
 TEXTS = ["Call me Ishmael.\n", "Some — years ago", "never mind\nhow long", "precisely " * 5]
 EOS = b"\0"
@@ -255,8 +256,41 @@ def test_no_data_at_all(tmp_path):
     with pytest.raises(DataError, match="is a directory without files"):
         open_source([tmp_path])
     path = write(tmp_path, "t.jsonl", "nothing\n")
-    with pytest.raises(DataError, match=r"hold no data: skipped 1 broken record: .*line 1 is not"):
+    with pytest.raises(
+        DataError, match=r"t.jsonl holds no data: skipped 1 broken record: .*line 1 is not"
+    ):
         open_source([path], on_error="skip")
+
+
+def test_one_path_is_a_list_of_one(tmp_path):
+    path = write(tmp_path, "a.txt", TEXTS[0])
+    for given in (path, str(path), (str(path),)):
+        assert documents(open_source(given)) == [TEXTS[0].encode()]
+    assert len(open_source("copy:pairs=1,filler=0,episodes=20").starts) == 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"paths": None}, "the paths are None: give a path, or a list of them"),
+        ({"paths": b"a"}, "the paths are b'a': give a path, or a list of them"),
+        ({"paths": [5]}, "a path of the data is 5: it must be a path"),
+        ({"paths": []}, "there is no path"),
+        ({"paths": "https://example.com/a.txt"}, "an address is not read: download it first"),
+        ({"tokenizer": "t.json"}, "tokenizer is 't.json': it must be a vocabulary (load_tokenizer"),
+        ({"text_column": 5}, "text_column is 5: it must be a str"),
+        ({"image_size": "32"}, "image_size is '32': it must be a whole number"),
+        ({"image_size": True}, "image_size is True: it must be a whole number"),
+        ({"channels": 2}, "channels is 2: it must be one of 0, 1, 3"),
+        ({"on_error": "ignore"}, "on_error is 'ignore': it must be one of stop, skip"),
+        ({"cache": 5}, "cache is 5: it must be a path"),
+    ],
+)
+def test_arguments_that_are_none_are_named(tmp_path, arguments, sentence):
+    path = write(tmp_path, "a.jsonl", '{"text": "a"}')
+    with pytest.raises(UserError) as caught:
+        open_source(**{"paths": path, **arguments})
+    assert sentence in str(caught.value)
 
 
 @pytest.mark.parametrize("library", ["zstandard", "pyarrow"])

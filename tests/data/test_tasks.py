@@ -203,6 +203,7 @@ def test_a_row_is_an_episode_of_which_the_answers_are_asked():
 @pytest.mark.parametrize(
     ("name", "says"),
     [
+        ("recall:pairs=0", r"pairs is 0: it must be a whole number from 1 to 1024 \(the fields"),
         ("riddle:", "'riddle' is no task: the tasks are recall, updates, copy, passkey, reading"),
         ("recall:rows=3", "has 'rows=3': give FIELD=NUMBER, once for each of the fields of recall, "
          "pairs .1 to 1,024., letters .2 to 26., filler"),

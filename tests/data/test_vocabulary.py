@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from transformer_vq.data import (
     run_tokenizer,
     train_tokenizer,
 )
+from transformer_vq.errors import UserError
 
 BOOK = bundled_corpus().read_bytes()[:60_000].decode(errors="ignore")
 load = functools.cache(load_tokenizer)
@@ -237,6 +239,8 @@ def test_bytes_that_are_no_text_are_named(folder, tmp_path):
         ("a.json", b"\xff", "is no vocabulary of tokenizer.json's kind: "),
         ("a.model", b"nonsense", "is no vocabulary of tokenizer.model's kind: "),
         ("a.model", None, "there is no file"),
+        ("a.model", b"", "a.model is empty: give a vocabulary"),
+        ("A.JSON", b"{}", "is no vocabulary of tokenizer.json's kind: "),
     ],
 )
 def test_what_is_no_vocabulary(tmp_path, name, content, sentence):
@@ -245,6 +249,33 @@ def test_what_is_no_vocabulary(tmp_path, name, content, sentence):
     with pytest.raises(DataError, match=sentence) as caught:
         load_tokenizer(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_vocabulary_is_a_file(tmp_path):
+    os.mkfifo(tmp_path / "a.json")  # nobody writes to it: to read it is to wait for ever
+    with pytest.raises(DataError, match=r"a.json is not a regular file"):
+        load_tokenizer(tmp_path / "a.json")
+    with pytest.raises(UserError, match="the vocabulary is None: it must be a path"):
+        load_tokenizer(None)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_vocabulary(folder, tmp_path):
+    """As editors of Windows put one before a text."""
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + (folder / "bpe.json").read_bytes())
+    known = load(folder / "bpe.json")
+    assert load_tokenizer(tmp_path / "a.json").encode("a b") == known.encode("a b")
+
+
+def test_a_text_that_a_vocabulary_has_no_words_for_is_named(tmp_path):
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"a": 0, "b": 1, "\n": 2}, unk_token="[UNK]")
+    )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    words.save(str(tmp_path / "a.json"))
+    tokenizer = load_tokenizer(tmp_path / "a.json")
+    assert tokenizer.encode("a b") == [0, 1]
+    with pytest.raises(UserError, match=r"cannot express this text: .*Missing \[UNK\] token"):
+        tokenizer.encode("a c")
 
 
 # The vocabulary of a run

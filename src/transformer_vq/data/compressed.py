@@ -20,8 +20,12 @@ _ZST_INPUT = 1 << 11  # bytes given to zstd at once: its blocks hold up to 32,76
 _CHUNK = 1 << 20
 _ARCHIVES = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst", ".7z", ".rar")
 _OTHERS = (".z", ".lz", ".lz4", ".lzo", ".br")  # compressed in ways that we do not read
-# How files begin that hold something else than their bytes.
+# How files begin that hold something else than their bytes; the longest of the same first.
 _BEGINNINGS = (
+    (b"\xff\xfe\0\0", "text in UTF-32"),
+    (b"\0\0\xfe\xff", "text in UTF-32"),
+    (b"\xff\xfe", "text in UTF-16"),
+    (b"\xfe\xff", "text in UTF-16"),
     (b"\x1f\x8b\x08", "a gzip file"),
     (b"BZh", "a bzip2 file"),
     (b"\xfd7zXZ\0", "an xz file"),
@@ -29,11 +33,26 @@ _BEGINNINGS = (
     (b"PK\x03\x04", "a zip archive"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
     (b"Rar!\x1a\x07", "a rar archive"),
+    (b"\x04\x22\x4d\x18", "an lz4 file"),
+    (b"\x1f\x9d", "a file of compress"),
     (b"PAR1", "a parquet table"),
+    (b"ARROW1", "an Arrow table"),
+    (b"\x93NUMPY", "an array of NumPy"),
+    (b"\x89HDF\r\n", "an HDF5 file"),
+    (b"SQLite format 3\0", "a database of SQLite"),
     (b"\x89PNG\r\n", "a PNG picture"),
     (b"\xff\xd8\xff", "a JPEG picture"),
+    (b"GIF8", "a GIF picture"),
+    (b"\0\0\x01\0", "an icon"),
+    (b"\0\0\x08\x01", "labels in IDX"),
+    (b"RIFF", "a recording or a picture"),
     (b"%PDF-", "a PDF"),
+    (b"{\\rtf", "a document in RTF"),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old document of an office program"),
+    (b"\x7fELF", "a program"),
 )
+_WITHIN = ((4, b"ftyp", "a HEIC picture or a film"), (257, b"ustar", "a tar archive"))
+LOOKED_AT = 512  # bytes at the beginning of a file, to tell
 
 
 class ReadError(DataError):
@@ -68,7 +87,9 @@ def bare_name(path: Path) -> str:
 
 def what_it_is(content: bytes) -> str:
     """What the first bytes of a file say that it is, with its article; nothing if nothing."""
-    return next((name for start, name in _BEGINNINGS if content.startswith(start)), "")
+    found = (name for start, name in _BEGINNINGS if content.startswith(start))
+    within = (name for at, mark, name in _WITHIN if content.startswith(mark, at))
+    return next(found, "") or next(within, "")
 
 
 def open_binary(path: Path) -> BinaryIO:

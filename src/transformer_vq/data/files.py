@@ -216,7 +216,9 @@ def _stands_for_folder(path: Path) -> bool:
         path.stat()
         return path.is_dir()
     except FileNotFoundError:
-        raise DataError(f"there is no file {path}") from None
+        address = re.match(r"[a-z]{2,5}:/", str(path))
+        way = ", and what is behind an address is not read: download it first" if address else ""
+        raise DataError(f"there is no file {path}{way}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise ReadError(path, error) from None
 

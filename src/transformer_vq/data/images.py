@@ -207,7 +207,12 @@ _SIDEWAYS = (5, 4, 6, 2)
 
 
 def _no_picture(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path} is no picture that can be read: {ReadError(path, error).reason}")
+    from PIL import UnidentifiedImageError
+
+    reason = ReadError(path, error).reason
+    if isinstance(error, UnidentifiedImageError):  # which names an object, or the path once more
+        reason = "it begins as no kind of picture does"
+    return DataError(f"{path} is no picture that can be read: {reason}")
 
 
 # Files of many.

@@ -14,12 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from transformer_vq.data.cache import Kept, TokenFile, kept_tokens, scratch_tokens
-from transformer_vq.data.compressed import load_bytes, what_it_is
+from transformer_vq.data.compressed import LOOKED_AT, load_bytes, what_it_is
 from transformer_vq.data.files import SPLIT_FOLDERS, Files, find_files, kind_of
 from transformer_vq.data.images import LARGEST_SIDE, Look, common_shape, look_at, read_images
 from transformer_vq.data.records import read_documents
@@ -27,8 +27,10 @@ from transformer_vq.data.source import Source, Span
 from transformer_vq.data.tasks import Task, is_task
 from transformer_vq.data.text import SPLITS, DataError
 from transformer_vq.data.tokenizer import ByteTokenizer, Tokenizer
+from transformer_vq.errors import UserError, as_path, is_listed, require_kind, shown
 
 OnError = Literal["stop", "skip"]
+ON_ERROR = get_args(OnError)
 
 _VERSION = 3  # of what is in the cache, and of how files are read
 _PIECE = 1 << 20  # bytes of a document that are made tokens at once
@@ -37,14 +39,14 @@ _IMAGE_BYTES = 1 << 24  # of pictures that are written at once
 
 
 def open_source(
-    paths: Sequence[str | Path],
+    paths: str | Path | Sequence[str | Path],
     *,
     tokenizer: Tokenizer | None = None,
     text_column: str = "text",
     image_size: int = 0,
     channels: Literal[0, 1, 3] = 0,
     on_error: OnError = "stop",
-    cache: Path | None = None,
+    cache: str | Path | None = None,
 ) -> Source:
     """The data in files and folders (see `find_files`), ready to be trained on or scored.
 
@@ -57,20 +59,17 @@ def open_source(
       on_error: stop at a document that cannot be read, or skip it; `Source.notes` counts these.
       cache: folder that keeps what took time to make. Without, it is made in a temporary one.
 
-    Raises `DataError`, naming file and line, for what cannot be read; for no data at all too.
+    Raises `DataError`, naming file and line, for what cannot be read; for no data at all too; and
+    `UserError` for an argument that is none.
 
     A task (`recall:pairs=6`, see `Task`) stands alone in place of a path.
     """
-    if not paths:
-        raise DataError("there is no path: give a file or a folder at least")
+    paths = _as_paths(paths)
+    cache = None if cache is None else as_path("cache", cache)
+    _check_how(tokenizer, text_column, image_size, channels, on_error)
     tasks = [path for path in paths if is_task(path)]
     if tasks:
         return _task_source(tasks, paths, image_size, tokenizer)
-    if not 0 <= image_size <= LARGEST_SIDE:
-        raise DataError(
-            f"the image size is {image_size}: it must be from 1 to {LARGEST_SIDE:,}, or 0 for as "
-            f"it is"
-        )
     tokenizer = tokenizer or ByteTokenizer()
     files = find_files(paths)
     label = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
@@ -92,6 +91,46 @@ def open_source(
         return _source(scratch_tokens(build), tokenizer, label)
     key = _key(files, [tokenizer.name, text_column, image_size, channels, on_error])
     return _source(kept_tokens(cache, key, build), tokenizer, label)
+
+
+def _as_paths(given: Any) -> list[str | Path]:
+    """One path or many, as a list. Raises `DataError` or `UserError` for what is none."""
+    if isinstance(given, str | Path):
+        given = [given]
+    if not is_listed(given) or isinstance(given, bytes):
+        raise DataError(f"the paths are {shown(given)}: give a path, or a list of them")
+    paths = list(given)
+    if not paths:
+        raise DataError("there is no path: give a file or a folder at least")
+    for path in paths:
+        if path != "":  # which `find_files` refuses
+            as_path("a path of the data", path)
+    return [path if isinstance(path, str) else Path(path) for path in paths]
+
+
+def _check_how(
+    tokenizer: Any, text_column: Any, image_size: Any, channels: Any, on_error: Any
+) -> None:
+    """Raise `UserError` for an option of `open_source` that is none."""
+    if not (tokenizer is None or hasattr(tokenizer, "encode_batch")):
+        raise UserError(
+            f"tokenizer is {shown(tokenizer)}: it must be a vocabulary (load_tokenizer reads one)"
+        )
+    require_kind("text_column", text_column, str)
+    if isinstance(image_size, bool) or not isinstance(image_size, int):
+        raise UserError(f"image_size is {shown(image_size)}: it must be a whole number")
+    if not 0 <= image_size <= LARGEST_SIDE:
+        raise DataError(
+            f"the image size is {image_size}: it must be from 1 to {LARGEST_SIDE:,}, or 0 for as "
+            f"it is"
+        )
+    for name, value, values in (
+        ("channels", channels, (0, 1, 3)),
+        ("on_error", on_error, ON_ERROR),
+    ):
+        if isinstance(value, bool) or value not in values:
+            limit = ", ".join(map(str, values))
+            raise UserError(f"{name} is {shown(value)}: it must be one of {limit}")
 
 
 def _task_source(
@@ -175,7 +214,7 @@ class Odd:
 
     def look(self, path: Path, content: bytes | np.ndarray) -> None:
         """Whether a file of text is what it seems to be."""
-        what = what_it_is(bytes(content[:8]))
+        what = what_it_is(bytes(content[:LOOKED_AT]))
         if what:
             self.add(f"read the bytes of what looks like {what}, not what is in it:", path)
 
@@ -291,7 +330,9 @@ def _build_text(
     notes += odd.notes()
     if not total:
         why = f": {notes[0]}" if notes else ""
-        raise DataError(f"{files.all[0]} and what is with it hold no data{why}")
+        several = len(files.all) > 1
+        which = f"{files.all[0]} and what is with it hold" if several else f"{files.all[0]} holds"
+        raise DataError(f"{which} no data{why}")
     content = np.memmap(raw_path, np.uint8, mode="r")
     spans = {}
     with TokenFile(folder, tokenizer.vocab_size) as file:

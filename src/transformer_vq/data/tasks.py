@@ -18,6 +18,7 @@ Mohtashami and Jaggi (2023, arXiv 2305.16300).
 
 import math
 import os
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -136,7 +137,8 @@ class Task:
             kind: Any = "far" if name == "recall" else name
             return cls(kind, **values)
         except ConfigError as error:
-            raise UserError(f"in {shown(text)}, {error} (the fields are {fields})") from None
+            said = re.sub(r", or -1 \([^)]*\)", "", str(error))  # which is how it is left out
+            raise UserError(f"in {shown(text)}, {said} (the fields are {fields})") from None
 
     def __str__(self) -> str:
         """The name that `named` reads, with every field that is not left out."""

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from transformer_vq.atomic import write_whole
+from transformer_vq.data.compressed import open_binary
 from transformer_vq.data.text import DataError
 from transformer_vq.data.tokenizer import ByteTokenizer, Tokenizer, Tokens, check_tokens
-from transformer_vq.errors import UserError
+from transformer_vq.errors import UserError, as_path
 
 END_OF_TEXT = "<|endoftext|>"
 # What vocabularies call the token that ends a text.
@@ -146,7 +147,7 @@ class HuggingFaceTokenizer(FileTokenizer):
 
     def __init__(self, content: bytes):
         values = json.loads(content)
-        library = import_library("tokenizers").Tokenizer.from_str(content.decode())
+        library = import_library("tokenizers").Tokenizer.from_str(content.decode("utf-8-sig"))
         vocabulary = library.get_vocab()
         self._end = next((token for token in _ENDS if token in vocabulary), "")
         added = values.get("added_tokens") or []
@@ -171,7 +172,13 @@ class HuggingFaceTokenizer(FileTokenizer):
         )
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        encoded = self._library.encode_batch_fast(texts, add_special_tokens=False)
+        try:
+            encoded = self._library.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises bare ones
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"the vocabulary {self.name} cannot express this text: {reason}"
+            ) from None
         return [one.ids for one in encoded]
 
     def decode_end(self) -> str:
@@ -245,17 +252,20 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     Raises `DataError` for another file, or one that its library cannot read.
     """
-    path = Path(path)
-    kind = next((k for k in _KINDS if path.suffix == Path(k.file_name).suffix), None)
+    path = as_path("the vocabulary", path)
+    ending = path.suffix.lower()
+    kind = next((k for k in _KINDS if ending == Path(k.file_name).suffix), None)
     if kind is None:
         raise DataError(
             f"{path} is no vocabulary: give a tokenizer.json of Hugging Face's tokenizers, or a "
             f".model of SentencePiece"
         )
     try:
-        return kind(path.read_bytes())
-    except FileNotFoundError:
-        raise DataError(f"there is no file {path}") from None
+        open_binary(path).close()  # it is a file, and no pipe that nobody writes to
+        content = path.read_bytes()
+        if not content:  # of which a library complains on the terminal
+            raise DataError(f"{path} is empty: give a vocabulary")
+        return kind(content)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
     except DataError:

@@ -9,12 +9,14 @@ from transformer_vq.data.source import Source
 from transformer_vq.data.text import DataError
 from transformer_vq.data.tokenizer import Tokenizer
 from transformer_vq.data.vocabulary import END_OF_TEXT, import_library, load_tokenizer
+from transformer_vq.errors import as_path, require_kind
+from transformer_vq.fields import require_count
 
 MAX_VOCAB_SIZE = 1_000_000  # trainers take memory for all at once
 _PIECE = 1 << 20  # bytes of text given to a trainer at once
 
 
-def train_tokenizer(source: Source, path: Path, vocab_size: int) -> Tokenizer:
+def train_tokenizer(source: Source, path: str | Path, vocab_size: int) -> Tokenizer:
     """Make a vocabulary of at most so many tokens from the training split of a source of bytes.
 
     `path` says which: `.json` is byte-level BPE, of which any bytes can be made; `.model` is
@@ -22,14 +24,17 @@ def train_tokenizer(source: Source, path: Path, vocab_size: int) -> Tokenizer:
     Raises `DataError` for another name, too small or large a size, or a text that is not UTF-8;
     `OSError` if the file cannot be written.
     """
-    if path.suffix not in (".json", ".model"):
+    require_kind("source", source, Source, "which open_source makes of files")
+    path = as_path("the file of the vocabulary", path)
+    require_count("the vocabulary size", vocab_size)
+    if path.suffix.lower() not in (".json", ".model"):
         raise DataError(f"{path} must end with .json (Hugging Face) or .model (SentencePiece)")
     if vocab_size > MAX_VOCAB_SIZE:
         raise DataError(
             f"the vocabulary size is {vocab_size}: it must be at most {MAX_VOCAB_SIZE:,}"
         )
     texts = _texts(source.split("train"))
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         content = _train_bpe(texts, vocab_size)
     else:
         content = _train_sentencepiece(texts, vocab_size)
@@ -72,7 +77,7 @@ def _train_sentencepiece(texts: Iterator[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        reason = str(error).split("] ")[-1]
+        reason = str(error).split("] ")[-1].strip() or "it does not say why"
         raise DataError(
             f"SentencePiece cannot make {vocab_size} tokens of this text: {reason}"
         ) from None
