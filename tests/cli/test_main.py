@@ -153,6 +153,63 @@ def test_what_is_no_fault_of_the_program(capsys, monkeypatch, error, says):
     assert says in printed and len(printed) < 1010
 
 
+@pytest.mark.parametrize("error", [RuntimeError("Backend 'x' is not known"), AssertionError()])
+def test_without_a_device(capsys, monkeypatch, run, error):
+    """As with JAX_PLATFORMS=cuda and no GPU: no damage of the run, and no bug of ours."""
+
+    def fail(*_):
+        raise error
+
+    import jax
+
+    monkeypatch.setenv("JAX_PLATFORMS", "x")
+    monkeypatch.setattr(jax, "devices", fail)
+    for command in (["info"], ["sample", "--max-tokens", "1"]):
+        monkeypatch.setattr("transformer_vq.cli.info.describe", fail)
+        printed = fails(capsys, 1, *command, "--run", run)
+        assert "JAX finds no device to compute on, with JAX_PLATFORMS=x: " in printed
+        assert (str(error) or "there is none") in printed and printed.endswith("or unset it\n")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["sample", "--run", "RUN", "--save-state", "there/s"],
+        ["prefill", "--run", "RUN", "--prompt-file", "x", "--save-state", "there/s"],
+        ["report", "--run", "RUN", "--out", "there/r.html"],
+        ["tokenizer", "train", "--data", "x", "--out", "there/t.json"],
+    ],
+)
+def test_what_cannot_be_written_is_told_before_the_work(
+    capsys, monkeypatch, tmp_path, run, command
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    option, name = command[-2:]
+    given = [run if word == "RUN" else word for word in command]
+
+    def refuse(**_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for work in ("data.open_source", "run.folder.load_run"):
+        monkeypatch.setattr(f"transformer_vq.{work}", None)
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.TemporaryFile", refuse)
+        printed = fails(capsys, 2, *given)
+    assert printed.startswith(
+        f"tvq: {option} is {name}: its folder cannot be written to (Read-only"
+    )
+    gone = fails(capsys, 2, *given[:-1], "gone/x.json")
+    assert f"{option} is gone/x.json: there is no such folder, make it first" in gone
+
+
+def test_a_link_to_itself(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    printed = fails(capsys, 1, "train", "--data", "loop", "--out", "x")
+    assert "loop: Too many levels of symbolic links" in printed
+
+
 @pytest.mark.parametrize("cache", [None, "", "folder"])
 def test_without_a_home_folder(tmp_path, monkeypatch, cache):
     """A user id that no list of users has, and no HOME: then there is no cache."""

@@ -6,8 +6,8 @@ answer at once.
 
 Exit status: 0; 1 if something given cannot be used; 2 for wrong options; 130 after Ctrl-C (and 143
 after SIGTERM, for a command that ends by it in good order); 141 if the reader of the output has
-gone. What is neither a `UserError` nor the machine's (files, memory) is a fault of the program: it
-keeps its traceback, with status 1.
+gone. What is neither a `UserError` nor the machine's (files, memory, devices) is a fault of the
+program: it keeps its traceback, with status 1.
 """
 
 import gc
@@ -20,7 +20,7 @@ from transformer_vq.cli import parse
 from transformer_vq.cli.cache import cache_folder, use_compilation_cache
 from transformer_vq.cli.interrupts import Interrupts, leave
 from transformer_vq.cli.parse import UsageError
-from transformer_vq.cli.sentences import end, out_of_memory, sentence, too_large
+from transformer_vq.cli.sentences import end, out_of_memory, sentence, too_large, without_devices
 from transformer_vq.cli.streams import drop_output, open_streams
 from transformer_vq.errors import UserError, plain, shown
 
@@ -101,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if out_of_memory(error) and not os.environ.get("TVQ_TRACEBACK"):
             return end(f"tvq: {too_large(error, arguments[0])}", 1)
+        if (why := without_devices()) and not os.environ.get("TVQ_TRACEBACK"):
+            return end(f"tvq: {why}", 1)
         error.add_note(
             "tvq: this is a fault of the program, not of what was given: please report it, with "
             "the command and all of the above"

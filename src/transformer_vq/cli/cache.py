@@ -14,9 +14,13 @@ def cache_folder(kind: str) -> Path | None:
     given = os.environ.get("TVQ_CACHE")
     if given is not None:
         return (Path(given) / ("" if kind == "jax" else kind)) if given else None
-    base = os.environ.get("XDG_CACHE_HOME")
+    base = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        return (Path(base) if base else Path.home() / ".cache") / "transformer-vq" / kind
+        return (
+            (Path(base) if os.path.isabs(base) else Path.home() / ".cache")
+            / "transformer-vq"
+            / kind
+        )
     except RuntimeError:  # the user has no home folder
         return None
 

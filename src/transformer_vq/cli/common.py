@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,6 +73,29 @@ def standard_input() -> BinaryIO:
     if sys.stdin is None:
         raise UsageError("standard input is closed: give a file, or - with something to read")
     return sys.stdin.buffer
+
+
+def check_file(option: str, path: str | os.PathLike) -> None:
+    """Raise `UsageError` now, and not after the work, if no file can be written there.
+
+    (A device or a pipe is written to as it is.)
+    """
+    target, given = Path(path), f"{option} is {os.fspath(path)}"
+    if os.path.isdir(target):
+        raise UsageError(f"{given}, which is a folder: give the name of a file")
+    if not os.path.isdir(target.parent):
+        raise UsageError(f"{given}: there is no such folder, make it first")
+    if not os.path.exists(target) or os.path.isfile(target):
+        check_folder(given, target.parent, "its folder")
+
+
+def check_folder(given: str, folder: Path, what: str = "the folder") -> None:
+    """Raise `UsageError` if a folder cannot be written to. `given`: "--out is x"."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"{given}: {what} cannot be written to ({error.strerror})") from None
 
 
 def join_processes(coordinator: str, num_processes: int | None, process_id: int | None) -> None:

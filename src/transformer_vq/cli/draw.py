@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from tyro.conf import OmitArgPrefixes
 
-from transformer_vq.cli.common import CheckpointOption, progress_bar
+from transformer_vq.cli.common import CheckpointOption, check_folder, progress_bar
 from transformer_vq.cli.models import RunFolder, local, open_model, open_run
 from transformer_vq.cli.parse import UsageError, as_usage, option
 from transformer_vq.cli.sampling import sampling_options, sampling_values
@@ -74,6 +74,7 @@ class Draw:
                 f"the run in {self.run} was not trained on pictures: tvq sample writes text with it"
             )
         Path(self.out).mkdir(parents=True, exist_ok=True)  # before the work
+        check_folder(f"--out is {self.out}", Path(self.out))
         model, _ = open_model(folder, info, {})
         # A model may have more tokens than there are bytes: those mean nothing.
         banned = range(tokenizer.vocab_size, model.config.vocab_size)

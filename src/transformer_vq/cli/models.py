@@ -1,7 +1,6 @@
 """What commands do with a trained model: open it, read prompts, keep states."""
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
-from transformer_vq.cli.common import progress_bar, run_data, standard_input, tell
+from transformer_vq.cli.common import check_file, progress_bar, run_data, standard_input, tell
 from transformer_vq.cli.parse import UsageError, as_usage, flat_names, option, overrides
 from transformer_vq.config import ModelConfig
 from transformer_vq.data import DataError, Tokenizer, free_memory, load_bytes, run_tokenizer
@@ -135,19 +134,10 @@ def check_save_state(path: str | None) -> None:
     """Raise `UsageError` now, and not after the work, if a state cannot be written there."""
     if path is None:
         return
-    target = Path(path)
-    if not os.path.isdir(target.parent):
-        raise UsageError(f"--save-state is {path}: there is no such folder, make it first")
-    if os.path.exists(target) and not os.path.isfile(target):
-        kind = "a folder" if os.path.isdir(target) else "no regular file"
+    if os.path.exists(path) and not os.path.isfile(path):
+        kind = "a folder" if os.path.isdir(path) else "no regular file"
         raise UsageError(f"--save-state is {path}, which is {kind}: give the name of a file")
-    try:
-        with tempfile.TemporaryFile(dir=target.parent):
-            pass
-    except OSError as error:
-        raise UsageError(
-            f"--save-state is {path}: its folder cannot be written to ({error.strerror})"
-        ) from None
+    check_file("--save-state", path)
 
 
 # Prompts and states.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from transformer_vq.cli.common import quoted, run_data, say, size, tell
+from transformer_vq.cli.common import check_file, quoted, run_data, say, size, tell
 from transformer_vq.cli.models import RunFolder, local
 from transformer_vq.cli.parse import DataPaths, UsageError, flat, option
 from transformer_vq.data import DataError, run_tokenizer
@@ -48,12 +48,11 @@ class Report:
             raise UsageError(f"--out is missing: say where to write the report of {self.run}")
         folder = local(self.run)
         path = Path(self.out) if self.out else folder / "report.html"
-        if not path.parent.is_dir() and self.out:
-            raise UsageError(f"--out is {self.out}: there is no such folder, make it first")
         run = describe(folder) | {"run": str(self.run)}
         metrics, samples = folder / "metrics.jsonl", folder / "samples.jsonl"
         for damage in filter(None, map(damaged_lines, (metrics, samples))):
             tell(f"{damage}: left out")
+        check_file("--out", path)  # before the work
         evaluation, reason = None, "left out (--no-eval)"
         if not self.no_eval:
             try:

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import Positional
 
-from transformer_vq.cli.common import open_data, say, size
+from transformer_vq.cli.common import check_file, open_data, say, size
 from transformer_vq.cli.parse import DataPaths, UsageError, flat, option, require_whole
 from transformer_vq.data import ByteTokenizer, OnError, train_tokenizer
 
@@ -35,8 +35,7 @@ class Tokenizer:
         require_whole("--vocab-size", self.vocab_size, high=10_000_000)
         if not flat(self.data):
             raise UsageError("--data is missing: give it (see tvq tokenizer --help)")
-        if not self.out.parent.is_dir():
-            raise UsageError(f"--out is {self.out}: there is no such folder, make it first")
+        check_file("--out", self.out)
         source = open_data(
             flat(self.data),
             tokenizer=ByteTokenizer(),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -359,7 +360,7 @@ class Train:
     def _data(self, saved: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
         """Paths, and how to read them: as given, or as the saved run did."""
         given = flat(self.data) or [saved["path"], *saved.get("more_paths", ())]
-        paths = [path if is_task(path) else str(Path(path).resolve()) for path in given]
+        paths = [path if is_task(path) else os.path.realpath(path) for path in given]
         how = {
             "text_column": self.text_column,
             "image_size": self.image_size,

@@ -237,6 +237,7 @@ class Checkpoints:
         check_match(path, saved["arrays"], specs, subtree=subtree)
         wanted = {name: restore_args(leaves[name]) for name, spec in specs.items() if spec.size}
         keep_quiet()
+        jax.devices()  # where JAX has none, that is no damage of the checkpoint
         try:
             # A partial restore reads what `item` names and skips the rest.
             args = ocp.args.PyTreeRestore(item=wanted, restore_args=wanted, partial_restore=True)

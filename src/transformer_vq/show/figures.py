@@ -1,12 +1,44 @@
 """Pictures of runs, for people to look at."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 INK, SOFT, TRAIN, VALIDATION, TEST = "#222222", "#8a8a8a", "#9bb8d3", "#1f5a94", "#d1495b"
+
+
+@contextlib.contextmanager
+def _by_itself() -> Iterator[None]:
+    """Meanwhile matplotlib can be imported, whatever the user's environment says to it.
+
+    A notebook names a backend of its own to all that it starts, which matplotlib refuses where that
+    is not installed; and a home folder that cannot be written to is told on the terminal.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)
+    log = logging.getLogger("matplotlib")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+
+
+def _figure_class() -> "type[Figure]":
+    with _by_itself():
+        import matplotlib.font_manager  # noqa: F401  (which looks for the home folder)
+        from matplotlib.figure import Figure  # not pyplot: no windows, no global state
+    return Figure
 
 
 def learning_curve(
@@ -22,8 +54,7 @@ def learning_curve(
     `records`: of metrics.jsonl. `levels`: bits per byte to compare with, by name, as lines
     across. `test`: bits per byte at the end, on text of its own.
     """
-    from matplotlib.figure import Figure  # not pyplot: no windows, no global state
-
+    Figure = _figure_class()
     trained = [(r["step"], r["bpb"]) for r in records if "bpb" in r]
     scored = [(r["step"], r["validation_bpb"]) for r in records if "validation_bpb" in r]
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
