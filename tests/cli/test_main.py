@@ -1,6 +1,7 @@
 """The frame of `tvq`: help, wrong options, and what is whose fault."""
 
 import errno
+import io
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 from tests.helpers import TVQ, fails
 from transformer_vq.cli import COMMANDS, main
 from transformer_vq.cli.cache import cache_folder
+from transformer_vq.cli.streams import open_streams
 from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.errors import UserError
 
@@ -141,10 +143,16 @@ def test_help_and_wrong_options_do_not_wait_for_jax(user_env):
         (OSError(errno.EIO, "Input/output error", "a\x1b]0;x\x07"), r"cannot use a\x1b]0;x\x07: "),
         (OSError(errno.EIO, "Input/output error"), "cannot use a file: Input/output error"),
         (OSError(errno.ENOSPC, "No space left on device"), "cannot write a file: No space left on"),
+        (
+            ValueError("invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'"),
+            "tvq: JAX_ENABLE_X64 is maybe in the environment: invalid truth value 'maybe'",
+        ),
         (UserError("x\x1b[2J" + 9_999 * "y"), r"tvq: x\x1b[2Jyyy"),
     ],
 )
 def test_what_is_no_fault_of_the_program(capsys, monkeypatch, error, says):
+    monkeypatch.setenv("JAX_ENABLE_X64", "maybe")
+
     def fail(*_):
         raise error
 
@@ -201,6 +209,17 @@ def test_what_cannot_be_written_is_told_before_the_work(
     )
     gone = fails(capsys, 2, *given[:-1], "gone/x.json")
     assert f"{option} is gone/x.json: there is no such folder, make it first" in gone
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("ascii", '-- # +- "?" ?'), ("latin-1", '-- # ± "é" ?')]
+)
+def test_a_terminal_shows_what_it_can(monkeypatch, encoding, shown):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    open_streams()
+    print("── █ ± “é” 日", end="", flush=True)
+    assert stream.buffer.getvalue().decode(encoding) == shown
 
 
 def test_a_link_to_itself(capsys, monkeypatch, tmp_path):

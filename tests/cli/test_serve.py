@@ -44,12 +44,16 @@ def test_without_its_libraries(capsys, monkeypatch, tmp_path):
         (["--far-cap", "-1"], 2, "--far-cap is -1"),
         (["--host", "192.0.2.1"], 1, "cannot listen at 192.0.2.1, port 8000"),
         (["--api-key-file", "EMPTY"], 1, "has no usable key: write one a line"),
-        (["--api-key-file", "nothing"], 1, "nothing: No such file"),
+        (["--api-key-file", "nothing"], 1, "--api-key-file nothing cannot be read (No such file"),
+        (["--api-key-file", "PIPE"], 1, "--api-key-file PIPE is a pipe: give a file"),
+        (["--api-key-file", "/dev/zero"], 1, "/dev/zero has more than 1,048,576 bytes"),
+        (["--chat-template", "PIPE"], 1, "--chat-template PIPE is a pipe: give a file"),
     ],
 )
 def test_wrong_options(capsys, tmp_path, monkeypatch, options, status, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "EMPTY").write_text("\n \n")
+    os.mkfifo(tmp_path / "PIPE")  # nobody writes to it: to read it is to wait for ever
     make = ["--run", "run"] if "--far-cap" not in options else ["--run", make_run(tmp_path / "r")]
     (tmp_path / "run").mkdir()
     port = ["--port", "0"] if "--far-cap" in options else []

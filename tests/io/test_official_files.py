@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import zipfile
 
 import jax.numpy as jnp
 import msgpack
@@ -79,6 +80,26 @@ def test_bfloat16_and_chunks(tmp_path):
     del chunks["chunks"]["1"]
     (tmp_path / "c").write_bytes(flax_bytes({"params": {"b": chunks}}))
     refused(tmp_path / "c", "the chunks of b are damaged")
+
+
+@pytest.mark.parametrize("way", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, zipfile.ZIP_DEFLATED])
+def test_a_damaged_archive_is_named(tmp_path, way):
+    """Whatever its libraries raise of it: those of lzma and bz2 raise errors of their own."""
+    array = io.BytesIO()
+    np.save(array, np.random.default_rng(0).random(100))
+    with zipfile.ZipFile(tmp_path / "p", "w", way) as archive:
+        archive.writestr("params/w.npy", array.getvalue())
+    assert read_weights(tmp_path / "p").params["w"].shape == (100,)  # control
+    content = bytearray((tmp_path / "p").read_bytes())
+    content[200:260] = bytes(60)
+    (tmp_path / "p").write_bytes(content)
+    refused(tmp_path / "p", "cannot be read as .npz")
+
+
+def test_a_pipe_is_no_configuration(tmp_path):
+    os.mkfifo(tmp_path / "p")  # nobody writes to it: to read it is to wait for ever
+    with pytest.raises(OfficialError, match="p is no regular file: give JSON"):
+        read_fields(tmp_path / "p")
 
 
 def test_folders_of_checkpoints(tmp_path):

@@ -20,7 +20,14 @@ from transformer_vq.cli import parse
 from transformer_vq.cli.cache import cache_folder, use_compilation_cache
 from transformer_vq.cli.interrupts import Interrupts, leave
 from transformer_vq.cli.parse import UsageError
-from transformer_vq.cli.sentences import end, out_of_memory, sentence, too_large, without_devices
+from transformer_vq.cli.sentences import (
+    end,
+    of_environment,
+    out_of_memory,
+    sentence,
+    too_large,
+    without_devices,
+)
 from transformer_vq.cli.streams import drop_output, open_streams
 from transformer_vq.errors import UserError, plain, shown
 
@@ -101,7 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if out_of_memory(error) and not os.environ.get("TVQ_TRACEBACK"):
             return end(f"tvq: {too_large(error, arguments[0])}", 1)
-        if (why := without_devices()) and not os.environ.get("TVQ_TRACEBACK"):
+        if (why := of_environment(error) or without_devices()) and not os.environ.get(
+            "TVQ_TRACEBACK"
+        ):
             return end(f"tvq: {why}", 1)
         error.add_note(
             "tvq: this is a fault of the program, not of what was given: please report it, with "

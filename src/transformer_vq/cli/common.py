@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +46,9 @@ CheckpointOption = Annotated[
 ]
 
 
+MOST_SMALL = 1 << 20  # bytes of a file of keys, or of a template
+
+
 def program() -> str:
     """How to call this program again: `tvq`, or the path to it where the shell does not find it."""
     me, found = Path(sys.argv[0]), shutil.which("tvq")
@@ -73,6 +77,24 @@ def standard_input() -> BinaryIO:
     if sys.stdin is None:
         raise UsageError("standard input is closed: give a file, or - with something to read")
     return sys.stdin.buffer
+
+
+def read_small(option: str, path: str | os.PathLike) -> bytes:
+    """What a file of a few lines holds. Raises `UserError` for one that is large, or has no end.
+
+    Of pipes only those that somebody holds open are read, as `<(...)` of a shell is.
+    """
+    given = f"{option} {os.fspath(path)}"
+    try:
+        if stat.S_ISFIFO(os.stat(path).st_mode) and not os.fspath(path).startswith("/dev/"):
+            raise UserError(f"{given} is a pipe: give a file")
+        with open(path, "rb") as file:
+            content = file.read(MOST_SMALL + 1)
+    except OSError as error:
+        raise UserError(f"{given} cannot be read ({error.strerror}): give a file") from None
+    if len(content) > MOST_SMALL:
+        raise UserError(f"{given} has more than {MOST_SMALL:,} bytes: give another file")
+    return content
 
 
 def check_file(option: str, path: str | os.PathLike) -> None:

@@ -66,6 +66,17 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError)
 
 
+def of_environment(error: Exception) -> str:
+    """What JAX says of a variable of the environment that it cannot use; or nothing."""
+    text = " ".join(str(error).split())
+    names = (name for name in os.environ if name.startswith(("JAX_", "XLA_")))
+    name = next((name for name in names if name.lower() in text.lower()), "")
+    said = isinstance(error, ValueError) and name
+    return (
+        plain(f"{name} is {os.environ[name]} in the environment: {cut(text, 300)}") if said else ""
+    )
+
+
 def without_devices() -> str:
     """Why JAX finds none of the devices that it is told to use; empty if it has them."""
     jax = sys.modules.get("jax")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from transformer_vq.cli.common import CheckpointOption, size
+from transformer_vq.cli.common import CheckpointOption, read_small, size
 from transformer_vq.cli.models import (
     DraftOption,
     FarOptions,
@@ -163,7 +163,7 @@ class Serve:
 def _read_keys(path: Path) -> list[str]:
     """The keys in a file. Raises `UserError` if there is none, for then nobody could ask."""
     with contextlib.suppress(UnicodeDecodeError):
-        lines = path.read_text("utf-8").splitlines()
+        lines = read_small("--api-key-file", path).decode("utf-8").splitlines()
         keys = [line.strip() for line in lines if line.strip()]
         if keys and all(key.isascii() for key in keys):
             return keys
@@ -189,12 +189,12 @@ def _given_template(given: str) -> str:
     if "{" in given or "\n" in given:
         return given
     try:
-        return Path(given).read_text("utf-8")
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise UserError(
-            f"--chat-template {given} cannot be read ({why}): give a file, or a template in Jinja2"
-        ) from None
+        content = read_small("--chat-template", given).decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"--chat-template {given} is not UTF-8: give a file of text") from None
+    except UserError as error:
+        raise UserError(f"{error}, or a template in Jinja2") from None
+    return content.replace("\r\n", "\n")
 
 
 def _own_template(folder: Path) -> str | None:

@@ -1,5 +1,6 @@
 """Standard streams that are closed, full, or not read any more."""
 
+import codecs
 import io
 import os
 import sys
@@ -25,7 +26,21 @@ def open_streams() -> None:
         buffer = io.BufferedWriter(raw)
         sys.stdout = io.TextIOWrapper(buffer, sys.stdout.encoding, line_buffering=True)
     if reconfigure := getattr(sys.stdout, "reconfigure", None):
-        reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
+        codecs.register_error("poor", _in_ascii)
+        reconfigure(errors="poor")  # a terminal that is not UTF-8 shows what it can
+
+
+# What is drawn and printed here beside ASCII, and what a typewriter has in its place.
+_TYPED = {"─": "-", "█": "#", "±": "+-", "…": "...", "×": "x", "—": "--", "“": '"', "”": '"'}
+_TYPED |= {"‘": "'", "’": "'"}
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    """Characters that a stream does not have, as it has them; `?` for others."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(_TYPED.get(character, "?") for character in text), error.end
 
 
 def output_fails(error: OSError) -> bool:
