@@ -28,3 +28,9 @@ def test_info(capsys, run, data, monkeypatch):
     assert f"{record['model']['parameters']:,}" in printed
     assert f"{serving['slots']:,} of" in printed and "in the 3.22 GB" in printed
     assert f"{record['training']['validation_loss']:.4f}" in printed
+    monkeypatch.setenv("COLUMNS", "20")  # no word is broken, so the names stand above
+    assert main(["info", "--run", run]) == 0
+    narrow = capsys.readouterr().out.splitlines()[1:]  # after the path of the run
+    assert max(map(len, narrow)) <= 20
+    words = " ".join(line.strip() for line in narrow)
+    assert "per sequence, whatever its length" in words

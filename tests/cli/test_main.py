@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import subprocess
 import sys
 
@@ -30,6 +31,13 @@ def test_help_reaches_every_field(capsys):
     for prefix, kind in (("config", ModelConfig), ("train", TrainConfig)):
         for name in kind.__dataclass_fields__:
             assert f"--{prefix}.{name.replace('_', '-')}" in words
+
+
+@pytest.mark.parametrize("columns", ["1", "9", "40"])
+def test_help_on_a_narrow_terminal(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main(["demo", "--help"]) == 0 and os.environ["COLUMNS"] == columns
+    assert "Train a small model" in capsys.readouterr().out
 
 
 def test_overview_names_every_command(capsys):

@@ -14,6 +14,8 @@ from transformer_vq.config import DEFAULT_CAPACITY, ModelConfig
 from transformer_vq.errors import plain
 from transformer_vq.run.log import to_json
 
+NARROW = 36  # columns, from which on a name and what it is stand side by side
+
 
 @dataclass
 class Info:
@@ -115,6 +117,7 @@ def _folder_size(folder: Path) -> int:
 
 
 def _show(record: dict[str, Any]) -> None:
+    from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
@@ -123,48 +126,56 @@ def _show(record: dict[str, Any]) -> None:
 
     model, data, training = record["model"], record["data"], record["training"]
     config, train = ModelConfig.from_dict(record["config"]), record["train"]
+    console = Console(highlight=False)
+    stacked = console.width < NARROW
     table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
+    table.add_column(style="" if stacked else "bold", no_wrap=not stacked)
     table.add_column(overflow="fold")
 
     def section(title: str) -> None:
         table.add_row()
         table.add_row(f"[cyan]{title}[/cyan]")
 
+    def row(name: str, value: "str | Text") -> None:
+        if not stacked:
+            table.add_row(name, value)
+            return
+        if name:
+            table.add_row(f"[bold]{name}[/bold]")
+        table.add_row(Padding(value, (0, 0, 0, 2)))
+
     section("model")
-    table.add_row("layers", f"{config.num_layers} of width {config.d_model}")
+    row("layers", f"{config.num_layers} of width {config.d_model}")
     attention = describe_attention(config)
-    table.add_row("attention", f"{attention}, {config.num_heads} heads ({config.head_type})")
-    table.add_row(
-        "parameters", f"{model['parameters']:,}, and {model['codebook']:,} in the codebooks"
-    )
+    row("attention", f"{attention}, {config.num_heads} heads ({config.head_type})")
+    row("parameters", f"{model['parameters']:,}, and {model['codebook']:,} in the codebooks")
     if config.products != "float32":
-        table.add_row("products", f"rounded to {config.products}, sums in float32")
+        row("products", f"rounded to {config.products}, sums in float32")
     section("costs")
     most = config.default_capacity
     limit = "whatever its length" if most is None else f"of at most {most:,} tokens"
-    table.add_row("state", f"{size(model['state_bytes'])} per sequence, {limit}")
-    table.add_row(
+    row("state", f"{size(model['state_bytes'])} per sequence, {limit}")
+    row(
         "a decoded token",
         f"{size(model['decode_bytes'])} read, {number(model['decode_flops'])}FLOP",
     )
-    table.add_row("a trained token", f"{number(model['train_flops'])}FLOP")
+    row("a trained token", f"{number(model['train_flops'])}FLOP")
     serving = record["serving"]
-    table.add_row(
+    row(
         "slots to serve",
         f"{serving['slots']:,} of {size(serving['slot_bytes'])} in the {size(serving['memory'])} "
         f"that are free, beside the model and a --state-cache of {STATE_CACHE:,} MB",
     )
     section("training")
-    table.add_row("data", Text(plain(data["path"])))
+    row("data", Text(plain(data["path"])))
     named = plain(f"({data['tokenizer']}), {data['fingerprint'][:16]}…")
-    table.add_row("", Text(f"{data['size']:,} tokens {named}"))
-    table.add_row(
+    row("", Text(f"{data['size']:,} tokens {named}"))
+    row(
         "steps",
         f"{training['step']:,} of {training['steps']:,}, {number(training['tokens'])} tokens in "
         f"{duration(training['seconds'])}",
     )
-    table.add_row(
+    row(
         "batch",
         f"{train['batch_size']} sequences of {train['sequence_len']}, "
         f"{train['update_len']} per update",
@@ -172,15 +183,14 @@ def _show(record: dict[str, Any]) -> None:
     for name, text in (("", "training loss"), ("validation_", "validation loss")):
         loss, bpb = training[f"{name}loss"], training[f"{name}bpb"]
         if loss is None or bpb is None:
-            table.add_row(text, "none in metrics.jsonl yet")
+            row(text, "none in metrics.jsonl yet")
         else:
-            table.add_row(text, f"{loss:.4f} ({bpb:.4f} bpb)")
+            row(text, f"{loss:.4f} ({bpb:.4f} bpb)")
     section("checkpoints")
     for checkpoint in record["checkpoints"]:
         best = ", the best by validation loss" if checkpoint["best"] else ""
-        table.add_row(f"step {checkpoint['step']:,}", size(checkpoint["bytes"]) + best)
+        row(f"step {checkpoint['step']:,}", size(checkpoint["bytes"]) + best)
 
-    console = Console(highlight=False)
     for text in record["damage"]:
         tell(text)
     console.print(Text(plain(record["run"]), style="bold"))

@@ -5,10 +5,11 @@ import dataclasses
 import difflib
 import inspect
 import io
+import os
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import (
     Annotated,
     Any,
@@ -31,6 +32,8 @@ from transformer_vq.fields import MOST, refusal, whole_limit
 class UsageError(UserError):
     """The options make no sense; one sentence names the option, its value and what to do."""
 
+
+NARROWEST = 40  # columns that help is broken to; below some ten tyro does so for ever
 
 # Paths after one --data, and in several of them: `--data a b --data c`.
 DataPaths = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]
@@ -105,7 +108,7 @@ def options(command: type, name: str, arguments: Sequence[str]) -> Any:
 
     heard = io.StringIO()
     try:
-        with contextlib.redirect_stderr(heard), _told_of_errors(refuse):
+        with contextlib.redirect_stderr(heard), _told_of_errors(refuse), _wide_enough():
             return tyro.cli(
                 command,
                 prog=f"tvq {name}",
@@ -163,6 +166,24 @@ def _refuse_values(known: Mapping[str, str | None], arguments: Sequence[str]) ->
 # What tyro finds wrong, as one sentence.
 
 
+@contextlib.contextmanager
+def _wide_enough() -> Iterator[None]:
+    """Meanwhile the terminal has at least `NARROWEST` columns, as far as anybody asks."""
+    given = os.environ.get("COLUMNS")
+    columns = shutil.get_terminal_size().columns
+    if columns >= NARROWEST:
+        yield
+        return
+    os.environ["COLUMNS"] = str(NARROWEST)
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = given
+
+
 def _told_of_errors(hear: Callable[[Any], None]) -> contextlib.AbstractContextManager[None]:
     """While it is open, tyro tells what is wrong before it draws a box of it.
 
@@ -218,7 +239,7 @@ def _not_a_number(name: str, message: str) -> str:
 
 def _wrapped(text: str) -> str:
     """A docstring with its paragraphs broken to the width of the terminal."""
-    width = min(shutil.get_terminal_size().columns, 100)
+    width = min(max(shutil.get_terminal_size().columns, NARROWEST), 100)
     paragraphs = inspect.cleandoc(text).split("\n\n")
     # Indented, because tyro joins lines that begin with a letter.
     fill = textwrap.TextWrapper(width, initial_indent=" ", subsequent_indent=" ").fill
