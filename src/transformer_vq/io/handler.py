@@ -5,11 +5,13 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from transformer_vq.io import checksums
@@ -47,6 +49,21 @@ class Save(ocp.args.PyTreeSave):
 @ocp.args.register_with_handler(Handler, for_restore=True)
 class Restore(ocp.args.PyTreeRestore):
     """What to restore."""
+
+
+def read_placed(path: Path, wanted: Mapping[str, jax.sharding.Sharding | None]) -> dict[str, Any]:
+    """The wanted arrays of a checkpoint, by name: placed like this, or as numpy where None."""
+    keep_quiet()
+    how = {
+        name: ocp.RestoreArgs(restore_type=np.ndarray)
+        if place is None
+        else ocp.ArrayRestoreArgs(sharding=place)
+        for name, place in wanted.items()
+    }
+    # A partial restore reads what `item` names and skips the rest.
+    args = ocp.args.PyTreeRestore(item=how, restore_args=how, partial_restore=True)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(path, args=args)
 
 
 def keep_quiet() -> None:

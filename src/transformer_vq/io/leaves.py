@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from transformer_vq.errors import UserError
 
@@ -67,12 +66,10 @@ def _is_local_of_many(sharding: jax.sharding.Sharding) -> bool:
     return jax.process_count() > 1 and sharding.is_fully_addressable
 
 
-def restore_args(leaf: Any) -> ocp.RestoreArgs:
-    """How orbax is to read what was written for a leaf: as numpy, or placed as the leaf is."""
+def placed(leaf: Any) -> jax.sharding.Sharding | None:
+    """Where what was written for a leaf is to be read to; None: as numpy."""
     sharding = _sharding(leaf)
-    if sharding is None or _is_local_of_many(sharding):
-        return ocp.RestoreArgs(restore_type=np.ndarray)
-    return ocp.ArrayRestoreArgs(sharding=sharding)
+    return None if sharding is None or _is_local_of_many(sharding) else sharding
 
 
 def as_like(leaf: Any, value: np.ndarray | jax.Array) -> Any:
