@@ -261,6 +261,26 @@ def test_small_programs_are_kept_too(tmp_path, user_env):
     assert any(tmp_path.iterdir())
 
 
+def test_a_second_start_traces_nothing_and_imports_little(tmp_path, user_env, run):
+    """It finds its programs, and needs no library that saves, trains, draws or shows."""
+    others = "orbax", "optax", "grain", "matplotlib", "rich", "PIL", "tokenizers", "scipy", "flax"
+    code = (
+        "import sys; from transformer_vq.cli import main\n"
+        f"status = main(['sample', '--run', {run!r}, '--prompt', 'It was', '--max-tokens', '3'])\n"
+        f"sys.exit(status or [name for name in {others} if name in sys.modules] or 0)"
+    )
+    env = user_env | {"TVQ_CACHE": str(tmp_path), "JAX_LOG_COMPILES": "1"}
+    env.pop("JAX_ENABLE_COMPILATION_CACHE", None)
+    first, second = (
+        subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=True)
+        for _ in range(2)
+    )
+    assert second.stdout == first.stdout
+    for name in (b"prepare", b"prefill_few", b"generate_tokens"):
+        traced = b"Finished tracing " + name
+        assert traced in first.stderr and traced not in second.stderr
+
+
 def _no_home():
     raise RuntimeError("Could not determine home directory.")
 

@@ -5,6 +5,8 @@ import sys
 import warnings
 from pathlib import Path
 
+_JAX_FOLDER = "JAX_COMPILATION_CACHE_DIR"
+
 
 def cache_folder(kind: str) -> Path | None:
     """The folder for `jax` or `data`; None: nowhere, by wish (`TVQ_CACHE` empty) or without a home.
@@ -25,16 +27,23 @@ def cache_folder(kind: str) -> Path | None:
         return None
 
 
-def use_compilation_cache() -> None:
-    """Let JAX keep compiled programs in a folder of the user's, if that can be written to."""
+def compilation_cache() -> Path | None:
+    """The folder of the user's for compiled programs; None: nowhere, by wish, or because it cannot
+    be written to."""
     folder = cache_folder("jax")
-    if folder is None or "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
+    if folder is None or os.environ.get(_JAX_FOLDER, str(folder)) != str(folder):
+        return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return
-    if not os.access(folder, os.W_OK | os.X_OK):
+        return None
+    return folder if os.access(folder, os.W_OK | os.X_OK) else None
+
+
+def use_compilation_cache() -> None:
+    """Let JAX keep compiled programs in that folder."""
+    folder = compilation_cache()
+    if folder is None:
         return
     # An entry that cannot be written, or is damaged, costs time and nothing else.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
+from transformer_vq.cli.cache import compilation_cache
 from transformer_vq.cli.common import check_file, progress_bar, run_data, standard_input, tell
 from transformer_vq.cli.parse import UsageError, as_usage, flat_names, option, overrides
 from transformer_vq.config import ModelConfig
@@ -74,11 +75,13 @@ def open_model(
 
     Raises `UserError` if rounding its weights costs too much, or nobody knows what it costs.
     """
+    from transformer_vq.engine.ready import keep_programs
     from transformer_vq.io.state import StateError, load_state
     from transformer_vq.measure.memory import trim_after_compiling
     from transformer_vq.run.folder import load_run
 
     trim_after_compiling()
+    keep_programs(compilation_cache())
     model = _rounded(load_run(folder, info.step)[0], folder, info, weights)
     model = bounded(model, far)
     if state_file is None:
@@ -160,11 +163,13 @@ def read(
     model: "Model", prompt: list[int], state: "State | None", *, room: int, quiet: bool = False
 ) -> "State":
     """The state after a prompt, read chunk by chunk; `room`: for so many tokens more."""
-    from transformer_vq.engine import prefill
+    from transformer_vq.engine import prefill, ready
     from transformer_vq.ops.decode import empty_state
 
     room = max(256, 1 << (len(prompt) + room - 1).bit_length())  # few shapes to compile for
-    now = empty_state(model.config, 1, room) if state is None else state
+    now = state
+    if now is None:
+        now = ready.call(empty_state, config=model.config, batch=1, room=room)
     with progress_bar("reading", quiet=quiet or len(prompt) <= CHUNK) as show:
         for start in range(0, len(prompt), CHUNK):
             chunk = prompt[start : start + CHUNK]

@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from transformer_vq import sharding
+from transformer_vq.engine import ready
 from transformer_vq.nn.decode import Decoder, kept_weights
 from transformer_vq.nn.model import Model, State
 from transformer_vq.nn.products import Weights
@@ -49,5 +50,5 @@ def decoder_for(model: Model, state: State, rows: int | None = None) -> Decoder:
     weights = kept_weights(model, rows or state.position.shape[0])
     key = (state.capacity, weights)
     if key not in decoders:
-        decoders[key] = prepare_decoder(model, state, weights)
+        decoders[key] = ready.call(prepare_decoder, model, state, weights=weights)
     return decoders[key]

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from transformer_vq import sharding
 from transformer_vq.data.tokenizer import Tokens
+from transformer_vq.engine import ready
 from transformer_vq.engine.controls import controls_batch
 from transformer_vq.engine.decoders import decoder_for, model_on
 from transformer_vq.engine.draft import Drafts, check_draft
@@ -195,6 +196,7 @@ class Slots:
 
     def _plain(self, with_logprobs: bool) -> Callable[..., Any]:
         return functools.partial(
+            ready.call,
             generate_tokens,
             steps=self._most_steps,
             with_logprobs=with_logprobs,

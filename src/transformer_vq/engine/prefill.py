@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from transformer_vq import costs, sharding
 from transformer_vq.config import ModelConfig
 from transformer_vq.data.tokenizer import Tokens
+from transformer_vq.engine import ready
 from transformer_vq.engine.decoders import decoder_for, model_on
 from transformer_vq.engine.slots import num_rows, take_rows
 from transformer_vq.engine.tokens import prompt_lists
@@ -122,7 +123,7 @@ def begin(
     if config.default_capacity is not None:
         room = max(MIN_CAPACITY, next_power_of_two(max(need)))  # few shapes to compile for
         _check_memory(config, batch, room, mesh)
-    return empty_state(config, batch, room, mesh)
+    return ready.call(empty_state, config=config, batch=batch, room=room, mesh=mesh)
 
 
 def _check_memory(config: ModelConfig, batch: int, capacity: int, mesh: Mesh | None) -> None:
@@ -163,7 +164,7 @@ def _fork(state: State, need: Sequence[int], batch: int, mesh: Mesh | None) -> S
     index = np.zeros(batch, np.int32)
     if num_rows(state) > 1:
         index[: len(need)] = np.arange(len(need))
-    return _take(state, index) if mesh is None else sharding.spread(mesh, state, index)
+    return ready.call(_take, state, index) if mesh is None else sharding.spread(mesh, state, index)
 
 
 def read_chunks(
@@ -182,7 +183,7 @@ def read_chunks(
             tokens, lengths = sharding.spread(mesh, (tokens, lengths))
         size = tokens.shape[1]
         reader = decoder_for(model, state) if size <= FEW else model
-        usual = functools.partial(prefill_few if size <= FEW else prefill, mesh=mesh)
+        usual = functools.partial(ready.call, prefill_few if size <= FEW else prefill, mesh=mesh)
         state = ahead.get(("read", size), usual)(reader, state, tokens, lengths)
     return state
 
@@ -190,7 +191,7 @@ def read_chunks(
 def first_rows(state: State, rows: int, mesh: Mesh | None) -> State:
     """A copy of the rows that are no padding; from a mesh, they are gathered."""
     if mesh is None:
-        return _take(state, np.arange(rows, dtype=np.int32))
+        return ready.call(_take, state, np.arange(rows, dtype=np.int32))
     leaves, tree = jax.tree.flatten(state)
     leaves = sharding.fetch(leaves)  # arrays of the host, of which no State is made
     return tree.unflatten([jnp.array(x[:rows], copy=True) for x in leaves])

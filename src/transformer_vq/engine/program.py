@@ -1,10 +1,12 @@
 """Programs that are compiled before they are called."""
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 
 class Program:
@@ -38,6 +40,19 @@ class Program:
 
     def __call__(self, *args: Any) -> Any:
         return self._out.unflatten(self._call(*map(jax.tree.leaves, args)))
+
+
+@contextlib.contextmanager
+def compiled_now() -> Iterator[None]:
+    """What is compiled here comes from no cache."""
+    before = jax.config.jax_enable_compilation_cache  # pyright: ignore
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def compile_all(programs: Iterable[Program]) -> None:

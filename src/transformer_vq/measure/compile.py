@@ -17,13 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
 
 from transformer_vq import costs, sharding
 from transformer_vq.config import MeshConfig, ModelConfig, TrainConfig
 from transformer_vq.data import Batch
 from transformer_vq.engine.controls import controls_row
+from transformer_vq.engine.program import compiled_now
 from transformer_vq.engine.request import SamplingParams
 from transformer_vq.errors import UserError, cut, plain, shown
 from transformer_vq.measure import hlo
@@ -272,7 +272,7 @@ def _compiled(
     record: dict[str, Any] = {"lowered_seconds": time.perf_counter() - start}
     start = time.perf_counter()
     try:
-        with _no_compilation_cache():
+        with compiled_now():
             compiled = lowered.compile()
     except RuntimeError as error:  # what XLA says
         return record | {"failed": _reason(error)}
@@ -316,19 +316,6 @@ def _largest_array(config: ModelConfig, rows: int) -> int:
     """Bytes of the largest array that one unit keeps of so many rows: the table of its values."""
     units = jax.eval_shape(lambda: jax.tree.leaves(init_state(config, rows).units))
     return max(x.size * x.dtype.itemsize for x in units)
-
-
-@contextlib.contextmanager
-def _no_compilation_cache() -> Iterator[None]:
-    """What is compiled is compiled now."""
-    before = jax.config.jax_enable_compilation_cache  # pyright: ignore
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-        compilation_cache.reset_cache()
 
 
 def versions() -> dict[str, str | None]:
