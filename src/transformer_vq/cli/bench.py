@@ -18,10 +18,14 @@ if TYPE_CHECKING:
 else:
     ConfigOptions = overrides(ModelConfig, "ConfigOptions", lambda f: "(default: the preset's)")
 
+FEW_SIZES = (2, 4, 8, 16, 32, 64)  # tokens of a call
+MOST_FEW = 256  # whose scores fit memory
+
 
 @dataclass
 class Bench:
-    """Measure decoding, prompt reading (prefill), sample_op, training or evaluation.
+    """Measure decoding, calls of a few tokens, prompt reading (prefill), sample_op, training or
+    evaluation.
 
     Warm medians with their spread; compilation apart; the machine's own speed (bytes read or
     operations of a product per second) measured in the same process. Leave the machine alone
@@ -33,13 +37,14 @@ class Bench:
   tvq bench decode --preset enwik8 --config.compute-dtype float32 --batch 1 --json
   tvq bench decode --preset small --batch 1 --profile
   tvq bench decode --preset small --batch 1 --draft
+  tvq bench few --preset small --length 2 8 32
   tvq bench prefill --preset small --length 8192 100000
   tvq bench train --preset small --batch 4 --length 1024 8192
   tvq bench train --preset small --batch 1 --length 2048 8192 --attention vq full
   tvq bench train --preset small --batch 1 --length 8192 --attention full --config.block-len 8192
 """
 
-    what: tyro.conf.Positional[Literal["decode", "prefill", "sample", "train", "evaluate"]]
+    what: tyro.conf.Positional[Literal["decode", "few", "prefill", "sample", "train", "evaluate"]]
     preset: Annotated[str, option(f"model: {', '.join(PRESETS)}; --config.* change it", "NAME")] = (
         "small"
     )
@@ -140,6 +145,13 @@ class Bench:
                     yield bench.bench_decode(
                         config, batch, position=position, rounds=self.repeats, weights=weights
                     )
+        elif self.what == "few":
+            from transformer_vq.measure.few import bench_few
+
+            self._require_memory(config, 1)
+            for length in self.length:
+                require_whole("--length", length, low=2, high=MOST_FEW)
+            yield bench_few(config, self.length or FEW_SIZES, turns=self.repeats)
         elif self.what == "prefill":
             for length in self.length or (1024, 16384):
                 yield bench.bench_prefill(config, length, repeats=self.repeats)
@@ -207,6 +219,22 @@ def _draft_line(row: dict[str, Any]) -> str:
     )
 
 
+def _few_line(row: dict[str, Any]) -> str:
+    lines = [
+        f"a step: {row['ms_per_step']:.2f} ms, {row['bandwidth_fraction']:.2f} of the bandwidth of "
+        f"{row['bandwidth'] / 1e9:.1f} GB/s; products run at {row['product_rate'] / 1e9:,.0f} "
+        f"GFLOP/s"
+    ]
+    lines += [
+        f"{call['tokens']:3} tokens: {call['ms']:8.2f} ms, {call['in_steps']:5.2f} steps "
+        f"({call['in_steps_low']:.2f} to {call['in_steps_high']:.2f}); at least "
+        f"{call['least']:.2f} by what the machine can do; {call['flops_per_second'] / 1e9:,.0f} "
+        f"GFLOP/s"
+        for call in row["calls"]
+    ]
+    return "\n".join(lines)
+
+
 def _prefill_line(row: dict[str, Any]) -> str:
     return (
         f"length {row['length']:9,}: {_spread(row)}; {_mfu(row)}; first call "
@@ -236,6 +264,7 @@ def _train_line(row: dict[str, Any]) -> str:
 
 _LINES = {
     "decode": _decode_line,
+    "few": _few_line,
     "prefill": _prefill_line,
     "sample": _sample_line,
     "train": _train_line,

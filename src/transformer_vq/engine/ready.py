@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.experimental import serialize_executable
 
 from transformer_vq.atomic import write_whole
@@ -57,21 +58,22 @@ def call(function: Any, *args: Any, **static: Any) -> Any:
     return _programs[key](*args)
 
 
-def _shape(leaf: Any, device: jax.Device) -> tuple | None:
+def _shape(leaf: Any, device: Any) -> tuple | None:
     """What a program depends on of an argument; None: it is no array, or not of this device."""
     if isinstance(leaf, np.ndarray | np.generic):
         return leaf.shape, leaf.dtype.name
-    known = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+    known = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
     if known and leaf.devices() == {device}:
-        return leaf.shape, leaf.dtype.name, leaf.aval.weak_type, str(leaf.sharding)
+        return repr(leaf.aval), str(leaf.sharding)
     return None
 
 
-def _loaded(path: Path, device: jax.Device) -> Callable[..., Any] | None:
+def _loaded(path: Path, device: Any) -> Callable[..., Any] | None:
     """The program in a file; None if there is none, or it is damaged."""
     with contextlib.suppress(Exception):
+        content, given, made = pickle.loads(path.read_bytes())
         return serialize_executable.deserialize_and_load(
-            *pickle.loads(path.read_bytes()), device.client, [device]
+            content, given, made, device.client, [device]
         )
     return None
 
