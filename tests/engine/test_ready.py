@@ -36,7 +36,7 @@ def ask(size: int = 3, times: int = 2, dtype: str = "float32", **more: object) -
 def next_process(folder: Path) -> None:
     """Forget what is in memory, as a process that starts knows nothing."""
     ready.keep_programs(folder)
-    scaled.clear_cache()
+    scaled.clear_cache()  # pyright: ignore
 
 
 def test_a_program_is_traced_by_the_first_process_alone(folder):
@@ -65,7 +65,7 @@ def test_what_differs_is_another_program(folder, monkeypatch):
 def test_sources_settings_and_processor_count():
     about = ready._circumstances.__wrapped__()
     assert jax.__version__ in about and "jax_enable_x64" in about and "flags" in about
-    before = jax.config.jax_default_matmul_precision
+    before = jax.config.jax_default_matmul_precision  # pyright: ignore
     jax.config.update("jax_default_matmul_precision", "highest")
     try:
         assert ready._circumstances.__wrapped__() != about

@@ -52,6 +52,18 @@ def test_figures(arguments, capsys, monkeypatch):
 
 
 @pytest.mark.slow
+def test_few_tokens_in_steps(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "PROBE_BYTES", 2**20)
+    monkeypatch.setattr(bench, "PROBE_SIZE", 128)
+    (row,) = record(capsys, "few", "--length", "2", "16")["results"]
+    assert [call["tokens"] for call in row["calls"]] == [2, 16]
+    for call in row["calls"]:
+        assert call["in_steps_low"] <= call["in_steps"] <= call["in_steps_high"]
+        assert 0 < call["least"] and call["ms"] > 0
+    assert main(["bench", "few", "--length", "1"]) == 2
+
+
+@pytest.mark.slow
 def test_drafts_beside_plain_decoding(capsys, monkeypatch):
     """What repeats itself is guessed, noise is not; both are what plain decoding writes."""
     monkeypatch.setenv("TVQ_CACHE", "")
