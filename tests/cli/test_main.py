@@ -261,13 +261,26 @@ def test_small_programs_are_kept_too(tmp_path, user_env):
     assert any(tmp_path.iterdir())
 
 
+# Libraries that save, train, draw or show: importing them takes time that writing does not need.
+OTHERS = ("orbax", "optax", "grain", "matplotlib", "rich", "PIL", "tokenizers", "scipy", "flax")
+
+
+def test_what_writes_imports_no_library_of_others(user_env):
+    code = (
+        "import sys, transformer_vq.cli.sample, transformer_vq.run.folder, transformer_vq.io.state\n"
+        "import transformer_vq.engine.batch, transformer_vq.engine.ready\n"
+        f"assert not [name for name in {OTHERS} if name in sys.modules]\n"
+        "import transformer_vq.io.handler; assert 'orbax' in sys.modules"  # control
+    )
+    subprocess.run([sys.executable, "-c", code], env=user_env, check=True)
+
+
+@pytest.mark.slow
 def test_a_second_start_traces_nothing_and_imports_little(tmp_path, user_env, run):
-    """It finds its programs, and needs no library that saves, trains, draws or shows."""
-    others = "orbax", "optax", "grain", "matplotlib", "rich", "PIL", "tokenizers", "scipy", "flax"
     code = (
         "import sys; from transformer_vq.cli import main\n"
         f"status = main(['sample', '--run', {run!r}, '--prompt', 'It was', '--max-tokens', '3'])\n"
-        f"sys.exit(status or [name for name in {others} if name in sys.modules] or 0)"
+        f"sys.exit(status or [name for name in {OTHERS} if name in sys.modules] or 0)"
     )
     env = {name: value for name, value in user_env.items() if "CACHE" not in name}
     env |= {"TVQ_CACHE": str(tmp_path), "JAX_LOG_COMPILES": "1"}
