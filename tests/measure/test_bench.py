@@ -59,7 +59,7 @@ def test_few_tokens_in_steps(capsys, monkeypatch):
     assert [call["tokens"] for call in row["calls"]] == [2, 16]
     for call in row["calls"]:
         assert call["in_steps_low"] <= call["in_steps"] <= call["in_steps_high"]
-        assert 0 < call["least"] and call["ms"] > 0
+        assert call["least"] > 0 and call["ms"] > 0
     assert main(["bench", "few", "--length", "1"]) == 2
 
 
