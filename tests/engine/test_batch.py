@@ -258,6 +258,12 @@ REFUSED = {
         [[1]],
         make(allowed_tokens=[3, 4], stop=[3, 4], min_tokens=1),
     ),
+    "there are 2 params for 1 prompt: give one$": lambda: ([[1]], [make()] * 2),
+    "the state has 2 rows for 1 prompt: 1 is needed": lambda: (
+        [[1]],
+        None,
+        init_state(MODEL.config, 2),
+    ),
     "the state has 2 rows for 3 prompts: 1 or 3 are needed": lambda: (
         [[1]] * 3,
         None,

@@ -135,6 +135,7 @@ def call(config=GATED, batch=2, tokens=((1, 2, 3), (4, 5, 6)), state=None, **mor
         (dict(lengths=3), r"lengths have shape \(\): it must be \(2,\)"),
         (dict(lengths=[1.5, 2.0]), "lengths are float.*whole numbers"),
         (dict(document_ids=[[0, 0, 0]]), r"document_ids have shape \(1, 3\).* \(2, 3\)"),
+        (dict(document_ids=[[0, 0, 1], [0, 2, 1]]), "document_ids fall in row 1: along a row they"),
         (dict(document_ids=[[0.5] * 3] * 2), "document_ids are float.*whole numbers"),
         (dict(config=FULL, tokens=np.zeros((2, 25), int)), "would reach 25 tokens.* holds 24"),
     ],

@@ -127,7 +127,7 @@ class Session:
         self.prompts = check_prompts(prompts, model.config, state)
         self.params = _one_each(params, len(self.prompts), model.config.vocab_size)
         for name, value in {"steps": steps, "slots": 1 if slots is None else slots}.items():
-            if not isinstance(value, int) or not 1 <= value <= MOST:
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST:
                 raise UserError(f"{name} is {shown(value)}: it must be a whole number from 1 on")
         self.steps, self.mesh, self._config = steps, mesh, model.config
         count = len(self.prompts)
@@ -244,7 +244,10 @@ def _one_each(
         if not isinstance(p, SamplingParams):
             raise UserError(f"params has {shown(p)}: {_PARAMS}")
     if len(given) != count:
-        raise UserError(f"there are {len(given)} params for {count} prompts: give one, or {count}")
+        prompts, way = (
+            ("1 prompt", "one") if count == 1 else (f"{count} prompts", f"one, or {count}")
+        )
+        raise UserError(f"there are {len(given)} params for {prompts}: give {way}")
     for p in {id(p): p for p in given}.values():
         check_params(p, vocab_size)
     return given

@@ -147,6 +147,14 @@ def check_tokens(
         raise UserError(
             f"a length is {bad}: it must be from 0 to {length}, the number of tokens in a row"
         )
+    ids = None if document_ids is None else known(document_ids)
+    if ids is not None and counts is not None:
+        real = np.arange(1, length) < np.reshape(counts, (-1, 1))  # the rest is padding
+        falls = ((ids[:, 1:] < ids[:, :-1]) & real).any(axis=1)
+        if falls.any():
+            raise UserError(
+                f"document_ids fall in row {int(np.argmax(falls))}: along a row they stay or grow"
+            )
     capacity = state.capacity
     if capacity is not None:
         used = known(state.position)
