@@ -23,7 +23,7 @@ from transformer_vq import (
     save_state,
 )
 from transformer_vq.config import TrainConfig
-from transformer_vq.data import open_source
+from transformer_vq.data import ByteTokenizer, Source, StreamDecoder, open_source
 from transformer_vq.errors import UserError
 
 PLAN = TrainConfig(batch_size=8, sequence_len=16, update_len=8)
@@ -41,6 +41,12 @@ STATE = init_state(MODEL.config, 1)
         (lambda: extend(MODEL, STATE, [1, 2]), r"tokens have shape \(2,\): the state has 1 rows"),
         (lambda: load(5), "folder is 5: it must be a path, as text or as a Path"),
         (lambda: load(""), "folder is empty: give a path"),
+        (lambda: Source.of(None), "the tokens are None: they must be a flat array of whole"),
+        (lambda: Source.of("abc"), "the tokens are 'abc': they must be a flat array of whole"),
+        (lambda: Source(np.ones(3), [0], 3), r"the tokens are float64 of shape \(3,\): they must"),
+        (lambda: StreamDecoder("bytes"), "tokenizer is 'bytes': it must be a vocabulary"),
+        (lambda: ByteTokenizer().encode(None), "the text is None: it must be text or bytes"),
+        (lambda: ByteTokenizer().encode([1, 2]), r"the text is \[1, 2\]: it must be text or bytes"),
         (lambda: tvq.train(PLAN, CONFIG, TOKENS, None, "x"), "config is TrainConfig.*ModelConfig"),
         (lambda: tvq.train(CONFIG, {}, TOKENS, None, "x"), "train is {}: it must be a TrainConfig"),
         (lambda: tvq.train(CONFIG, PLAN, TOKENS, None, ""), "folder is empty: give a path"),

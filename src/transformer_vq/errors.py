@@ -32,7 +32,8 @@ def require_kind(name: str, value: Any, kind: type, source: str = "") -> None:
     """Raise `UserError` for an argument of another class. `source`: where it may come from."""
     if not isinstance(value, kind):
         where = f", {source}" if source else ""
-        raise UserError(f"{name} is {shown(value)}: it must be a {kind.__name__}{where}")
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise UserError(f"{name} is {shown(value)}: it must be {article} {kind.__name__}{where}")
 
 
 def is_listed(value: Any) -> bool:

@@ -103,7 +103,7 @@ def _as_paths(given: Any) -> list[str | Path]:
     if not paths:
         raise DataError("there is no path: give a file or a folder at least")
     for path in paths:
-        if path != "":  # which `find_files` refuses
+        if not isinstance(path, str | Path):
             as_path("a path of the data", path)
     return [path if isinstance(path, str) else Path(path) for path in paths]
 

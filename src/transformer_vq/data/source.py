@@ -7,7 +7,7 @@ data makes one of these: `Source.of(tokens)` will do.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -50,6 +50,8 @@ class Source:
     counted: np.ndarray | None = None  # bool [N]: tokens whose prediction counts; None: all
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", _flat(self.tokens))
+        object.__setattr__(self, "starts", np.asarray(self.starts))
         if self.image_shape:
             object.__setattr__(self, "whole_documents", True)
         if self.counted is not None and self.counted.shape != self.tokens.shape:
@@ -59,9 +61,14 @@ class Source:
             )
 
     @classmethod
-    def of(cls, tokens: np.ndarray, path: str = "", tokenizer: Tokenizer | None = None) -> "Source":
+    def of(
+        cls,
+        tokens: np.ndarray | Sequence[int],
+        path: str = "",
+        tokenizer: Tokenizer | None = None,
+    ) -> "Source":
         """Tokens `[N]` of one document, split 90/5/5 by position, a byte each."""
-        spans, start = {}, 0
+        tokens, spans, start = _flat(tokens), {}, 0
         for name in ("train", "validation", "test"):
             stop = start + len(split(tokens, name))
             spans[name], start = Span(start, stop, stop - start), stop
@@ -132,10 +139,13 @@ def as_source(data: np.ndarray | Sequence[int] | Source) -> Source:
 
     Raises `DataError` for anything else.
     """
-    if isinstance(data, Source):
-        return data
+    return data if isinstance(data, Source) else Source.of(data)
+
+
+def _flat(data: Any) -> np.ndarray:
+    """Tokens `[N]` as an array, a mapped one as it is. Raises `DataError` for what is none."""
     if isinstance(data, bytes | bytearray):
-        return Source.of(np.frombuffer(data, np.uint8))
+        return np.frombuffer(data, np.uint8)
     try:
         tokens = data if isinstance(data, np.ndarray) else np.asarray(data)
     except (ValueError, TypeError, OverflowError):  # of rows of unequal lengths, say
@@ -146,4 +156,4 @@ def as_source(data: np.ndarray | Sequence[int] | Source) -> Source:
             f"the tokens are {of}: they must be a flat array of whole numbers, or a Source "
             f"(open_source makes one of files)"
         )
-    return Source.of(tokens)
+    return tokens

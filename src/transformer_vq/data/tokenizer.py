@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from transformer_vq.errors import UserError
+from transformer_vq.errors import UserError, shown
 
 Tokens = Sequence[int] | np.ndarray
 
@@ -83,7 +83,7 @@ class ByteTokenizer:
         come out as the bytes they were. Raises `UnicodeEncodeError`, a `ValueError`, for other
         lone surrogates.
         """
-        return list(text.encode(errors="surrogateescape") if isinstance(text, str) else text)
+        return list(text_bytes(text))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each."""
@@ -101,6 +101,15 @@ class ByteTokenizer:
         """Nothing: bytes need no file."""
 
 
+def text_bytes(text: str | bytes) -> bytes:
+    """A text as UTF-8, with undecodable bytes as they were. Raises `UserError` for what is none."""
+    if isinstance(text, str):
+        return text.encode(errors="surrogateescape")
+    if not isinstance(text, bytes | bytearray | memoryview):
+        raise UserError(f"the text is {shown(text)}: it must be text or bytes")
+    return bytes(text)
+
+
 class StreamDecoder:
     """Text from tokens one at a time: a character appears when its last byte does.
 
@@ -112,6 +121,10 @@ class StreamDecoder:
     """
 
     def __init__(self, tokenizer: Tokenizer = ByteTokenizer(), before: Tokens | None = ()) -> None:
+        if not hasattr(tokenizer, "by_bytes"):
+            raise UserError(
+                f"tokenizer is {shown(tokenizer)}: it must be a vocabulary, as load gives"
+            )
         self._tokenizer, self._before = tokenizer, before
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._word = [] if tokenizer.by_bytes else _word(tokenizer)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from transformer_vq.atomic import write_whole
 from transformer_vq.data.compressed import open_binary
 from transformer_vq.data.text import DataError
-from transformer_vq.data.tokenizer import ByteTokenizer, Tokenizer, Tokens, check_tokens
+from transformer_vq.data.tokenizer import ByteTokenizer, Tokenizer, Tokens, check_tokens, text_bytes
 from transformer_vq.errors import UserError, as_path
 
 END_OF_TEXT = "<|endoftext|>"
@@ -77,10 +77,8 @@ class FileTokenizer:
 
     def encode(self, text: str | bytes) -> list[int]:
         """The tokens of `text`. Raises `ValueError` for what is not UTF-8."""
-        if isinstance(text, str):
-            text = text.encode(errors="surrogateescape")
         try:
-            return self.encode_batch([text.decode()])[0]
+            return self.encode_batch([text_bytes(text).decode()])[0]
         except UnicodeDecodeError as error:
             raise UserError(
                 f"the text is not UTF-8 at byte {error.start:,}, and this vocabulary has no other "
