@@ -316,6 +316,14 @@ def spread(vector: jax.Array, like: jax.Array) -> jax.Array:
     return matmul_exact(ones, vector[None]).reshape(like.shape)
 
 
+def scaled(x: jax.Array, factors: jax.Array) -> jax.Array:
+    """x `[..., j, V]` with each row times its factor, `[..., j, 1]`.
+
+    The factors are spread by a product, as in `spread`: theirs is the gradient that would be a sum.
+    """
+    return x * matmul_exact(factors, jnp.ones((1, x.shape[-1]), factors.dtype))
+
+
 def sum_by_code(values: jax.Array, codes: jax.Array, size: int) -> jax.Array:
     """The sum of the values of each code: `[..., j, V]` and `[..., j]` to `[..., S, V]`.
 

@@ -1,5 +1,6 @@
 """Fading keys in blocks: sums of fades against a plain loop over tokens."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -63,6 +64,30 @@ def test_what_a_cache_has_left(double):
         for k in range(i + 2):
             close(between[:, :, i + 1, k], np.exp(passed(M + k * C - 1, end)), 1e-13)
     far(between[:, :, 2, 1], np.asarray(between[:, :, 3, 1]))
+
+
+def test_gradient_of_what_a_cache_has_left(double):
+    """`growth` has the gradient that `between` leaves out, and is 1."""
+    _, _, leaving = chunk()
+    passing = jnp.asarray(FADES[..., :BLOCKS])
+    added, wanted = np.random.default_rng(1).normal(size=(2, B, G, BLOCKS + 1))
+    earlier = np.tril(np.ones((BLOCKS + 1, BLOCKS + 1)))
+
+    def plain(passing):
+        ends = jnp.pad(jnp.cumsum(passing, -1), ((0, 0), (0, 0), (1, 0)))
+        between = jnp.exp(ends[..., :, None] - ends[..., None, :])
+        return (wanted * jnp.einsum("bgik,bgk->bgi", earlier * between, added)).sum()
+
+    def folded(passing, grown=True):
+        fades = fading.BlockFades(leaving, passing)
+        growth = fades.growth() if grown else 1.0
+        masses = jnp.einsum("bgik,bgk->bgi", earlier * fades.between(), added / growth) * growth
+        return (wanted * masses).sum()
+
+    np.testing.assert_array_equal(fading.BlockFades(leaving, passing).growth(), 1)
+    close(folded(passing), plain(passing), 1e-13)
+    close(jax.grad(folded)(passing), jax.grad(plain)(passing), 1e-12)
+    assert not np.any(jax.grad(folded)(passing, grown=False))  # control
 
 
 def test_ages_and_back(double):

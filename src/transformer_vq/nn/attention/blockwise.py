@@ -203,10 +203,10 @@ def _attend_jvp(rounded, primals, tangents):
         (queries, near.keys, near.biases),
         (d_queries, d_near.keys, d_near.biases),
     )
+    # What is masked has no weight, so what its score gains need not be masked.
     if offsets is not None and not _is_zero(offsets):
-        moved = _by_key(offsets, near.visible[:, None, :, None], scores[0].shape)
         ends = [x.shape[-1] for x in d_scores]
-        moved = jnp.split(moved, ends[:1], axis=-1)
+        moved = jnp.split(offsets[:, :, :, None], ends[:1], axis=-1)
         d_scores = [x + y.astype(x.dtype) for x, y in zip(d_scores, moved, strict=True)]
     columns = list(zip(scores, d_scores, near.values, d_near.values, strict=True))
     if far is not None:
@@ -215,9 +215,7 @@ def _attend_jvp(rounded, primals, tangents):
             lambda content: _far_scores(content, far, rounded), (content,), (d_content,)
         )
         if masses is not None and not _is_zero(masses):
-            visible = far.visible[:, None, :, None, :, None]
-            moved = _by_key(masses[:, :, :, None], visible, scores.shape)
-            d_scores = d_scores + moved.astype(d_scores.dtype)
+            d_scores = d_scores + masses[:, :, :, None, None].astype(d_scores.dtype)
         columns.append((scores, d_scores, far.means, d_far.means))
     parts = [part(*column) for column in columns if column[0].shape[-1]]
     d_out, total = (functools.reduce(jnp.add, x) for x in zip(*parts, strict=True))
@@ -237,21 +235,3 @@ def _is_zero(tangent: object) -> bool:
 def _number(tangent):
     """A tangent of numbers where JAX only says that it is zero."""
     return jnp.zeros(tangent.shape, tangent.dtype) if _is_zero(tangent) else tangent
-
-
-def _by_key(
-    tangents: Float[jax.Array, "B #G n #c j"], visible: Bool[jax.Array, "*any"], shape: tuple
-) -> BlockScores:
-    """Tangents of what scores gain by their key, at all scores that are visible.
-
-    Spread by a product, as above, over the R c queries of a block.
-    """
-    batch, groups, blocks, repeats, rows, _ = shape
-    keys = tangents.shape[-1]
-    tangents = jnp.broadcast_to(tangents, (batch, groups, blocks, tangents.shape[3], keys))
-    if tangents.shape[3] == 1:
-        spread = jnp.ones((repeats * rows, 1), tangents.dtype) @ tangents
-        spread = spread.reshape(batch, groups, blocks, repeats, rows, keys)
-    else:
-        spread = jnp.broadcast_to(tangents[:, :, :, None], (*shape[:-1], keys))
-    return jnp.where(visible, spread, 0)

@@ -60,18 +60,27 @@ def _divisor(mass: Num[jax.Array, "*any"]) -> Num[jax.Array, "*any"]:
 
 
 @jax.custom_jvp
-def _per_mass(sums: Float[jax.Array, "*any"], mass: Float[jax.Array, "*#any"]) -> jax.Array:
-    """Sums over the mass. The derivative has no 1 / mass^2, which a faded mass would overflow, and
-    spreads that of the mass by a product, so that its transpose is one, not XLA's slow sum."""
-    return sums / mass
+def _moved(
+    base: Float[jax.Array, "*any V"],
+    sums: Float[jax.Array, "*any V"],
+    added: Float[jax.Array, "*any 1"],
+    kept: Float[jax.Array, "*any 1"],
+) -> Float[jax.Array, "*any V"]:
+    """Means of codes, `base` of the mass that is `kept`, when keys join with these sums of weighted
+    values and of weights (`added`): `base + (sums - added base) / (kept + added)`."""
+    return base + (sums - added * base) / _divisor(kept + added)
 
 
-@_per_mass.defjvp
-def _per_mass_jvp(primals, tangents):
-    (sums, mass), (d_sums, d_mass) = primals, tangents
-    ratio = sums / mass
-    d_mass = products.matmul_exact(d_mass, jnp.ones((1, sums.shape[-1]), d_mass.dtype))
-    return ratio, (d_sums - ratio * d_mass) / mass
+@_moved.defjvp
+def _moved_jvp(primals, tangents):
+    """Of the mean m = (kept base + sums) / mass, without 1 / mass^2, which a faded mass would
+    overflow."""
+    base, sums, added, kept = primals
+    d_base, d_sums, d_added, d_kept = tangents
+    mass = _divisor(kept + added)
+    means = _moved(*primals)
+    change = d_sums - products.scaled(means, d_added) - products.scaled(means - base, d_kept)
+    return means, (change + kept * d_base) / mass
 
 
 def join(
@@ -164,9 +173,12 @@ def join_blocks(
     codes = jnp.where(joins[:, None], codes, size)  # of no code
     values = values.astype(cache.means.dtype)
     weights = jnp.ones((*codes.shape, 1), values.dtype)
+    growth = None
     if fades is not None:
+        growth = fades.growth().astype(values.dtype)[..., None]  # [B, G, n + 1, 1]
         weights = weights * jnp.exp(fades.key)[..., None].astype(values.dtype)
-        values = weights * values
+        weights = weights / growth[:, :, 1:, None]  # of block i first in cache i + 1
+        values = products.scaled(values, weights)
     if soft is None:
         sums = products.sum_by_code(values, codes, size)
         added = products.sum_by_code(weights, codes, size)  # [B, G, n, S, 1]
@@ -181,11 +193,15 @@ def join_blocks(
     sums, added = _over_blocks(keep[..., 1:], sums), _over_blocks(keep[..., 1:], added)
     base = _over_blocks(same[..., :1], cache.means[:, :, None])
     kept = keep[..., :1].astype(cache.mass.dtype)  # [B, 1 or G, n + 1, 1]
-    mass = kept * cache.mass[:, :, None] + added[..., 0].astype(cache.mass.dtype)
-    total = _divisor(mass)[..., None].astype(cache.means.dtype)
-    counted = jnp.issubdtype(mass.dtype, jnp.integer)  # so there is no gradient
-    moved = sums - added * base
-    means = base + (moved / total if counted else _per_mass(moved, total))
+    kept = kept * cache.mass[:, :, None]
+    mass = kept + added[..., 0].astype(cache.mass.dtype)
+    if growth is not None:
+        mass = mass * growth.astype(mass.dtype)
+    if jnp.issubdtype(mass.dtype, jnp.integer):  # no gradient reaches it
+        total = _divisor(mass)[..., None].astype(cache.means.dtype)
+        means = base + (sums - added * base) / total
+    else:
+        means = _moved(base, sums, added, kept[..., None])
     seen = Cache(mass[:, :, :-1], means[:, :, :-1], firsts[:, :-1])
     return seen, Cache(mass[:, :, -1], means[:, :, -1], firsts[:, -1])
 

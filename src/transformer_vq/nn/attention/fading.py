@@ -76,12 +76,29 @@ class BlockFades:
         return cls(since(leaving) + window[..., None], passing)
 
     def between(self) -> Float[jax.Array, "B G i k"]:
-        """What is left in cache i of the mass of cache k <= i (elsewhere: 1)."""
+        """What is left in cache i of the mass of cache k <= i (elsewhere: 1): `e^(E_i - E_k)`, with
+        E_i the sum of the fades up to cache i.
+
+        A constant: its gradient is that of `growth`, the same at less cost.
+        """
         blocks = self.mass.shape[-1]
         after = iota(blocks)[:, None] >= iota(blocks + 1)  # block b is after cache k
         sums = jnp.where(after, self.mass[..., None], 0.0)
         sums = jax.lax.cumsum(sums, axis=sums.ndim - 2)  # from k up to and with block b
-        return jnp.exp(jnp.concatenate([jnp.zeros_like(sums[..., :1, :]), sums], axis=-2))
+        sums = jnp.concatenate([jnp.zeros_like(sums[..., :1, :]), sums], axis=-2)
+        return jax.lax.stop_gradient(jnp.exp(sums))
+
+    def growth(self) -> Float[jax.Array, "B G i"]:
+        """1, with the gradient of `e^(E_i)`.
+
+        Of `e^(E_i - E_k)` the first factor is one of all the mass of cache i, the second one of
+        every key that cache k was the first to hold. So the mass of cache i times `growth`, and
+        the weight of each such key over it, give E its gradient by sums over keys and codes, where
+        the gradient of `between` would take products of all that the caches hold.
+        """
+        sums = jax.lax.cumsum(self.mass, axis=self.mass.ndim - 1)
+        sums = jnp.concatenate([jnp.zeros_like(sums[..., :1]), sums], axis=-1)
+        return jnp.exp(sums - jax.lax.stop_gradient(sums))
 
 
 @dataclass(frozen=True)
