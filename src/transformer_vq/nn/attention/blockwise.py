@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from transformer_vq.nn import products
 from transformer_vq.nn.layers import wide
