@@ -17,6 +17,7 @@ Ratios are medians of those of each turn.
 
 import argparse
 import asyncio
+import bisect
 import contextlib
 import itertools
 import json
@@ -29,18 +30,20 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
 
 from transformer_vq import SamplingParams, load
+from transformer_vq.cli.served import prompt_chunk
 from transformer_vq.data import bundled_corpus
-from transformer_vq.engine.batch import Session
+from transformer_vq.engine.batch import STEPS_PER_DISPATCH, Session
 from transformer_vq.engine.prefill import read as read_prompts
 from transformer_vq.nn.model import Model
 
 TVQ = Path(sys.executable).with_name("tvq")
-CHUNK = 1024  # tokens of a prompt that are read at once
+CHUNK = prompt_chunk(None)  # tokens of a prompt that are read at once
 SHORT = 16  # tokens of a short prompt
 STEPS = 5
 SAMPLED: dict[str, Any] = {"top_p": 0.9, "cache": "off"}  # as `tvq bench decode` samples
@@ -111,7 +114,8 @@ class Alone:
         self.rate(32)
 
     def rate(self, tokens: int) -> float:
-        """Tokens a second of all rows, while each writes so many."""
+        """Tokens a second of all rows, while each writes so many, in whole dispatches."""
+        tokens = -(-tokens // STEPS_PER_DISPATCH) * STEPS_PER_DISPATCH
         began = time.perf_counter()
         for _ in itertools.islice(self._session, self._rows * tokens):
             pass
@@ -128,21 +132,41 @@ def medians(pairs: list[tuple[float, float]]) -> tuple[float, float, float]:
 
 
 async def read(
-    client: httpx.AsyncClient,
-    url: str,
-    given: str | list[int],
-    tokens: int,
-    chunks: Chunks,
-    **body: Any,
+    url: str, given: str | list[int], tokens: int, chunks: Chunks, **body: Any
 ) -> Chunks:
-    """Read a stream: its chunks, as they come."""
+    """Read a stream: its chunks, as they come.
+
+    By hand, and looked into at its end: a client's work takes the processors from the server's.
+    """
     body = {**SAMPLED, "prompt": given, "max_tokens": tokens, "return_token_ids": True, **body}
-    async with client.stream("POST", url, json={**body, "stream": True}) as response:
-        response.raise_for_status()
-        async for line in response.aiter_lines():
-            if line.startswith("data: {"):
-                (choice,) = json.loads(line[6:])["choices"]
-                chunks.append((time.perf_counter(), len(choice["token_ids"])))
+    content = json.dumps({**body, "stream": True}).encode()
+    address = urlsplit(url)
+    assert address.hostname
+    reader, writer = await asyncio.open_connection(address.hostname, address.port, limit=1 << 24)
+    parts: list[tuple[float, bytes]] = []
+    try:
+        head = f"POST {address.path} HTTP/1.1\r\nHost: {address.netloc}\r\nConnection: close\r\n"
+        kind = f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        writer.write((head + kind).encode() + content)
+        while part := await reader.read(1 << 20):
+            parts.append((time.perf_counter(), part))
+    finally:
+        writer.close()
+        chunks += chunks_of(parts)
+    return chunks
+
+
+def chunks_of(parts: list[tuple[float, bytes]]) -> Chunks:
+    """The chunks in what has come: each came with the end of its line."""
+    text = b"".join(part for _, part in parts)
+    if not text.startswith(b"HTTP/1.1 200 "):
+        raise SystemExit(f"the server refuses a stream: {text.decode()}")
+    ends = list(itertools.accumulate(len(part) for _, part in parts))
+    chunks: Chunks = []
+    for found in re.finditer(rb"^data: (\{.*\})\n", text, re.MULTILINE):
+        (choice,) = json.loads(found[1])["choices"]
+        came, _ = parts[bisect.bisect_left(ends, found.end())]
+        chunks.append((came, len(choice["token_ids"])))
     return chunks
 
 
@@ -150,9 +174,7 @@ def streams(url: str, given: list[str] | list[list[int]], tokens: int, **body: A
     """Tokens a second of some streams, while all of them write."""
 
     async def gather() -> list[Chunks]:
-        async with httpx.AsyncClient(timeout=None) as client:
-            reading = (read(client, url, one, tokens, [], **body) for one in given)
-            return await asyncio.gather(*reading)
+        return await asyncio.gather(*(read(url, one, tokens, [], **body) for one in given))
 
     found = asyncio.run(gather())
     began, ended = max(chunks[0][0] for chunks in found), min(chunks[-1][0] for chunks in found)
@@ -258,7 +280,7 @@ async def first_token(args: argparse.Namespace, client: httpx.AsyncClient, url: 
     for _ in range(4 * args.turns):
         await asyncio.sleep(0.05)
         began = time.perf_counter()
-        chunks = await read(client, url, prompt(SHORT), 20, [])
+        chunks = await read(url, prompt(SHORT), 20, [])
         first = chunks[0][0] - began
         over_http.append((await ask(client, url, prompt(SHORT), max_tokens=0))[0])
         began = time.perf_counter()
@@ -278,13 +300,14 @@ async def pauses(args: argparse.Namespace, client: httpx.AsyncClient, url: str) 
     pairs = []
     for _ in range(args.turns):
         chunks: Chunks = []
-        running = asyncio.create_task(read(client, url, prompt(SHORT), 10**6, chunks))
+        running = asyncio.create_task(read(url, prompt(SHORT), 10**6, chunks))
         await asyncio.sleep(2)
         long, began = prompt(args.prompt), time.perf_counter()
         await ask(client, url, long, max_tokens=1)
         ended = time.perf_counter()
         await asyncio.sleep(0.3)
         running.cancel()
+        await asyncio.wait({running})
         short, full = [(await ask(client, url, prompt(n * CHUNK), max_tokens=0))[0] for n in (1, 5)]
         inside, outside = [], []
         for (before, _), (after, _) in itertools.pairwise(chunks[1:]):

@@ -466,6 +466,27 @@ def test_engine(device):
         engine.submit(last)
 
 
+def test_news_are_told_while_the_device_works(device):
+    """Once a step: before it reads or waits for nothing, and else while rows are decoded."""
+    scheduler, told, slots = Scheduler(device), [], device.slots[1]
+    decode = slots._ahead[False]
+
+    def at_work(*args):
+        out = decode(*args)
+        told.append("at work")
+        return out
+
+    slots._ahead[False] = at_work
+    try:
+        scheduler.add(Request([1] * 20, [SamplingParams(max_tokens=200)], streams=True))
+        for _ in range(4):
+            scheduler.step(lambda: told.append("told"))
+        assert scheduler.running and not scheduler.hurries
+    finally:
+        slots._ahead[False] = decode
+    assert told == ["told", "told", "at work", "at work", "told", "at work", "told"]
+
+
 def test_an_engine_that_fails_says_so(device, monkeypatch):
     import queue
 

@@ -110,6 +110,9 @@ def text_bytes(text: str | bytes) -> bytes:
     return bytes(text)
 
 
+_BYTES = {token: bytes([token]) for token in range(256)}
+
+
 class StreamDecoder:
     """Text from tokens one at a time: a character appears when its last byte does.
 
@@ -128,7 +131,8 @@ class StreamDecoder:
         self._tokenizer, self._before = tokenizer, before
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._word = [] if tokenizer.by_bytes else _word(tokenizer)
-        self._bytes: dict[int, bytes] = {}  # of tokens that came, where they are always the same
+        # Of tokens that came, where they are always the same.
+        self._bytes = dict(_BYTES) if isinstance(tokenizer, ByteTokenizer) else {}
         self._begin()
 
     def push(self, token: int) -> str:

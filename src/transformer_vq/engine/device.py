@@ -182,15 +182,25 @@ class Slots:
         return (0, 0) if self.drafts is None else (self.drafts.guessed, self.drafts.right)
 
     def decode(
-        self, keep: np.ndarray, *, steps: int, at_end: bool, with_logprobs: bool
+        self,
+        keep: np.ndarray,
+        *,
+        steps: int,
+        at_end: bool,
+        with_logprobs: bool,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> Dispatch:
-        """One dispatch of all rows; those not in `keep`, bool `[width]`, have ended."""
+        """One dispatch of all rows; those not in `keep`, bool `[width]`, have ended.
+
+        `meanwhile` is called once, while the device is at work if it can be."""
         plain = self._ahead.get(with_logprobs, self._plain(with_logprobs))
         pause = Pause(np.int32(steps), np.bool_(at_end))
         args = self.decoder, self.controls, self.rows, self._spread(keep), pause
         if self.drafts is None:
             self.rows, new = plain(*args)
+            meanwhile()
         else:
+            meanwhile()
             self.rows, new = self.drafts.dispatch(plain, args, with_logprobs=with_logprobs)
         return Dispatch(*sharding.fetch(new))
 
@@ -215,8 +225,8 @@ class Slots:
         self._ahead = {
             "put": Program(functools.partial(_put, mesh=mesh), (tree, index, rows), donate=(0,)),
             "take": Program(functools.partial(_take, mesh=mesh), (tree, index)),
-            False: Program(self._plain(False), args, donate=(2,)),
-            True: Program(self._plain(True), args, donate=(2,)),
+            False: Program(self._plain(False), args, donate=(2,), model_first=True),
+            True: Program(self._plain(True), args, donate=(2,), model_first=True),
         }
         return [*self._ahead.values(), *(self.drafts.ahead(args) if self.drafts else ())]
 
@@ -326,8 +336,8 @@ class Device:
             args = (self._reader(size), self._empty, np.zeros((1, size), np.int32), index)
             few = size <= FEW
             read, score = (prefill_few, prefill_scored_few) if few else (prefill, prefill_scored)
-            programs["read", size] = Program(read, args, donate=(1,))
-            programs["score", size] = Program(score, args, donate=(1,))
+            programs["read", size] = Program(read, args, donate=(1,), model_first=True)
+            programs["score", size] = Program(score, args, donate=(1,), model_first=True)
         return programs
 
     # Prompts are read at one row, before they have a slot.

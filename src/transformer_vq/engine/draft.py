@@ -158,7 +158,9 @@ class Drafts:
         for size in SIZES[1:]:
             for with_logprobs in (False, True):
                 draft = self._drafted(size, with_logprobs)
-                self._ahead[size, with_logprobs] = Program(draft, args, donate=(2, 7))
+                self._ahead[size, with_logprobs] = Program(
+                    draft, args, donate=(2, 7), model_first=True
+                )
         return list(self._ahead.values())
 
 

@@ -23,7 +23,8 @@ class Engine:
 
     Args:
       make: the scheduler, made in that thread; it loads and compiles, so it takes a while.
-      deliver: gets the events of each step, in that thread. It must be quick.
+      deliver: gets the events of each step, in that thread. It must be quick. Where the next step
+        only decodes, it is called once the device is at work on that.
       max_queue: rows of requests beyond those that have a slot; more are refused.
 
     `on_ready` is called once requests are taken, `on_end` at the end of the thread, with the error
@@ -43,6 +44,7 @@ class Engine:
         self._changed = threading.Condition()
         self._inbox: list[Callable[[Scheduler], None]] = []
         self._live: set[Request] = set()
+        self._untold: list[Event] = []  # of the last step
         self._closing = False
         self._dead = False
         self.error: Exception | None = None  # what made it fail
@@ -114,6 +116,7 @@ class Engine:
                 pass
         except Exception as error:
             self.error = error
+        self._tell()
         with self._changed:
             self._dead = True
             lost, self._live = self._live, set()
@@ -132,12 +135,18 @@ class Engine:
             inbox, self._inbox = self._inbox, []
             for command in inbox:
                 command(scheduler)
-        events = scheduler.step()
+        events = scheduler.step(self._tell)
         with self._changed:
             self._live.difference_update(event.request for event in events if event.last)
+        self._untold = events
+        if scheduler.idle or scheduler.hurries:
+            self._tell()
+        return True
+
+    def _tell(self) -> None:
+        events, self._untold = self._untold, []
         if events:
             self._deliver(events)
-        return True
 
 
 def _add(request: Request, scheduler: Scheduler) -> None:

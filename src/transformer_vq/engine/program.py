@@ -14,9 +14,19 @@ class Program:
 
     It is compiled as a function of lists of leaves: the types in `nn` are of arrays, and JAX would
     make some of what merely describes its arguments.
+
+    `model_first`: the first argument is a model, most often this one, so its leaves are kept: to
+    find them takes as long as all else that a call does in Python.
     """
 
-    def __init__(self, fn: Callable[..., Any], args: Sequence[Any], donate: tuple[int, ...] = ()):
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        args: Sequence[Any],
+        donate: tuple[int, ...] = (),
+        *,
+        model_first: bool = False,
+    ):
         trees = [jax.tree.structure(arg) for arg in args]
         out = None
 
@@ -29,6 +39,8 @@ class Program:
         lowered = jax.jit(flat, donate_argnums=donate).lower(*map(jax.tree.leaves, args))
         assert out is not None  # it was traced
         self._lowered, self._out = lowered, out
+        first = args[0] if model_first else None
+        self._model, self._model_leaves = first, jax.tree.leaves(first)
 
     def compile(self) -> None:
         self._call = self._lowered.compile()
@@ -39,7 +51,11 @@ class Program:
         return self._call.as_text() or ""
 
     def __call__(self, *args: Any) -> Any:
-        return self._out.unflatten(self._call(*map(jax.tree.leaves, args)))
+        if self._model is not None and args[0] is self._model:
+            leaves = [self._model_leaves, *map(jax.tree.leaves, args[1:])]
+        else:
+            leaves = map(jax.tree.leaves, args)
+        return self._out.unflatten(self._call(*leaves))
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ This is the core of the engine. Whoever runs requests, a `Scheduler` or a `Sessi
 here and gets their tokens from here.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -56,7 +57,13 @@ class Slots(Protocol):
     def move(self, slot: int, to: Any, to_slot: int) -> None: ...
     def snapshot(self, slot: int) -> Snapshot: ...
     def decode(
-        self, keep: np.ndarray, *, steps: int, at_end: bool, with_logprobs: bool
+        self,
+        keep: np.ndarray,
+        *,
+        steps: int,
+        at_end: bool,
+        with_logprobs: bool,
+        meanwhile: Callable[[], None] = ...,
     ) -> Dispatch: ...
 
 
@@ -131,10 +138,16 @@ class Running:
             self.slots.move(slot, to.slots, to_slot)
             self.answers[slot], to.answers[to_slot] = None, answer
 
-    def decode(self, steps: int, *, at_end: bool = False) -> Wrote:
+    def decode(
+        self,
+        steps: int,
+        *,
+        at_end: bool = False,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> Wrote:
         """One dispatch of all rows, up to `steps` tokens each; `at_end`: until one of them ends.
 
-        Slots of answers that ended are free.
+        Slots of answers that ended are free. `meanwhile`: as of `engine.device.Slots.decode`.
         """
         live = self.live
         new = self.slots.decode(
@@ -142,16 +155,18 @@ class Running:
             steps=steps,
             at_end=at_end,
             with_logprobs=any(answer.params.logprobs for _, answer in live),
+            meanwhile=meanwhile,
         )
-        most = int(new.lengths.max())
+        lengths = new.lengths.tolist()
+        most = max(lengths)
         tokens: list[tuple[Answer, Token]] = []
         for step in range(most):
             for slot, answer in live:
-                if step < new.lengths[slot]:
+                if step < lengths[slot]:
                     tokens += ((answer, token) for token in answer.take(new, slot, step))
         ended = {}
         for slot, answer in live:
             tokens += ((answer, token) for token in answer.end(new, slot))
             if answer.finish:
                 self.answers[slot], ended[answer] = None, slot
-        return Wrote(tokens, ended, most, int(new.lengths.sum()))
+        return Wrote(tokens, ended, most, sum(lengths))

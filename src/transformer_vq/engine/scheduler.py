@@ -129,6 +129,7 @@ class Scheduler:
         self._reading: _Reading | None = None
         self._owed = 0.0  # seconds of reading that decoding has not had yet
         self._has_read = False  # a chunk in this step, while rows waited
+        self.hurries = False  # the last step brought the first token of a stream
         self._alone_since: float | None = None
         self.step_seconds = dict.fromkeys(device.slots, 0.002)  # of one step, as measured
         self._measured: set[int] = set()  # of these widths; the others' is a guess
@@ -185,10 +186,16 @@ class Scheduler:
                 self._reading = None
         return not request.live
 
-    def step(self) -> list[Event]:
-        """Read a chunk, fill slots, decode for a while: what came of it."""
+    def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[Event]:
+        """Read a chunk, fill slots, decode for a while: what came of it.
+
+        `meanwhile` is called once, soon: where rows are only decoded, while the device is at work.
+        """
         events: list[Event] = []
-        self._has_read = False
+        self._has_read = self.hurries = False
+        if self.waiting or not self.running:
+            meanwhile()
+            meanwhile = lambda: None  # noqa: E731
         if self._reading is None and self._waiting:
             request = self._waiting.popleft()
             self._reading = _Reading(request, self.device.begin(request.start), request.known)
@@ -198,7 +205,7 @@ class Scheduler:
             self._insert(self._reading)
         self._fit_width()
         if self.running:
-            self._decode(events)
+            self._decode(events, meanwhile)
         return events
 
     # Prompts.
@@ -291,7 +298,7 @@ class Scheduler:
 
     # Decoding.
 
-    def _decode(self, events: list[Event]) -> None:
+    def _decode(self, events: list[Event], meanwhile: Callable[[], None]) -> None:
         """One dispatch, and what it brought to each request."""
         news: dict[Answer, list[Token]] = {answer: [] for _, answer in self._running.live}
         streams = [answer for answer in news if answer.request.streams]
@@ -299,11 +306,13 @@ class Scheduler:
         if self._reading and self._owed > 0:  # the next chunk of a prompt waits for so much
             seconds = min(seconds, max(self._owed, AFTER_A_CHUNK))
         first = any(not answer.written for answer in streams)
+        self.hurries = first
         most = FIRST_STEPS if first else MOST_STEPS
         began = self._clock()
         wrote = self._running.decode(
             max(1, min(most, int(seconds / self.step_seconds[self.width]))),
             at_end=self.waiting > 0,
+            meanwhile=meanwhile,
         )
         took = self._clock() - began
         self._owed = max(0.0, self._owed - took)

@@ -21,6 +21,8 @@ class TextStops:
 
     def push(self, text: str) -> str:
         """The text that is certain to come before any stop text."""
+        if not self._stops:
+            return text
         self._held += text
         starts = [(start, s) for s in self._stops if (start := self._held.find(s)) >= 0]
         if starts:

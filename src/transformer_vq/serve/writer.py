@@ -15,7 +15,7 @@ from transformer_vq.serve.text import TextStops
 LEAST = -9999.0  # a log-probability in JSON, which has no infinity
 
 
-@dataclass
+@dataclass(slots=True)
 class Entry:
     """A token in the text."""
 
@@ -128,8 +128,11 @@ class Writer:
         piece.text += text
         self._sent += len(text)
         # A token that ends no character waits for the one that does.
-        ready = [i for i, e in enumerate(self._waiting, 1) if e.start < e.end <= self._sent]
-        piece.entries += self._release(max(ready, default=0))
+        for count in range(len(self._waiting), 0, -1):
+            last = self._waiting[count - 1]
+            if last.start < last.end <= self._sent:
+                piece.entries += self._release(count)
+                return
 
     def _release(self, count: int) -> list[Entry]:
         ready, self._waiting = self._waiting[:count], self._waiting[count:]
