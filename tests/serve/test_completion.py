@@ -29,6 +29,7 @@ class Alphabet:
     device = SimpleNamespace(slots={2: None})
     running = waiting = prompt_tokens = written_tokens = dispatches = 0
     step_seconds = {1: 0.0}  # noqa: RUF012
+    hurries = False
 
     def __init__(self):
         self.requests, self.cancelled, self.read = [], [], []
@@ -53,7 +54,8 @@ class Alphabet:
                     return True
         return False
 
-    def step(self):
+    def step(self, meanwhile):
+        meanwhile()
         time.sleep(0.001)
         events = [Event(request, None) for request in self.read]
         self.read.clear()

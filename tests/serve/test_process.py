@@ -38,7 +38,7 @@ class Failing:
     def add(self, request):
         self.idle = False
 
-    def step(self):
+    def step(self, meanwhile):
         raise RuntimeError("the device has gone")
 
 
