@@ -287,6 +287,12 @@ class TrainConfig:
     streaming: bool = switch(
         False, "rows go on where they stopped, their state carried over batches"
     )
+    repeat_passages: float = real(
+        0.0,
+        "share of the rows of text in which a passage comes again, to learn to copy",
+        "(0, 1]",
+        also={0: "none"},
+    )
     remat: bool = switch(True, "recompute units in the backward pass: less memory, a little slower")
     seed: int = whole(0, "of parameters, data order and dropout", high=MOST_SEED)
     log_every: int = whole(10, "updates between lines of metrics.jsonl", low=1)

@@ -125,6 +125,76 @@ def test_too_little_for_streams():
         make(streaming=True, whole_documents=True)
 
 
+# Passages that come again
+
+
+def again(**fields) -> Batches:
+    return make(**{"size": 4000, "sequence_len": 300, "batch_size": 8, **fields})
+
+
+@given(
+    lengths=st.lists(st.integers(1, 400), min_size=1, max_size=8).filter(lambda x: sum(x) > 99),
+    sequence_len=st.integers(1, 300),
+    streaming=st.booleans(),
+    index=st.integers(0, 50),
+    seed=st.integers(0, 2**40),
+)
+def test_a_passage_comes_again_from_earlier_in_its_document(
+    lengths, sequence_len, streaming, index, seed
+):
+    fields = dict(
+        size=sum(lengths),
+        starts=np.cumsum([0, *lengths[:-1]]),
+        sequence_len=sequence_len,
+        streaming=streaming,
+        seed=seed,
+    )
+    plain, batch = make(**fields).batch(index), make(**fields, repeat_passages=1.0).batch(index)
+    for name in ("loss_mask", "document_ids", "starts"):
+        np.testing.assert_array_equal(getattr(batch, name), getattr(plain, name))
+    for row in range(4):
+        size = batch.loss_mask[row].sum()
+        text = np.append(batch.inputs[row, :size], batch.targets[row, size - 1])
+        true = np.append(plain.inputs[row, :size], plain.targets[row, size - 1])
+        np.testing.assert_array_equal(batch.targets[row, : size - 1], text[1:-1])
+        owner = np.repeat(np.arange(len(lengths)), lengths)[true]
+        changed = np.flatnonzero(text != true)
+        assert not changed.size or changed[0] >= 8  # it begins as it was
+        for place in changed:  # tokens are their own places, so what comes again is known
+            assert text[place] in text[:place] and text[place] == true[text[place] - true[0]]
+            assert owner[place] == owner[0] == owner[text[place] - true[0]]
+
+
+def test_how_many_rows_have_passages_that_come_again():
+    plain, half, all_ = again(), again(repeat_passages=0.5), again(repeat_passages=1.0)
+    assert same(plain.batch(7), again(repeat_passages=0.0).batch(7))
+    changed = np.array(
+        [(plain.batch(i).inputs != half.batch(i).inputs).any(axis=1) for i in range(50)]
+    )
+    assert 0.4 < changed.mean() < 0.6
+    for i in range(50):  # those rows, and no others, are as if all rows had been chosen
+        expected = np.where(changed[i][:, None], all_.batch(i).inputs, plain.batch(i).inputs)
+        np.testing.assert_array_equal(half.batch(i).inputs, expected)
+    copied = np.mean([plain.batch(i).inputs != all_.batch(i).inputs for i in range(50)])
+    assert 0.35 < copied < 0.6  # about half of such a row
+
+
+def test_passages_are_a_function_of_the_index_and_shared_by_processes():
+    fields = dict(repeat_passages=0.7)
+    list(map(again(**fields).batch, (5, 2)))
+    for index in (0, 3, 1000):
+        whole = again(**fields).batch(index)
+        assert same(whole, again(**fields).batch(index))
+        shares = [again(**fields, process_index=i, process_count=2).batch(index) for i in (0, 1)]
+        assert same(map(np.concatenate, zip(*shares, strict=True)), whole)
+        assert not same(whole, again(**fields, seed=4).batch(index))
+
+
+def test_whole_documents_stay_as_they_are():
+    with pytest.raises(ValueError, match=r"repeat_passages is 0\.5, but a row is a whole document"):
+        make(whole_documents=True, repeat_passages=0.5)
+
+
 # Whole documents
 
 

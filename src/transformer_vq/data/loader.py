@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # grain takes over half a second to import: only those who tr
 
 
 UNASKED = -1  # in place of a target that is read later, but need not be foretold
+SHORTEST, LONGEST = 8, 100  # tokens of a passage that comes again
 
 
 class Batch(NamedTuple):
@@ -56,11 +57,14 @@ class Batches:
     A row that is shorter than `sequence_len` is padded with zeros, which the loss mask leaves out.
     Of targets that are not `counted` (bool `[N]`; by default all are), UNASKED stands in place.
 
+    In a share `repeat_passages` of the rows, chosen at random, passages come again in place of
+    later text of the same document: a model that sees such text learns to copy from its past.
+
     `tokens` is an integer array `[N]`, memory-mapped or not; `starts`, integers `[documents]`, says
     where documents begin in it, the first at 0. `batch_size` is global: of several processes, each
     gets its own share of the rows. Raises `DataError` if there are fewer than two tokens (when
     streaming, two for each row), or a document is too long for a row; `ValueError` for sizes that
-    make no sense.
+    make no sense, and for whole documents in which passages are to come again.
     """
 
     tokens: np.ndarray
@@ -72,6 +76,7 @@ class Batches:
     counted: np.ndarray | None = None
     streaming: bool = False
     whole_documents: bool = False
+    repeat_passages: float = 0.0
     process_index: int = 0
     process_count: int = 1
 
@@ -86,6 +91,7 @@ class Batches:
             counted=source.counted,
             whole_documents=source.whole_documents,
             streaming=train.streaming,
+            repeat_passages=train.repeat_passages,
             batch_size=train.batch_size,
             sequence_len=train.sequence_len,
             seed=train.seed,
@@ -110,6 +116,11 @@ class Batches:
         require_length(self.tokens, self.sequence_len)
         if self.streaming and self.whole_documents:
             raise UserError("streaming is for text: whole documents do not go on in the next row")
+        if self.repeat_passages and self.whole_documents:
+            raise UserError(
+                f"repeat_passages is {self.repeat_passages:g}, but a row is a whole document here "
+                f"(a picture, an episode), which stays as it is: use 0"
+            )
         if self.streaming and not self._stream_len:
             raise DataError(
                 f"there are {len(self.tokens):,} of the {self.batch_size + 1:,} tokens that "
@@ -139,12 +150,15 @@ class Batches:
             raise UserError(f"the batch index is {index}: it must be at least 0")
         count = self.batch_size // self.process_count
         first = self.process_index * count
-        rows = [self._row(index, row) for row in range(first, first + count)]
+        numbers = range(first, first + count)
+        rows = [self._row(index, row) for row in numbers]
         windows = np.zeros((count, self.sequence_len + 1), np.int32)
         targets = np.zeros((count, self.sequence_len), np.int32)
-        for window, target, (start, stop) in zip(windows, targets, rows, strict=True):
+        for row, window, target, (start, stop) in zip(numbers, windows, targets, rows, strict=True):
             window[: stop - start] = self.tokens[start:stop]
-            target[: stop - start - 1] = self.tokens[start + 1 : stop]
+            if self.repeat_passages:
+                self._repeat(window[: self._document_end(start, stop) - start], index, row)
+            target[: stop - start - 1] = window[1 : stop - start]
             if self.counted is not None:
                 target[: stop - start - 1][~self.counted[start + 1 : stop]] = UNASKED
         places = np.arange(self.sequence_len)
@@ -208,6 +222,37 @@ class Batches:
         offset = self._offset(len(self.tokens) - 1, position // self.num_windows)
         start = offset + window * self.sequence_len
         return start, min(start + self.sequence_len + 1, len(self.tokens))
+
+    def _repeat(self, text: np.ndarray, index: int, row: int) -> None:
+        """Put passages of `text` in place of later ones, if this row is one of those.
+
+        Half of it, about, is new and half has been there before. Short passages and short ways back
+        are likelier than long ones: copying is learned from those first (docs/log.md).
+        """
+        position = index * self.batch_size + row
+        bits = np.random.PCG64(np.random.SeedSequence((self.seed, position, 1)))
+
+        def below(limit: int) -> int:  # small numbers are likelier than large ones
+            first, second = bits.random_raw(2)
+            return int(second) % (1 + int(first) % limit)
+
+        if bits.random_raw() >= self.repeat_passages * 2**64:
+            return
+        place = 0
+        while True:
+            place += SHORTEST + below(LONGEST - SHORTEST + 1)
+            size = SHORTEST + below(LONGEST - SHORTEST + 1)
+            if place >= len(text):
+                return
+            size = min(size, place, len(text) - place)
+            start = place - size - below(place - size + 1)
+            text[place : place + size] = text[start : start + size]
+            place += size
+
+    def _document_end(self, start: int, stop: int) -> int:
+        """Where the document that has token `start` ends, `stop` at most."""
+        following = np.searchsorted(self._starts, start, side="right")
+        return min(stop, int(self._starts[following])) if following < len(self._starts) else stop
 
     def _offset(self, targets: int, epoch: int) -> int:
         """Where the cutting of so many targets into windows begins, of those that leave room."""
