@@ -58,18 +58,18 @@ def test_dry_run_tells_and_leaves_nothing(capsys, tmp_path, monkeypatch):
     """The model and recipe of a preset, changed; on the eight devices of the tests."""
     monkeypatch.chdir(tmp_path)
     changes = ["--train.batch-size=16", "--train.ema-decay=0.9", "--config.num-layers=1"]
-    changes += ["--train.update-len=64", "--train.sequence-len=64", "--train.optimizer=adamw"]
-    assert main(["train", "--preset", "small", "--dry-run", *changes]) == 0
+    changes += ["--train.sequence-len=64", "--train.optimizer=adamw"]
+    assert main(["train", "--preset", "tiny", "--dry-run", *changes]) == 0
     printed = capsys.readouterr().out
-    config = ModelConfig.preset("small", num_layers=1)
+    config = ModelConfig.preset("tiny", num_layers=1)
     size = 4 * costs.parameter_count(config) / 1e6
     for line in (
-        "recipe: adamw, 5,000 updates of 16 rows by 64 tokens, in sequences of 64",
+        "recipe: adamw, 1,000 updates of 16 rows by 64 tokens, in sequences of 64",
         "for 8 devices (cpu)",
         f"  parameters                {size:.2f} MB",
         f"  optimizer                 {2 * size:.2f} MB",
         " of 1,024 tokens",
-        "in all: 5.12 M tokens",
+        "in all: 1.02 M tokens",
     ):
         assert line in printed, printed
     assert list(tmp_path.iterdir()) == []

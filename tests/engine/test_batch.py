@@ -37,7 +37,14 @@ from transformer_vq.errors import UserError
 
 @pytest.mark.parametrize(
     "model",
-    [MODEL, make_model(head_type="mqa", use_cache=False, absolute_positions=True), FULL],
+    [
+        MODEL,
+        pytest.param(
+            make_model(head_type="mqa", use_cache=False, absolute_positions=True),
+            marks=pytest.mark.slow,
+        ),
+        FULL,
+    ],
     ids=["shga", "mqa", "full"],
 )
 def test_greedy(model):

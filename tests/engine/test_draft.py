@@ -134,6 +134,7 @@ def test_drafts_of_a_scheduler(double, monkeypatch):
     assert 0 < right < guessed
 
 
+@pytest.mark.slow
 def test_a_row_of_no_numbers_ends_with_drafts_too(double, monkeypatch):
     of_sizes(monkeypatch, 4)
     model = double_model()

@@ -121,7 +121,11 @@ def test_any_split(name, double):
 
 @pytest.mark.parametrize(
     ("name", "block_len"),
-    [("gated_heads_documents", 1), ("gated_heads_documents", 64), ("mqa_no_window", 4)],
+    [
+        ("gated_heads_documents", 64),
+        pytest.param("gated_heads_documents", 1, marks=pytest.mark.slow),
+        pytest.param("mqa_no_window", 4, marks=pytest.mark.slow),
+    ],
 )
 def test_block_len_changes_nothing(name, block_len, double):
     model, tokens, document_ids, _, _ = whole(name)

@@ -179,6 +179,7 @@ def test_rows_are_spread_over_the_devices():
     assert shards == dict.fromkeys(jax.devices(), (BATCH // 8, LENGTH))
 
 
+@pytest.mark.slow
 def test_one_device_draws_the_same(user_env):
     program = """
         import json, sys

@@ -322,6 +322,7 @@ def test_known_prompts_are_not_read_again(server):
     assert turn2["usage"]["prompt_tokens_details"]["cached_tokens"] == len(whole)
 
 
+@pytest.mark.slow
 def test_a_file_of_requests_has_the_same_answers(server, server_env, tmp_path):
     """`tvq batch`, with a state that the server made."""
     httpx.post(f"{server.url}/v1/states", json={"name": "b", "prompt": "It"}, headers=auth())
