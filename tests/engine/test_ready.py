@@ -78,12 +78,28 @@ def test_a_damaged_file_is_made_anew(folder):
     ask()
     (path,) = folder.iterdir()
     whole = path.read_bytes()
-    for damaged in (b"", whole[: len(whole) // 2], b"no program"):
+    middle = len(whole) // 2
+    for damaged in (b"", whole[:middle], b"no program", flipped(whole, middle)):
         path.write_bytes(damaged)
         next_process(folder)
         assert ask() == [[0, 2, 4], [2, 2, 2]]
-        assert len(path.read_bytes()) > len(damaged)
-    assert len(traced) == 4
+        assert path.read_bytes() != damaged and len(path.read_bytes()) > middle
+    assert len(traced) == 5
+
+
+def test_a_program_with_a_flipped_bit_is_not_loaded(folder):
+    ask()
+    (path,) = folder.iterdir()
+    whole = path.read_bytes()
+    for place in range(0, len(whole), len(whole) // 40):
+        path.write_bytes(flipped(whole, place))
+        assert ready._loaded(path, jax.devices()[0]) is None
+    path.write_bytes(whole)  # control
+    assert ready._loaded(path, jax.devices()[0]) is not None
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
 
 def test_where_it_is_not_one_device_all_is_as_ever(folder):

@@ -71,7 +71,10 @@ def _shape(leaf: Any, device: Any) -> tuple | None:
 def _loaded(path: Path, device: Any) -> Callable[..., Any] | None:
     """The program in a file; None if there is none, or it is damaged."""
     with contextlib.suppress(Exception):
-        content, given, made = pickle.loads(path.read_bytes())
+        digest, _, kept = path.read_bytes().partition(b"\n")
+        if digest != _digest(kept):  # one bit of a program may give other tokens, or a crash
+            return None
+        content, given, made = pickle.loads(kept)
         return serialize_executable.deserialize_and_load(
             content, given, made, device.client, [device]
         )
@@ -83,8 +86,13 @@ def _saved(path: Path, lowered: jax.stages.Lowered) -> Callable[..., Any]:
     with compiled_now():  # one that comes from JAX's cache cannot be written again
         program = lowered.compile()
     with contextlib.suppress(Exception):  # else the next process makes it again
-        write_whole(path, pickle.dumps(serialize_executable.serialize(program)), shared=True)
+        kept = pickle.dumps(serialize_executable.serialize(program))
+        write_whole(path, _digest(kept) + b"\n" + kept, shared=True)
     return program
+
+
+def _digest(kept: bytes) -> bytes:
+    return hashlib.sha256(kept).hexdigest().encode()
 
 
 @functools.cache
