@@ -148,10 +148,10 @@ def check_start(state: State, need: Sequence[int]) -> None:
     a state: one row each, or one that serves all."""
     given, rows = num_rows(state), len(need)
     if given not in (1, rows):
-        prompts, need = (
+        prompts, wanted = (
             ("1 prompt", "1 is") if rows == 1 else (f"{rows} prompts", f"1 or {rows} are")
         )
-        raise UserError(f"the state has {given} rows for {prompts}: {need} needed")
+        raise UserError(f"the state has {given} rows for {prompts}: {wanted} needed")
     if state.capacity is not None:
         end = int(np.max(np.asarray(state.position, np.int64) + np.array(need)))
         if end > state.capacity:

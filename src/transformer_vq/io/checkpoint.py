@@ -399,5 +399,6 @@ def _reason(error: Exception) -> str:
     for number, advice in _FULL.items():
         if code == number or os.strerror(number) in text:
             return advice
-    # The library names the file that it would write first, and what the system says last.
-    return os.strerror(code) if of_library else textwrap.shorten(text.splitlines()[0], 300)
+    if of_library:  # the library names the file first, and what the system says last
+        return os.strerror(int(of_library[1]))
+    return textwrap.shorten(text.splitlines()[0], 300)
