@@ -54,6 +54,7 @@ def test_eval_forgets_when_it_is_told_to(capsys, run):
     assert "--context-len is 2500: it must be a multiple of --chunk-len, 2048" in said
 
 
+@pytest.mark.slow
 def test_eval_bounds_what_far_keys_weigh(capsys, run):
     def bpb(*arguments):
         assert main(["eval", "--run", run, "--no-gain", "--json", *arguments]) == 0

@@ -115,6 +115,7 @@ def test_logprobs(capsys, run):
     assert len(lines) == 5 and f"{record['logprobs'][0]:.4f}" in lines[0]
 
 
+@pytest.mark.slow
 def test_a_state_keeps_the_bounds_it_was_made_under(capsys, tmp_path, run):
     state, prompt = str(tmp_path / "state"), tmp_path / "prompt"
     prompt.write_text("Call me Ishmael. " * 20)
@@ -147,6 +148,7 @@ def test_ctrl_c_in_sampling_ends_the_line(run, user_env):
     assert printed.endswith(b"\n") and b"Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_is_no_error(run, user_env):
     process = start(user_env, "sample", "--run", run, "--max-tokens", "100000000")
     assert process.stdout.read(10)

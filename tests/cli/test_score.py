@@ -104,6 +104,7 @@ def test_score_goes_on_from_a_state(capsys, tmp_path, run):
     assert total["scored"] == total["tokens"] == len(TEXT[9:].encode())
 
 
+@pytest.mark.slow
 def test_score_with_a_vocabulary_and_full_attention(capsys, tmp_path):
     """Bits are of the text, not of tokens; a long text is more than one piece of 1,024."""
     source = Source.of(np.frombuffer(b"it was and it was not what it was " * 90, np.uint8))

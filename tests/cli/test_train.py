@@ -112,6 +112,7 @@ def test_the_same_command_gives_the_same_losses(capsys, tmp_path, run, content):
     assert len(losses(out)) == STEPS + 1
 
 
+@pytest.mark.slow
 def test_resuming_needs_nothing_but_the_folder(capsys, tmp_path, run):
     out = shutil.copytree(run, tmp_path / "run")
     arguments = ["train", "--out", str(out), "--resume"]

@@ -104,6 +104,7 @@ assert (jax.random.key_data(restored["key"]) == jax.random.key_data(state["key"]
 """
 
 
+@pytest.mark.slow
 def test_two_processes_save_and_one_restores(tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))

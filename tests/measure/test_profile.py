@@ -64,6 +64,7 @@ def test_what_takes_all_of_a_table_is_counted_whole():
     assert update.bytes > 4 * 800
 
 
+@pytest.mark.slow
 def test_a_step_as_a_table_and_as_json(capsys, monkeypatch):
     monkeypatch.setenv("TVQ_CACHE", "")
     monkeypatch.setattr(bench, "PROBE_BYTES", 2**20)

@@ -18,7 +18,12 @@ CAUSAL = {
 }
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+SLOW = ("pieces",)  # test_extend cuts texts, too
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CAUSAL]
+)
 def test_causality(name, double):
     """The gradient of a logit for the embedding of a token is exactly zero where the token is
     later, in an earlier document, or beyond all windows; elsewhere it is not zero."""

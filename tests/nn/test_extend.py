@@ -13,7 +13,12 @@ from tests.helpers import close, far, make_config, random_inputs, random_model
 from tests.nn.cases import BATCH, CAPACITY, CASES, LENGTH, fresh, same_bits
 from transformer_vq import extend
 
-SLOW = ("gated", "gated_heads_documents", "mqa_no_window")  # what others among them have too
+SLOW = (  # what others among them have too
+    "gated",
+    "gated_heads_documents",
+    "mha_no_cache_documents",
+    "mqa_no_window",
+)
 SIZES = (1, 2, 9)  # of the pieces that a text is cut into: few, each is compiled
 WITH_DOCUMENTS = [name for name, config in CASES.items() if config.reset_at_document]
 

@@ -102,6 +102,7 @@ SLOW = (  # what others among these have too
     "documents_no_cache",
     "full_gated",
     "full_memory",
+    "gated",
     "memory_no_cache",
     "no_cache",
     "no_window_one_code",

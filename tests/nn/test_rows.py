@@ -84,6 +84,7 @@ def cut_off(state, words, dtype, window_keys=window.window_keys):
     return jax.lax.stop_gradient(window_keys(state, words, dtype))
 
 
+@pytest.mark.slow
 def test_chunks_are_as_the_oracle(double, monkeypatch):
     """Logits by the quadratic oracle, of a model that reads its text in six chunks."""
     config = CASES["gated_heads_documents"]
@@ -126,7 +127,14 @@ def test_dropout_does_not_depend_on_chunks(double, monkeypatch):
     far(run(config, 1, monkeypatch, dropout=other)[0][0], expected[0][0])
 
 
-@pytest.mark.parametrize("name", ["embedding", "residual", "layer"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("embedding", marks=pytest.mark.slow),
+        "residual",
+        pytest.param("layer", marks=pytest.mark.slow),
+    ],
+)
 def test_every_row_drops_for_itself(name, double):
     config = CASES["gated"].replace(**{f"dropout_{name}": 0.5})
     model, tokens = random_model(config), jnp.ones((8, 5), jnp.int32)

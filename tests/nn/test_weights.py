@@ -35,7 +35,10 @@ def wide(model):
     return dataclasses.replace(model, weights="as-saved")
 
 
-@pytest.mark.parametrize(("name", "weights"), [("gated", "bfloat16"), ("mlp, tied", "int8")])
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [pytest.param("gated", "bfloat16", marks=pytest.mark.slow), ("mlp, tied", "int8")],
+)
 def test_narrow_decoding_is_that_of_the_rounded_model(name, weights, double):
     config = CONFIGS[name]
     model = random_model(config)

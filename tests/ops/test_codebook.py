@@ -181,6 +181,7 @@ def streams(index: int) -> Batch:
     )
 
 
+@pytest.mark.slow
 def test_a_stream_goes_on_where_it_was():
     """Where nothing is learnt, batches lose what the whole text loses, row by row."""
     config = CONFIG.replace(codebook_decay=1 - 1e-7)

@@ -241,6 +241,7 @@ def test_pictures_are_scored_one_by_one(tmp_path, attention):
             evaluate(model, source, rows=7)
 
 
+@pytest.mark.slow
 def test_documents_are_scored_as_the_model_reads_them():
     """A model that resets at documents is scored so; each start is predicted, as an end."""
     starts = np.array([0, 30, 75])

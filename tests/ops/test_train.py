@@ -269,6 +269,7 @@ def test_parts_of_a_batch_add_up_to_the_whole():
         assert least < 0.7 * used
 
 
+@pytest.mark.slow
 def test_by_default_a_micro_batch_is_what_fits_a_chunk(monkeypatch):
     """On a CPU: as many micro-batches as bring one down to what goes through a unit at once."""
     train, made = replace(FOUR, batch_size=8), []

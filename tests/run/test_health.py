@@ -17,6 +17,7 @@ from transformer_vq.run.folder import DataSource, RunError
 from transformer_vq.sharding import data_mesh
 
 
+@pytest.mark.slow
 def test_divergence_names_the_last_good_step(tmp_path, monkeypatch):
     monkeypatch.setattr(Compiled, "bad_step", 8)
     with pytest.raises(

@@ -96,7 +96,10 @@ def in_pieces(config, pieces, arrays, document_ids, from_empty=False):
     return out, state.units[0]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n == "ragged_pieces_documents")) for n in CASES],
+)
 def test_values_and_gradients(name, double):
     """In any blocks and any ragged pieces the outputs, the cache and all gradients, those through
     the cache too, are the oracle's."""
