@@ -18,6 +18,7 @@ def code_cells(path) -> list[dict]:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.slow
 def test_a_notebook_runs_and_prints_what_it_shows(path):
     names, figures = {"__name__": "__main__"}, 0
     for cell in code_cells(path):

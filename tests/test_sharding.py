@@ -279,6 +279,7 @@ def test_devices_share_requests(devices):
     assert generate(SAMPLER, PROMPTS, others, mesh=mesh) != one
 
 
+@pytest.mark.slow
 def test_states_go_between_meshes(tmp_path):
     """A session on a mesh goes on from a state of one device, and leaves one."""
     mesh = make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])

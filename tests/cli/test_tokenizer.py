@@ -134,6 +134,7 @@ def test_wrong_options(folder, tmp_path, monkeypatch, capsys, arguments, says):
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.slow
 def test_sample_draws_what_the_vocabulary_has(folder, tmp_path, capsys):
     """Where the model has more tokens than the vocabulary; what cannot be drawn can be shown."""
     tokenizer = load_tokenizer(folder / "bpe.json")

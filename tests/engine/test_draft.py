@@ -85,6 +85,7 @@ def test_the_same_tokens(double, monkeypatch):
     assert 0.1 * guessed < right < guessed  # some are right, and some are not
 
 
+@pytest.mark.slow
 def test_requests_that_join(double, monkeypatch):
     """Where one has ended, the next one's text is what its guesses come from."""
     of_sizes(monkeypatch, 4, 1, 4)

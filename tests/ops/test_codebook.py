@@ -134,6 +134,7 @@ def test_revival_on_eight_devices_is_that_of_one_device_in_parts():
 # The first codebook
 
 
+@pytest.mark.slow
 def test_first_codebook_holds_keys_of_the_batch():
     state, batch = START(CONFIG, TRAIN), one_batch()
     batch.loss_mask[:, 6:] = False

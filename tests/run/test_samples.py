@@ -29,6 +29,7 @@ def test_train_replaces_the_vocabulary_of_an_earlier_start(tmp_path, one_device)
     assert run_tokenizer(out).name == "bytes"
 
 
+@pytest.mark.slow
 def test_samples_of_a_run_are_of_its_vocabulary(tmp_path):
     """The same in training, as long as the tokens are those of the vocabulary."""
     config = ModelConfig(
