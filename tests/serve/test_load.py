@@ -141,7 +141,9 @@ for chunk in streams[0]:
 def complaints(server) -> list[str]:
     """What it has said since it was ready, but for what JAX tells of its work."""
     lines = server.errors(since_ready=True).splitlines()
-    return [line for line in lines if not line.startswith("WARNING:jax._src.dispatch:")]
+    # It depends on what else is imported whether a line says who wrote it.
+    told = [line.removeprefix("WARNING:jax._src.dispatch:") for line in lines]
+    return [line for line in told if not line.startswith("Finished ")]
 
 
 def open_files(server) -> int:
