@@ -33,7 +33,6 @@ def test_what_rounding_costs_is_measured_once_and_kept(capsys, own):
     assert "(allowed)" in printed and set(kept) == {"int8", "bfloat16"}
 
 
-@pytest.mark.slow
 def test_a_state_is_of_the_weights_that_made_it(capsys, own, tmp_path):
     state = str(tmp_path / "state")
     rounded = ["--run", own, "--weights", "int8"]
