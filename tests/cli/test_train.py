@@ -75,6 +75,14 @@ def test_dry_run_tells_and_leaves_nothing(capsys, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_recipe_for_other_data_leaves_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    task = ["train", "--data", "copy:episodes=20", "--out", "run", "--preset", "tiny"]
+    for option in ("--train.repeat-passages=0.5", "--train.streaming=True"):
+        assert "document" in fails(capsys, 1, *task, option)
+        assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [(None, "no file"), (b"", "is empty"), (b"x", "0 of the 65 tokens"), ("folder", "a directory")],

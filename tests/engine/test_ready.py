@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 import pytest
 
@@ -64,7 +65,11 @@ def test_what_differs_is_another_program(folder, monkeypatch):
 
 def test_sources_settings_and_processor_count():
     about = ready._circumstances.__wrapped__()
-    assert jax.__version__ in about and "jax_enable_x64" in about and "flags" in about
+    assert (
+        f"'{jax.__version__}', '{jaxlib.__version__}'" in about
+        and "jax_enable_x64" in about
+        and "flags" in about
+    )
     before = jax.config.jax_default_matmul_precision  # pyright: ignore
     jax.config.update("jax_default_matmul_precision", "highest")
     try:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib
 import numpy as np
 from jax.core import Tracer
 from jax.experimental import serialize_executable
@@ -106,9 +107,9 @@ def _circumstances() -> str:
     flags = {k: v for k, v in os.environ.items() if k in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
     settings = sorted((name, repr(value)) for name, value in jax.config.values.items())
     about = (
-        sources.hexdigest(), platform.python_version(), jax.__version__, np.__version__,
-        device.platform, device.device_kind, device.client.platform_version, jax.device_count(),
-        flags, settings, _processor(),
+        sources.hexdigest(), platform.python_version(), jax.__version__, jaxlib.__version__,
+        np.__version__, device.platform, device.device_kind, device.client.platform_version,
+        jax.device_count(), flags, settings, _processor(),
     )  # fmt: skip
     return repr(about)
 

@@ -193,9 +193,9 @@ class Scheduler:
         """
         events: list[Event] = []
         self._has_read = self.hurries = False
-        if self.waiting or not self.running:
+        only_decodes = self.running and not self.waiting
+        if not only_decodes:
             meanwhile()
-            meanwhile = lambda: None  # noqa: E731
         if self._reading is None and self._waiting:
             request = self._waiting.popleft()
             self._reading = _Reading(request, self.device.begin(request.start), request.known)
@@ -205,7 +205,7 @@ class Scheduler:
             self._insert(self._reading)
         self._fit_width()
         if self.running:
-            self._decode(events, meanwhile)
+            self._decode(events, meanwhile if only_decodes else lambda: None)
         return events
 
     # Prompts.

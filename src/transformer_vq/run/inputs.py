@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from transformer_vq.config import ModelConfig, TrainConfig
-from transformer_vq.data import Batch, Batches, Source, as_source, check_tokens, require_length
+from transformer_vq.data import Batch, Batches, Source, as_source, check_tokens
 from transformer_vq.sharding import process_share
 
 
@@ -30,12 +30,12 @@ class Inputs:
     ) -> Self:
         """Tokens `[N]`, or sources, for a model and a recipe.
 
-        Raises `DataError` if there are too few tokens, `UserError` for one that the model does not
-        have.
+        Raises `DataError` if there are too few tokens or a document is too long, `UserError` for
+        a token that the model does not have, or a recipe that such data cannot be trained by.
         """
         source = as_source(tokens)
         held_out = None if validation is None else as_source(validation)
-        require_length(source.tokens, train.sequence_len)
+        Batches.of(source, train)  # refuses what no batch can be made of
         for part in (source, held_out):
             if part is not None:
                 _require_in_vocabulary(part.tokens, config.vocab_size)
