@@ -16,7 +16,7 @@ def test_a_curve_is_drawn_by_what_a_notebook_starts(tmp_path, user_env):
     """It names a backend that may not be installed; and here no home folder can be written to."""
     env = {
         **user_env,
-        "MPLBACKEND": "module://of_a_notebook",
+        "MPLBACKEND": "of_a_notebook",
         "HOME": "/proc",
         "TMPDIR": str(tmp_path),
     }

@@ -13,11 +13,11 @@ import os
 import pickle
 import platform
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
 import numpy as np
 from jax.core import Tracer
 from jax.experimental import serialize_executable
@@ -107,7 +107,7 @@ def _circumstances() -> str:
     flags = {k: v for k, v in os.environ.items() if k in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
     settings = sorted((name, repr(value)) for name, value in jax.config.values.items())
     about = (
-        sources.hexdigest(), platform.python_version(), jax.__version__, jaxlib.__version__,
+        sources.hexdigest(), platform.python_version(), jax.__version__, version("jaxlib"),
         np.__version__, device.platform, device.device_kind, device.client.platform_version,
         jax.device_count(), flags, settings, _processor(),
     )  # fmt: skip
