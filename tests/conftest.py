@@ -59,11 +59,16 @@ from hypothesis import HealthCheck, settings
 # Arrays of two dtypes do not meet without a cast: nothing is promoted in silence.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-# A program is compiled once by this process: modules forget theirs (`_forget_programs`) and many
-# make the same. The folder ends with the process: a test never meets code of an older run.
-_programs = tempfile.TemporaryDirectory(prefix="tvq-tests-")
+# A program is compiled once: modules forget theirs (`_forget_programs`) and many make the same.
+# pytest's first process makes the folder, its workers share it, and it ends with the first: a test
+# never meets code of an older run.
+_made = None
+if "TVQ_TEST_PROGRAMS" not in os.environ:
+    _made = tempfile.TemporaryDirectory(prefix="tvq-tests-")
+    os.environ["TVQ_TEST_PROGRAMS"] = _made.name
+_programs = os.environ["TVQ_TEST_PROGRAMS"]
 jax.config.update("jax_enable_compilation_cache", True)
-jax.config.update("jax_compilation_cache_dir", _programs.name)
+jax.config.update("jax_compilation_cache_dir", _programs)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
@@ -85,7 +90,8 @@ SHARED = Path(os.environ.get("TVQ_SHARED") or Path(__file__).parents[1].parent /
 
 
 def pytest_unconfigure():
-    _programs.cleanup()
+    if _made:
+        _made.cleanup()
 
 
 # Each compiled program holds memory maps, a few or, as users' are made, some 500; Linux gives a
@@ -137,7 +143,7 @@ def user_env() -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if name not in dropped}
     env |= {
         "JAX_ENABLE_COMPILATION_CACHE": "true",
-        "JAX_COMPILATION_CACHE_DIR": f"{_programs.name}/processes",
+        "JAX_COMPILATION_CACHE_DIR": f"{_programs}/processes",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return {**env, "XLA_FLAGS": " ".join(flags)}

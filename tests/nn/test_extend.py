@@ -13,7 +13,8 @@ from tests.helpers import close, far, make_config, random_inputs, random_model
 from tests.nn.cases import BATCH, CAPACITY, CASES, LENGTH, fresh, same_bits
 from transformer_vq import extend
 
-SLOW = (  # what others among them have too
+SLOW = (  # what others among them have too, or test_reference and test_bounds check
+    "decay_cap_documents",
     "gated",
     "gated_heads_documents",
     "mha_no_cache_documents",
