@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from tests.engine.plain import MODEL, make_model, random_prompt
+from tests.engine.scheduling import answer
+from tests.engine.scheduling import run as run_all
 from tests.engine.test_batch import random_request
-from tests.engine.test_scheduler import answer
-from tests.engine.test_scheduler import run as run_all
 from tests.helpers import DOUBLE, close
 from transformer_vq import Model, SamplingParams, generate, stream
 from transformer_vq.engine import draft as drafts

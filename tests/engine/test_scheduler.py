@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from tests.engine.plain import MODEL, VOCAB
+from tests.engine.scheduling import SLOTS, Clock, answer, run
 from transformer_vq import SamplingParams, generate, score, stream
 from transformer_vq.engine.device import Device
-from transformer_vq.engine.engine import Engine, EngineDead, QueueFull
 from transformer_vq.engine.scheduler import (
     ALONE,
     FIRST_STEPS,
@@ -20,8 +20,6 @@ from transformer_vq.engine.scheduler import (
 )
 from transformer_vq.errors import UserError
 from transformer_vq.sharding import data_mesh
-
-SLOTS = 3
 
 
 @pytest.fixture(scope="module")
@@ -42,36 +40,6 @@ def compilations():
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield compiled
     jax.monitoring.unregister_event_duration_listener(listen)
-
-
-class Clock:
-    """Seconds that pass when they are told to."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self):
-        self.now += 0.001
-        return self.now
-
-
-def run(scheduler, arrivals):
-    """The events of requests, which arrive before some steps: `[(step, request)]`."""
-    arrivals, events, step = sorted(arrivals, key=lambda a: a[0]), [], 0
-    while arrivals or not scheduler.idle:
-        while arrivals and arrivals[0][0] <= step:
-            scheduler.add(arrivals.pop(0)[1])
-        events += scheduler.step()
-        step += 1
-        assert step < 2000
-    return events
-
-
-def answer(events, request, choice=0):
-    """The tokens of an answer and how it ended."""
-    mine = [e for e in events if e.request is request and e.choice == choice]
-    assert sum(e.finish is not None for e in mine) == 1 and mine[-1].finish
-    return [token for e in mine for token in e.tokens], mine[-1].finish
 
 
 def random_request(rng, **fields):
@@ -303,93 +271,6 @@ def test_a_row_that_is_not_numbers_ends_alone(device):
     assert [e.finish for e in run(Scheduler(device), [(0, unread)])] == ["error"]
 
 
-def test_half_of_the_time_is_for_those_who_write(device, monkeypatch):
-    """While rows decode, a long prompt gets a chunk only when they have had as long."""
-    clock = Clock()
-    scheduler = Scheduler(device, clock=clock)
-    spent = {"read": 0.0, "decode": 0.0}
-
-    def slow(owner, name, seconds):
-        method = getattr(owner, name)
-
-        def call(*args, **kwargs):
-            clock.now += seconds
-            spent[name] += seconds
-            return method(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, call)
-
-    slow(device, "read", 1.0)
-    for slots in device.slots.values():
-        slow(slots, "decode", 0.25)
-    scheduler.step_seconds = dict.fromkeys(device.slots, 0.06)
-    writer = Request([1], [SamplingParams(max_tokens=2000)])
-    scheduler.add(writer)
-    scheduler.step()
-    spent.update(read=0.0, decode=0.0)
-    scheduler.add(Request([2] * 100, [SamplingParams(max_tokens=1)]))
-    while scheduler.waiting:
-        scheduler.step()
-    assert spent["read"] == 7.0
-    assert spent["decode"] >= 0.9 * 6
-
-
-def test_who_has_waited_for_a_chunk_waits_for_a_short_dispatch(device, monkeypatch):
-    scheduler, decode, steps = Scheduler(device, clock=Clock()), device.slots[1].decode, []
-
-    def counted(*args, **kwargs):
-        steps.append(kwargs["steps"])
-        return decode(*args, **kwargs)
-
-    scheduler.step_seconds = dict.fromkeys(device.slots, 0.002)
-    monkeypatch.setattr(device.slots[1], "decode", counted)
-    monkeypatch.setattr(scheduler, "_measure", lambda seconds: None)
-    scheduler.add(Request([1], [SamplingParams(max_tokens=2000)], streams=True))
-    for _ in range(3):
-        scheduler.step()
-    scheduler.add(Request([2] * (device.largest + 1), []))
-    for _ in range(4):
-        scheduler.step()
-    assert steps == [FIRST_STEPS, 30, 30, 15, 15, 30, 30]
-
-
-@pytest.mark.parametrize(
-    ("streams", "seconds", "expected"),
-    [
-        (True, 0.05, [15, 15, 15, 15]),  # after a chunk half as long as usual, then what is owed
-        (True, 0.2, [15, 30, 30, 24]),  # the last one what is left of it
-        (False, 0.0495, [25, 25, 25, 25]),  # and not 125
-        (False, 0.1995, [100, 100, 100, 100]),
-    ],
-)
-def test_a_chunk_waits_for_no_more_than_its_half(device, monkeypatch, streams, seconds, expected):
-    """Where prompts wait, a dispatch is no longer than the last chunk took."""
-    clock, steps = Clock(), []
-    scheduler, decode, read = Scheduler(device, clock=clock), device.slots[1].decode, device.read
-
-    def slow_decode(*args, **kwargs):
-        steps.append(kwargs["steps"])
-        clock.now += 0.002 * kwargs["steps"]
-        return decode(*args, **kwargs)
-
-    def slow_read(*args):
-        clock.now += seconds
-        return read(*args)
-
-    monkeypatch.setattr(scheduler, "_measure", lambda seconds: None)
-    monkeypatch.setattr(device.slots[1], "decode", slow_decode)
-    scheduler.step_seconds = dict.fromkeys(device.slots, 0.002)
-    scheduler.add(Request([1], [SamplingParams(max_tokens=5000)], streams=streams))
-    for _ in range(3):
-        scheduler.step()
-    monkeypatch.setattr(device, "read", slow_read)
-    scheduler.add(Request([2] * (5 * device.largest), []))
-    steps.clear()
-    for _ in range(4):
-        scheduler.step()
-    assert steps == expected
-
-
 def test_a_first_token_does_not_wait_for_a_long_dispatch(device):
     """Where somebody reads along: the answer is the same, and begins a few steps later."""
     found = []
@@ -403,22 +284,6 @@ def test_a_first_token_does_not_wait_for_a_long_dispatch(device):
     assert streamed == whole
 
 
-def test_a_slow_model_is_known_after_its_first_steps(device, monkeypatch):
-    """A dispatch follows the time of a step from the second one on."""
-    clock = Clock()
-    scheduler, decode, steps = Scheduler(device, clock=clock), device.slots[1].decode, []
-
-    def slow(*args, **kwargs):
-        new = decode(*args, **kwargs)
-        steps.append(int(new.lengths.max()))
-        clock.now += 0.05 * steps[-1]
-        return new
-
-    monkeypatch.setattr(device.slots[1], "decode", slow)
-    run(scheduler, [(0, Request([1], [SamplingParams(max_tokens=8)], streams=True))])
-    assert steps == [FIRST_STEPS, *[1] * (8 - FIRST_STEPS)]
-
-
 def test_requests_leave_no_arrays(device):
     rng = np.random.default_rng(4)
     scheduler, counts = Scheduler(device), []
@@ -426,44 +291,6 @@ def test_requests_leave_no_arrays(device):
         run(scheduler, [(0, random_request(rng, keep_answers=True)), (i % 3, random_request(rng))])
         counts.append(len(jax.live_arrays()))
     assert counts[-1] <= max(counts[:10])
-
-
-def test_engine(device):
-    """Requests of several threads; a full queue refuses at once; its end is told to all."""
-    import queue
-
-    news: queue.Queue = queue.Queue()
-    ended: queue.Queue = queue.Queue()
-    engine = Engine(lambda: Scheduler(device, exact=True), news.put, max_queue=2)
-    engine.on_end = ended.put
-    with pytest.raises(EngineDead, match="takes no requests: it is starting or has ended"):
-        engine.submit(Request([1], []))
-    engine.start()
-    while engine.scheduler is None:
-        pass
-    params = [SamplingParams(max_tokens=100_000)]
-    requests = [Request([i], params) for i in range(SLOTS + 2)]
-    for request in requests:
-        engine.submit(request)
-    with pytest.raises(QueueFull, match=r"5 answers .* 3 \+ 2 are the most: try again later"):
-        engine.submit(Request([9], params))
-    for request in requests[1:]:
-        engine.cancel(request)
-    last = Request([9], [SamplingParams(max_tokens=3)])
-    while engine.live > 1:
-        pass
-    engine.submit(last)
-    events = []
-    while not any(e.request is last and e.last for e in events):
-        events += news.get(timeout=60)
-    assert len(answer(events, last)[0]) == 3
-    engine.close()
-    assert ended.get(timeout=60) is None
-    while not any(e.request is requests[0] and e.last for e in events):
-        events += news.get(timeout=60)
-    assert events[-1].finish == "error"
-    with pytest.raises(EngineDead):
-        engine.submit(last)
 
 
 def test_news_are_told_while_the_device_works(device):
@@ -485,29 +312,6 @@ def test_news_are_told_while_the_device_works(device):
     finally:
         slots._ahead[False] = decode
     assert told == ["told", "told", "at work", "at work", "told", "at work", "told"]
-
-
-def test_an_engine_that_fails_says_so(device, monkeypatch):
-    import queue
-
-    news: queue.Queue = queue.Queue()
-    ended: queue.Queue = queue.Queue()
-    engine = Engine(lambda: Scheduler(device), news.put)
-    engine.on_end = ended.put
-    engine.start()
-    while engine.scheduler is None:
-        pass
-
-    def fail(*args, **kwargs):
-        raise RuntimeError("the device has gone")
-
-    monkeypatch.setattr(device.slots[1], "decode", fail)
-    engine.submit(Request([1], [SamplingParams()]))
-    assert isinstance(ended.get(timeout=60), RuntimeError)
-    events = []
-    while not any(e.finish for e in events):
-        events += news.get(timeout=60)
-    assert events[-1].finish == "error" and events[-1].last
 
 
 def test_chunks_of_other_sizes_are_refused():
