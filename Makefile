@@ -28,7 +28,7 @@ help: ## list what can be made
 demo: $(VENV)/.installed-run ## train on the bundled Moby-Dick, evaluate it, sample from it
 	$(BIN)/tvq demo $(DEMO_ARGS)
 
-serve: $(VENV)/.installed-serve ## serve the model of the demo, at http://127.0.0.1:8000; SERVE_ARGS: more options
+serve: $(VENV)/.installed-run ## serve the model of the demo, at http://127.0.0.1:8000; SERVE_ARGS: more options
 	[ -d runs/demo/checkpoints ] || $(BIN)/tvq demo $(DEMO_ARGS)
 	$(BIN)/tvq serve --run runs/demo $(SERVE_ARGS)
 
@@ -108,8 +108,7 @@ clean: ## remove the environment and the caches; runs/ stays
 
 # ---------------------------------------------------------------- the environment
 
-$(VENV)/.installed-run:  EXTRAS :=
-$(VENV)/.installed-serve: EXTRAS := [serve]
+$(VENV)/.installed-run:  EXTRAS := [serve]
 $(VENV)/.installed-test: EXTRAS := [test,text,parquet,hub,tensorboard,serve]
 $(VENV)/.installed-dev:  EXTRAS := [test,text,parquet,hub,tensorboard,serve,dev]
 $(VENV)/.installed-docs: EXTRAS := [docs]

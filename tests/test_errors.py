@@ -4,6 +4,7 @@
 """
 
 import math
+import sys
 
 import jax
 import numpy as np
@@ -24,7 +25,7 @@ from transformer_vq import (
 )
 from transformer_vq.config import TrainConfig
 from transformer_vq.data import ByteTokenizer, Source, StreamDecoder, open_source
-from transformer_vq.errors import UserError
+from transformer_vq.errors import UserError, to_install
 
 PLAN = TrainConfig(batch_size=8, sequence_len=16, update_len=8)
 MODEL = random_model(make_config(**SINGLE))
@@ -141,3 +142,18 @@ def test_extend_takes_lists():
     expected, _ = extend(MODEL, STATE, np.array([[1, 2, 3]]), lengths=np.array([2]))
     np.testing.assert_array_equal(logits, expected)
     assert int(state.position[0]) == 2
+
+
+def test_an_extra_is_installed_where_we_run(monkeypatch, tmp_path):
+    """By the shell's pip only if it is that of our environment."""
+    bin_ = tmp_path / "env" / "bin"
+    bin_.mkdir(parents=True)
+    for name in ("pip", "python"):
+        (bin_ / name).touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(bin_ / "python"))
+    monkeypatch.setenv("PATH", str(bin_))
+    assert to_install("text") == "pip install 'transformer-vq[text]'"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert to_install("text") == f"{bin_}/python -m pip install 'transformer-vq[text]'"
+    monkeypatch.chdir(tmp_path)
+    assert to_install("text") == "env/bin/python -m pip install 'transformer-vq[text]'"

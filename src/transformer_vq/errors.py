@@ -7,6 +7,8 @@ its traceback.
 """
 
 import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +81,17 @@ def cut(text: str, most: int = MOST_SHOWN) -> str:
 def plain(text: str) -> str:
     r"""The text with all that does not print as an escape (`\x1b`), fit for any terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def to_install(extra: str) -> str:
+    """The command that installs an extra of this package where it runs.
+
+    A shell's `pip` may be that of another environment: then the command begins with our Python.
+    """
+    found, python = shutil.which("pip"), sys.executable
+    if found and Path(found).parent == Path(python).parent:
+        pip = "pip"
+    else:
+        below = python.startswith(os.getcwd() + os.sep)
+        pip = f"{os.path.relpath(python) if below else python} -m pip"
+    return f"{pip} install 'transformer-vq[{extra}]'"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from transformer_vq.cli.common import CheckpointOption, read_small, size
+from transformer_vq.cli.common import CheckpointOption, read_small, size, tell
 from transformer_vq.cli.models import (
     DraftOption,
     FarOptions,
@@ -116,6 +116,7 @@ class Serve:
         engine = Engine(load, service.deliver, max_queue=self.max_queue)
         app = make_app(service, keys=keys, local=self.host in LOOPBACK, template=template)
         sock = listen(self.host, self.port)
+        tell(f"loading {self.run} (the first start takes longer: it compiles programs)")
         host = f"[{self.host}]" if ":" in self.host else self.host
         address = f"http://{host}:{sock.getsockname()[1]}"
         status = run(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from transformer_vq.cli.models import local, open_run
 from transformer_vq.cli.parse import option
-from transformer_vq.errors import UserError
+from transformer_vq.errors import UserError, to_install
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -35,8 +35,7 @@ def require_libraries(command: str, *names: str) -> None:
             __import__(name)
         except ImportError:
             raise UserError(
-                f"tvq {command} needs {name}, which is not installed: "
-                f"pip install 'transformer-vq[serve]'"
+                f"tvq {command} needs {name}, which is not installed: {to_install('serve')}"
             ) from None
 
 

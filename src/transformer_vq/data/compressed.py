@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from transformer_vq.data.text import DataError
+from transformer_vq.errors import to_install
 
 _ZST_INPUT = 1 << 11  # bytes given to zstd at once: its blocks hold up to 32,768 times as many
 _CHUNK = 1 << 20
@@ -279,7 +280,7 @@ class _ZstdFile:
             from zstandard import ZstdDecompressor
         except ImportError:
             raise MissingLibrary(
-                f"{path} needs zstandard to be read: pip install 'transformer-vq[text]'"
+                f"{path} needs zstandard to be read: {to_install('text')}"
             ) from None
         self._new_frame = ZstdDecompressor().decompressobj
         self._file = path.open("rb")

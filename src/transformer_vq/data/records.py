@@ -20,6 +20,7 @@ from transformer_vq.data.compressed import (
 )
 from transformer_vq.data.files import kind_of
 from transformer_vq.data.text import DataError, whole_characters
+from transformer_vq.errors import to_install
 
 _LONGEST_LINE = 1 << 28  # bytes of a line of .jsonl: reading it takes up to 20 times as many
 _ROWS = 128  # of a table, read at once
@@ -130,9 +131,7 @@ def _rows(path: Path, column: str) -> Iterator[Found]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise MissingLibrary(
-            f"{path} needs pyarrow to be read: pip install 'transformer-vq[parquet]'"
-        ) from None
+        raise MissingLibrary(f"{path} needs pyarrow to be read: {to_install('parquet')}") from None
     if is_compressed(path):
         source: Any = pyarrow.py_buffer(read_bytes(path))
     else:

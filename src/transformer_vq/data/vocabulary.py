@@ -16,7 +16,7 @@ from transformer_vq.atomic import write_whole
 from transformer_vq.data.compressed import open_binary
 from transformer_vq.data.text import DataError
 from transformer_vq.data.tokenizer import ByteTokenizer, Tokenizer, Tokens, check_tokens, text_bytes
-from transformer_vq.errors import UserError, as_path
+from transformer_vq.errors import UserError, as_path, to_install
 
 END_OF_TEXT = "<|endoftext|>"
 # What vocabularies call the token that ends a text.
@@ -319,6 +319,4 @@ def import_library(library: str) -> Any:
     try:
         return __import__(library)
     except ImportError:
-        raise DataError(
-            f"vocabularies of this kind need {library}: pip install 'transformer-vq[text]'"
-        ) from None
+        raise DataError(f"vocabularies of this kind need {library}: {to_install('text')}") from None

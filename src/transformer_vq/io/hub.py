@@ -8,7 +8,7 @@ import os
 import re
 from pathlib import Path
 
-from transformer_vq.errors import UserError, as_path, cut, plain, shown
+from transformer_vq.errors import UserError, as_path, cut, plain, shown, to_install
 from transformer_vq.io.export import FILES
 
 PREFIX = "hf:"
@@ -45,7 +45,7 @@ def local_folder(run: str | os.PathLike, name: str = "folder") -> Path:
     except ImportError:
         raise HubError(
             f"{cut(str(run), 300)} needs huggingface_hub, which is not installed: "
-            f"pip install 'transformer-vq[hub]'"
+            f"{to_install('hub')}"
         ) from None
     owner_and_name, revision = found.groups()
     try:

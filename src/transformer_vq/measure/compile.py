@@ -25,7 +25,7 @@ from transformer_vq.data import Batch
 from transformer_vq.engine.controls import controls_row
 from transformer_vq.engine.program import compiled_now
 from transformer_vq.engine.request import SamplingParams
-from transformer_vq.errors import UserError, cut, plain, shown
+from transformer_vq.errors import UserError, cut, plain, shown, to_install
 from transformer_vq.measure import hlo
 from transformer_vq.nn.decode import prepare
 from transformer_vq.nn.model import init_model, init_state
@@ -87,7 +87,7 @@ def _tpu_devices(topology: str) -> list[Any]:
     except PackageNotFoundError:
         raise UserError(
             f"to compile for {shown(topology)} takes the package libtpu: "
-            f"pip install 'transformer-vq[tpu]' (cuda and cpu work without)"
+            f"{to_install('tpu')} (cuda and cpu work without)"
         ) from None
     for name, value in _NO_MACHINE.items():
         if os.environ.get(name, "WARNING").startswith("WARNING"):  # JAX's word for: not found

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from transformer_vq.errors import UserError
+from transformer_vq.errors import UserError, to_install
 from transformer_vq.run.log import Record
 from transformer_vq.run.observer import Observer
 
@@ -102,5 +102,5 @@ def _import(name: str, extra: str) -> ModuleType | Any:
         return importlib.import_module(name)
     except ImportError:
         raise TrackerError(
-            f"{name} is not installed: pip install 'transformer-vq[{extra}]', or go without it"
+            f"{name} is not installed: {to_install(extra)}, or go without it"
         ) from None
