@@ -176,6 +176,7 @@ def test_the_clients_errors(server):
         server.client().completions.create(model="run", prompt="x", extra_body={"foo": 1})
     not_json = httpx.post(f"{server.url}/v1/completions", content=b"{", headers=auth())
     assert not_json.status_code == 400
+    assert "with the header Content-Type: application/json" in not_json.text
     large = httpx.post(f"{server.url}/v1/completions", content=b"x" * (8 << 20 | 1), headers=auth())
     assert large.status_code == 413 and "8,388,608 bytes" in large.text
     other = httpx.get(f"{server.url}/v1/models", headers={**auth(), "Host": "evil.example"})

@@ -340,5 +340,8 @@ def validation_error(error: dict[str, Any]) -> ApiError:
     if param == "prompt":
         text = "prompt must be text, a list of texts, tokens, or a list of lists of tokens"
         return ApiError(400, text, param=param, code="invalid_value")
+    if param is None and error["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        text = "the body must be a JSON object, sent with the header Content-Type: application/json"
+        return ApiError(400, text, code="invalid_value")
     said = error["msg"][0].lower() + error["msg"][1:]
     return ApiError(400, f"{param or 'the body'}: {said}", param=param, code="invalid_value")
