@@ -26,7 +26,10 @@ def main(argv: list[str] | None = None) -> None:
         warmup_steps=20, evaluate_every=100, evaluate_tokens=4096, sample_tokens=0,
     )  # fmt: skip
     result = train(config, recipe, split(tokens, "train"), split(tokens, "validation"), options.out)
-    print(f"{result.status} at step {result.step}, validation loss {result.validation_loss:.3f}")
+    print(f"{result.status} at step {result.step}")
+    if result.validation_loss is None:  # after Ctrl-C; `train(..., resume=True)` goes on
+        return
+    print(f"validation loss {result.validation_loss:.3f}")
 
     model, tokenizer = load(options.out, "best")
     held_out = evaluate(model, split(tokens, "test"), max_tokens=options.tokens)

@@ -147,7 +147,8 @@ def _show(record: dict[str, Any]) -> None:
     section("model")
     row("layers", f"{config.num_layers} of width {config.d_model}")
     attention = describe_attention(config)
-    row("attention", f"{attention}, {config.num_heads} heads ({config.head_type})")
+    heads = "1 head" if config.num_heads == 1 else f"{config.num_heads} heads"
+    row("attention", f"{attention}, {heads} ({config.head_type})")
     row("parameters", f"{model['parameters']:,}, and {model['codebook']:,} in the codebooks")
     if config.products != "float32":
         row("products", f"rounded to {config.products}, sums in float32")
