@@ -52,3 +52,35 @@ def test_handlers_of_others_stay():
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_an_import_comes_to_its_end(monkeypatch, tmp_path):
+    """A module in C that is interrupted as it starts raises `ImportError`, or crashes."""
+    monkeypatch.setattr(interrupts, "SOON", 0.02)
+    content = (
+        "import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(0.1)\nwhole = 1\n"
+    )
+    (tmp_path / "interrupted_module.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        with pytest.raises(KeyboardInterrupt), Interrupts():
+            import interrupted_module  # pyright: ignore
+
+            time.sleep(30)
+        assert interrupted_module.whole  # pyright: ignore
+    finally:
+        sys.modules.pop("interrupted_module", None)
+
+
+def test_a_process_that_ends_by_it_is_not_interrupted_again():
+    try:
+        with pytest.raises(KeyboardInterrupt), Interrupts(last=True):
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # nothing
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt), Interrupts():
+        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):  # control
+        signal.raise_signal(signal.SIGINT)

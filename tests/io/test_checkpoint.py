@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import threading
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tests.io.trees import assert_same, refused, train_state
-from transformer_vq.io import checksums
+from transformer_vq.io import arrays, checkpoint, checksums
 from transformer_vq.io.checkpoint import Checkpoints
 
 # Round trips
@@ -282,6 +283,44 @@ def test_a_folder_that_went_is_not_made_again(tmp_path):
     message = refused(checkpoints.save, 2, {"w": 1})
     assert "step 2 could not be saved" in message and "removed or moved" in message
     assert not run.exists()
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_read(folder, monkeypatch):
+    """Renamed, as by a training that goes on: it is refused, and zeros are never taken for it."""
+    state, path = train_state(30), folder / "30"
+    part = {"params": state.params, "codebook": state.codebook}
+    real_open, real_look = arrays.tensorstore.open, checkpoint._damage
+
+    def delete():
+        if path.exists():
+            path.rename(path.with_suffix(".deleted"))
+
+    def opened(*args, **options):
+        found = real_open(*args, **options).result()
+        return types.SimpleNamespace(result=lambda: (delete(), found)[1])  # when all are open
+
+    def looked(*args):
+        found = real_look(*args)
+        delete()
+        return found
+
+    def gone(*args):
+        delete()
+        return real_look(*args)
+
+    for module, name, new in (
+        (arrays.tensorstore, "open", opened),
+        (checkpoint, "_damage", looked),
+        (checkpoint, "_damage", gone),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, new)
+            said = refused(Checkpoints(folder).restore_subtree, 30, part)
+        assert said.startswith(f"the checkpoint {path} has just been deleted"), new
+        assert "of 10, 20, or" in said
+        path.with_suffix(".deleted").rename(path)
+    restored, _ = Checkpoints(folder).restore_subtree(30, part)  # control
+    assert_same(restored, part)
 
 
 def test_withdrawn_checkpoints_are_put_aside(tmp_path):

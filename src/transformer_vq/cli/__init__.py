@@ -18,15 +18,14 @@ from collections.abc import Sequence
 
 from transformer_vq.cli import parse
 from transformer_vq.cli.cache import cache_folder, use_compilation_cache
+from transformer_vq.cli.environment import of_environment, settle_environment, without_devices
 from transformer_vq.cli.interrupts import Interrupts, leave
 from transformer_vq.cli.parse import UsageError
 from transformer_vq.cli.sentences import (
     end,
-    of_environment,
     out_of_memory,
     sentence,
     too_large,
-    without_devices,
 )
 from transformer_vq.cli.streams import drop_output, open_streams
 from transformer_vq.errors import UserError, plain, shown
@@ -90,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         gc.set_threshold(10_000, 20, 100)
     open_streams()
     try:
-        with Interrupts():
+        with Interrupts(last=argv is None):
             status = _run(arguments)
             sys.stdout.flush()
             return status
@@ -141,6 +140,7 @@ def _run(arguments: list[str]) -> int:
     options = parse.options(command, name, rest)
     if options is None:  # it was a question, and is answered
         return 0
+    settle_environment()
     use_compilation_cache()
     return options.main()
 

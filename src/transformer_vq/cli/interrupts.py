@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any, NoReturn, Self
 
 AGAIN = 0.5  # seconds
+SOON = 0.05
 
 
 class Interrupts:
@@ -16,9 +17,14 @@ class Interrupts:
 
     Python raises it once, and where that happens in a callback of a library, as JAX's at a garbage
     collection, it is printed or lost, and the work goes on. (Here it is not printed, either.)
+    A module that is imported is imported first: in the midst of its start, one written in C fails
+    for another reason, or takes the process down.
+
+    `last`: the process is about to end by it, so a further Ctrl-C finds nothing to interrupt.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, last: bool = False) -> None:
+        self._last = last
         self._ours = False
         self._alarm: Any = None  # the handler that was there
         self._hook: Any = None
@@ -27,29 +33,44 @@ class Interrupts:
         main = threading.current_thread() is threading.main_thread()
         self._ours = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if self._ours:
-            signal.signal(signal.SIGINT, self._first)
+            signal.signal(signal.SIGINT, self._interrupt)
         return self
 
-    def __exit__(self, *_exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
         if self._ours:
+            ends = self._last and kind is not None and issubclass(kind, KeyboardInterrupt)
+            signal.signal(signal.SIGINT, signal.SIG_IGN if ends else signal.default_int_handler)
             if self._hook is not None:
                 sys.unraisablehook = self._hook
             if self._alarm is not None:
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 signal.signal(signal.SIGALRM, self._alarm)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def _first(self, number: int, frame: FrameType | None) -> NoReturn:
-        if self._alarm is None and hasattr(signal, "setitimer"):  # not on Windows
-            self._alarm = signal.signal(signal.SIGALRM, signal.default_int_handler)
-            signal.setitimer(signal.ITIMER_REAL, AGAIN, AGAIN)
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        timed = hasattr(signal, "setitimer")  # not on Windows
+        if timed and self._alarm is None:
+            self._alarm = signal.signal(signal.SIGALRM, self._interrupt)
         if self._hook is None:
             self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
+        if timed:
+            wait = _imports(frame)
+            signal.setitimer(signal.ITIMER_REAL, SOON if wait else AGAIN, AGAIN)
+            if wait:
+                return
         raise KeyboardInterrupt
 
     def _unraisable(self, lost: Any) -> None:
         if lost.exc_type is not KeyboardInterrupt:
             self._hook(lost)
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether a module is being imported there."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib."):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def leave(status: int) -> NoReturn:

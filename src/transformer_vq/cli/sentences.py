@@ -66,33 +66,6 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError)
 
 
-def of_environment(error: Exception) -> str:
-    """What JAX says of a variable of the environment that it cannot use; or nothing."""
-    text = " ".join(str(error).split())
-    names = (name for name in os.environ if name.startswith(("JAX_", "XLA_")))
-    name = next((name for name in names if name.lower() in text.lower()), "")
-    said = isinstance(error, ValueError) and name
-    return (
-        plain(f"{name} is {os.environ[name]} in the environment: {cut(text, 300)}") if said else ""
-    )
-
-
-def without_devices() -> str:
-    """Why JAX finds none of the devices that it is told to use; empty if it has them."""
-    jax = sys.modules.get("jax")
-    if jax is None:
-        return ""
-    try:
-        jax.devices()
-    except Exception as error:  # of several kinds, one of them an assertion
-        wanted = os.environ.get("JAX_PLATFORMS", "")
-        reason = " ".join(str(error).split()) or "there is none"
-        way = "name others that are here (cpu), or unset it" if wanted else "see its installation"
-        setting = f", with JAX_PLATFORMS={wanted}" if wanted else ""
-        return plain(f"JAX finds no device to compute on{setting}: {cut(reason, 300)}; {way}")
-    return ""
-
-
 def too_large(error: Exception, command: str) -> str:
     """What did not fit, and what to make smaller."""
     of_xla = re.search(r"[Oo]ut of memory.*?(\d+) ?bytes", str(error))

@@ -251,6 +251,7 @@ class Checkpoints:
             else:
                 values = arrays.read(path, wanted)
         except Exception as error:
+            self._require_there(path)
             raise CheckpointError(f"cannot read {path}: {_reason(error)}") from error
         restored = []
         for name, spec in specs.items():
@@ -280,6 +281,7 @@ class Checkpoints:
             )
         path = self.folder / str(step)
         if damage := _damage(path):
+            self._require_there(path)
             earlier = (s for s in reversed(steps) if s < step)
             intact = next((s for s in earlier if not _damage(self.folder / str(s))), None)
             advice = (
@@ -288,7 +290,20 @@ class Checkpoints:
                 else f"but step {intact} is intact: delete {path} to go on from there"
             )
             raise CheckpointError(f"the checkpoint {path} is damaged ({damage}), {advice}")
-        return path, json.loads((path / METADATA_FILE).read_bytes())
+        try:
+            return path, json.loads((path / METADATA_FILE).read_bytes())
+        except FileNotFoundError:
+            self._require_there(path)
+            raise
+
+    def _require_there(self, path: Path) -> None:
+        """Raise `CheckpointError` if a checkpoint has been deleted while it was looked at."""
+        if not path.is_dir():
+            has = ", ".join(map(str, self.steps())) or "none any more"
+            raise CheckpointError(
+                f"the checkpoint {path} has just been deleted, as training does that goes on: name "
+                f"another one, of {has}, or try again"
+            )
 
     def _metric(self, step: int) -> float:
         """The `best_metric` of `step`; infinite if it has none. Raises `CheckpointError`."""
