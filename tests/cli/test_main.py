@@ -50,7 +50,10 @@ def test_overview_names_every_command(capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["trian"], "no command 'trian'"),
+        (["trian"], "no command 'trian': perhaps you meant train; the commands are demo, train"),
+        (["xyz"], "no command 'xyz': the commands are demo, train"),
+        (["info", "runs/x"], "no use for 'runs/x': perhaps you meant --run runs/x (see"),
+        (["train", "book.txt", "--out", "x"], "perhaps you meant --data book.txt (see"),
         (["train", "--out", "x"], "--data FILE"),
         (["train", "--data", "x"], "--out is missing"),
         (["train", "--out", "x", "--resume"], "no run in x to resume"),

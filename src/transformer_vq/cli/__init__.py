@@ -10,6 +10,7 @@ gone. What is neither a `UserError` nor the machine's (files, memory, devices) i
 program: it keeps its traceback, with status 1.
 """
 
+import difflib
 import gc
 import importlib
 import os
@@ -131,8 +132,10 @@ def _run(arguments: list[str]) -> int:
         print(f"tvq {version('transformer-vq')}")
         return 0
     if name not in COMMANDS:
+        nearest = difflib.get_close_matches(name, COMMANDS, n=1)
+        meant = f"perhaps you meant {nearest[0]}; " if nearest else ""
         raise UsageError(
-            f"there is no command {shown(name)}: the commands are {', '.join(COMMANDS)} "
+            f"there is no command {shown(name)}: {meant}the commands are {', '.join(COMMANDS)} "
             f"(see tvq --help)"
         )
     module, kind, _ = COMMANDS[name]

@@ -223,7 +223,9 @@ def _explained(event: Any, known: Sequence[str]) -> str | None:
 
 def _unknown(token: str, known: Sequence[str]) -> str:
     if not token.startswith("-"):
-        return f"there is no use for {shown(token)} SEE"
+        main = next((o for o in ("--run", "--data", "--file") if o in known), None)
+        meant = f": perhaps you meant {main} {cut(token)}" if main else ""
+        return f"there is no use for {shown(token)}{meant} SEE"
     nearest = difflib.get_close_matches(token.replace("_", "-"), known, n=1)
     meant = f", perhaps you meant {nearest[0]}" if nearest else ""
     return f"there is no option {cut(token)}{meant} SEE"
