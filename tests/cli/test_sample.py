@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import sys
 
 import pytest
 
@@ -26,6 +27,17 @@ def test_text_is_what_the_tokens_say(capsys, run):
     printed = capsys.readouterr().out
     assert printed == printable(text) + "\n"
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", printed)
+
+
+def test_a_terminal_shows_the_prompt_too(capsys, monkeypatch, run):
+    arguments = ["sample", "--run", run, "--prompt", "It was", "--max-tokens", "9"]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == f"It was{text}"
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"]
 
 
 def test_samples_have_seeds_of_their_own(capsys, run):

@@ -33,3 +33,22 @@ def test_progress(tmp_path, terminal):
 
 def test_duration():
     assert [duration(s) for s in (0.4, 65, 3600, 90_061)] == ["0:00", "1:05", "1:00:00", "25:01:01"]
+
+
+@pytest.mark.parametrize(("width", "columns"), [(120, 10), (80, 9), (40, 4), (16, 2)])
+def test_no_number_of_the_live_view_is_cut(tmp_path, width, columns):
+    """A terminal that has no room for all columns gets fewer, and those whole."""
+    names = ("loss", "bpb", "grad_norm", "learning_rate", "tokens_per_second", "gflops", "mfu")
+    names += ("codebook_used", "codebook_perplexity", "far_mass")
+    record = {name: 0.5 for name in names} | {"tokens_per_second": 5812.0, "learning_rate": 4e-3}
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=width, legacy_windows=False)
+    progress = Progress(100, 1024, console=console)
+    progress.start(tmp_path, [])
+    progress.record({"step": 40, "seconds": 83.0, **record}, True)
+    progress.close()
+    shown = [line for line in out.getvalue().splitlines() if "bpb" in line][-1]
+    labels = ["loss", "bpb", "grad norm", "rate", "tokens/s", "GFLOP/s", "MFU", "codes"]
+    labels += ["perplexity", "far mass"]
+    assert [label for label in labels if label in shown] == labels[:columns]
+    assert "0.5000" in out.getvalue() and ("4.0e-03" in out.getvalue()) == (columns > 3)

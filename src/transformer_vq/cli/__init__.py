@@ -73,8 +73,8 @@ examples:
   tvq sample --run runs/book --prompt 'It was' --temperature 0.8
 
 environment:
-  TVQ_CACHE      folder of compiled programs, so that a second start is fast, and
-                 of data made into tokens; empty: none
+  TVQ_CACHE      folder of compiled programs, so that a second start is fast,
+                 and of data made into tokens; empty: none
                  ({cache})
   TVQ_TRACEBACK  1: show where an error came from
 """

@@ -277,9 +277,11 @@ class Demo:
 
     def _show_what_now(self) -> None:
         tvq, out = program(), quoted(self.out)
-        print(f"\nIn {out}: checkpoints, metrics.jsonl, learning_curve.png, samples.txt. What now:")
+        print(f"\nIn {out}: checkpoints, metrics.jsonl, learning_curve.png, samples.txt.")
+        print("What now:")
         print(f"  {tvq} sample --run {out} --prompt 'The whale' --temperature 0.7")
         print(f"  {tvq} eval --run {out}")
+        print(f"  {tvq} report --run {out}")
         print(f"  {tvq} train --data YOUR_FILE --out runs/mine")
 
 

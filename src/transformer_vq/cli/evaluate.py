@@ -253,8 +253,8 @@ def show_histories(console: "Console", record: dict[str, Any]) -> None:
     console.print(table)
     if "far_gain" in record:
         console.print(
-            f"The far part brings {_gain(record)} bpb: with keys beyond the window masked, the\n"
-            f"same tokens would take so much more (± standard error).\n"
+            f"The far part brings {_gain(record)} bpb: with keys beyond the window\n"
+            f"masked, the same tokens would take so much more (± standard error).\n"
         )
 
 

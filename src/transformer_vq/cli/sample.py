@@ -1,6 +1,7 @@
 """`tvq sample`: text, as it comes."""
 
 import dataclasses
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -56,7 +57,8 @@ class Sample:
 
     A prompt of any length is read in bounded memory, and every token takes the same time. Bytes
     that are no text show as U+FFFD or as ^A; --json has them exactly, as token ids. A prompt is
-    text, letters such as <|endoftext|> too. Pictures are drawn by tvq draw.
+    text, letters such as <|endoftext|> too; a terminal shows it before the text, a file or a pipe
+    gets what follows it. Pictures are drawn by tvq draw.
     """
 
     examples: ClassVar[str] = """
@@ -131,6 +133,8 @@ class Sample:
             if unread:
                 request.read_prompts()
                 require_probabilities(request.state, self.run, info.step)
+            if sys.stdout.isatty() and not (self.json or self.sampling.logprobs):
+                print(printable(self.prompt), end="", flush=True)  # a file gets the rest alone
             tokens, text = self._write(request, tokenizer, decoder)
             guessed, right = guessed + request.drafted[0], right + request.drafted[1]
             if self.json:

@@ -116,7 +116,7 @@ class Progress(Observer):
         bar = ProgressBar(total=self._steps, completed=step, complete_style="cyan")
         head.add_row(bar, f"{step:,}/{self._steps:,}  {step / self._steps:.0%}  {times}")
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-        labels, values = zip(*_shown(record), strict=True)
+        labels, values = zip(*_fitting(_shown(record), self._console.width), strict=True)
         for label in labels:
             table.add_column(label, justify="right", no_wrap=True)
         table.add_row(*values, style="bold")
@@ -131,6 +131,17 @@ class Progress(Observer):
             )
         last.append("no checkpoint yet" if self._saved is None else f"checkpoint {self._saved:,}")
         return Group(head, table, Text(", ".join(last), style="dim", no_wrap=True))
+
+
+def _fitting(columns: list[tuple[str, str]], width: int) -> list[tuple[str, str]]:
+    """The first columns, as many as a terminal shows whole; one at least."""
+    used = 0
+    for count, (label, value) in enumerate(columns):
+        used += max(len(label), len(value))
+        if count and used > width:
+            return columns[:count]
+        used += 2  # between two columns
+    return columns
 
 
 def _shown(record: Record) -> list[tuple[str, str]]:
