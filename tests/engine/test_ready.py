@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer_vq.engine import ready
+from transformer_vq.engine import kept, ready
 
 traced: list[tuple[int, ...]] = []
 
@@ -126,5 +126,5 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, folder, monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(ready, "write_whole", full)
+    monkeypatch.setattr(kept, "write_whole", full)
     assert ask() == [[0, 2, 4], [2, 2, 2]] and not list(folder.iterdir())

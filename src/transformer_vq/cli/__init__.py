@@ -144,7 +144,8 @@ def _run(arguments: list[str]) -> int:
     if options is None:  # it was a question, and is answered
         return 0
     settle_environment()
-    use_compilation_cache()
+    if name != "tokenizer":  # which does without JAX
+        use_compilation_cache()
     return options.main()
 
 

@@ -59,3 +59,6 @@ def use_compilation_cache() -> None:
             jax.config.update(name, value)
     else:  # JAX reads these when it is imported
         os.environ.update({name.upper(): str(value) for name, value in settings.items()})
+    from transformer_vq.engine.kept import keep_entries_whole
+
+    keep_entries_whole()

@@ -22,7 +22,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.experimental import serialize_executable
 
-from transformer_vq.atomic import write_whole
+from transformer_vq.engine.kept import read_kept, write_kept
 from transformer_vq.engine.program import compiled_now
 
 _kept_in: Path | None = None
@@ -71,10 +71,10 @@ def _shape(leaf: Any, device: Any) -> tuple | None:
 
 def _loaded(path: Path, device: Any) -> Callable[..., Any] | None:
     """The program in a file; None if there is none, or it is damaged."""
+    kept = read_kept(path)
+    if kept is None:
+        return None
     with contextlib.suppress(Exception):
-        digest, _, kept = path.read_bytes().partition(b"\n")
-        if digest != _digest(kept):  # one bit of a program may give other tokens, or a crash
-            return None
         content, given, made = pickle.loads(kept)
         return serialize_executable.deserialize_and_load(
             content, given, made, device.client, [device]
@@ -87,13 +87,8 @@ def _saved(path: Path, lowered: jax.stages.Lowered) -> Callable[..., Any]:
     with compiled_now():  # one that comes from JAX's cache cannot be written again
         program = lowered.compile()
     with contextlib.suppress(Exception):  # else the next process makes it again
-        kept = pickle.dumps(serialize_executable.serialize(program))
-        write_whole(path, _digest(kept) + b"\n" + kept, shared=True)
+        write_kept(path, pickle.dumps(serialize_executable.serialize(program)))
     return program
-
-
-def _digest(kept: bytes) -> bytes:
-    return hashlib.sha256(kept).hexdigest().encode()
 
 
 @functools.cache
