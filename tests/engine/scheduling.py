@@ -87,6 +87,9 @@ class FakeDevice:
     def __init__(self):
         self.slots = {width: FakeSlots(width) for width in (1, SLOTS)}
 
+    def prepare(self):
+        pass
+
     def begin(self, start):
         return None
 
@@ -95,6 +98,9 @@ class FakeDevice:
 
     def read(self, state, tokens):
         return state
+
+    def wait(self, state):
+        pass
 
     def is_sound(self, state):
         return True

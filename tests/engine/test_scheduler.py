@@ -276,6 +276,7 @@ def test_a_first_token_does_not_wait_for_a_long_dispatch(device):
     found = []
     for streams in (True, False):
         scheduler = Scheduler(device, clock=Clock())
+        scheduler.step_seconds = dict.fromkeys(device.slots, 0.002)
         request = Request([1, 2, 3], [SamplingParams(max_tokens=60, seed=1)], streams=streams)
         events = [e for e in run(scheduler, [(0, request)]) if e.tokens]
         found.append(([len(e.tokens) for e in events][:2], answer(events, request)))

@@ -43,6 +43,21 @@ def test_half_of_the_time_is_for_those_who_write(device, monkeypatch):
     assert spent["decode"] >= 0.9 * 6
 
 
+def test_only_the_last_chunk_of_who_is_alone_is_not_waited_for(device, monkeypatch):
+    """Its first token is called for meanwhile; chunks before are not called for without end."""
+    waits = []
+    monkeypatch.setattr(device, "wait", lambda state: waits.append(scheduler.running))
+    scheduler = Scheduler(device, clock=Clock())
+    scheduler.add(Request([1] * (2 * device.largest + 1), [SamplingParams(max_tokens=2000)]))
+    while not scheduler.running:
+        scheduler.step()
+    assert waits == [0, 0]
+    scheduler.add(Request([2] * (device.largest + 1), []))
+    while scheduler.waiting:
+        scheduler.step()
+    assert waits == [0, 0, 1, 1]
+
+
 def test_who_has_waited_for_a_chunk_waits_for_a_short_dispatch(device, monkeypatch):
     scheduler, decode, steps = Scheduler(device, clock=Clock()), device.slots[1].decode, []
 
@@ -59,16 +74,16 @@ def test_who_has_waited_for_a_chunk_waits_for_a_short_dispatch(device, monkeypat
     scheduler.add(Request([2] * (device.largest + 1), []))
     for _ in range(4):
         scheduler.step()
-    assert steps == [FIRST_STEPS, 30, 30, 15, 15, 30, 30]
+    assert steps == [FIRST_STEPS, 30, 30, 7, 7, 30, 30]
 
 
 @pytest.mark.parametrize(
     ("streams", "seconds", "expected"),
     [
-        (True, 0.05, [15, 15, 15, 15]),  # after a chunk half as long as usual, then what is owed
-        (True, 0.2, [15, 30, 30, 24]),  # the last one what is left of it
-        (False, 0.0495, [25, 25, 25, 25]),  # and not 125
-        (False, 0.1995, [100, 100, 100, 100]),
+        (True, 0.05, [7, 18, 7, 18]),  # after a chunk a quarter of the usual, then what is owed
+        (True, 0.18, [7, 30, 30, 22]),  # the last one what is left of it
+        (False, 0.0485, [25, 25, 25, 25]),  # and not 125
+        (False, 0.1985, [100, 100, 100, 100]),
     ],
 )
 def test_a_chunk_waits_for_no_more_than_its_half(device, monkeypatch, streams, seconds, expected):
@@ -99,8 +114,9 @@ def test_a_chunk_waits_for_no_more_than_its_half(device, monkeypatch, streams, s
     assert steps == expected
 
 
-def test_a_slow_model_is_known_after_its_first_steps(device, monkeypatch):
-    """A dispatch follows the time of a step from the second one on."""
+@pytest.mark.parametrize(("streams", "expected"), [(True, [1] * 8), (False, [1, 1, 4, 2])])
+def test_a_slow_model_is_known_after_its_first_steps(device, monkeypatch, streams, expected):
+    """Nothing is guessed of it: a dispatch follows the time of a step from the first one on."""
     clock = Clock()
     scheduler, decode, steps = Scheduler(device, clock=clock), device.slots[1].decode, []
 
@@ -111,5 +127,5 @@ def test_a_slow_model_is_known_after_its_first_steps(device, monkeypatch):
         return new
 
     monkeypatch.setattr(device.slots[1], "decode", slow)
-    run(scheduler, [(0, Request([1], [SamplingParams(max_tokens=8)], streams=True))])
-    assert steps == [FIRST_STEPS, *[1] * (8 - FIRST_STEPS)]
+    run(scheduler, [(0, Request([1], [SamplingParams(max_tokens=8)], streams=streams))])
+    assert steps == expected

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,6 +43,7 @@ class Server:
             text=True,
         )
         self._started = self._err.tell()
+        self._clients: list[Any] = []
 
     def wait(self) -> "Server":
         """Until requests are taken."""
@@ -57,10 +59,11 @@ class Server:
         return text[self._started :] if since_ready else text
 
     def client(self, key: str = KEYS[0], **options):
-        """The OpenAI client, unmodified."""
+        """The OpenAI client, unmodified; it is closed with the server."""
         import openai
 
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, **options)
+        self._clients.append(openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, **options))
+        return self._clients[-1]
 
     def metric(self, name: str) -> float:
         """A number of `/metrics`."""
@@ -77,6 +80,8 @@ class Server:
 
     def close(self) -> None:
         """The end of it, if it has not ended."""
+        for client in self._clients:
+            client.close()
         self.process.kill()
         self.process.communicate()
         self._err.close()

@@ -26,7 +26,7 @@ class Alphabet:
     A letter's log-probability is minus the seed. Three letters are written at a step.
     """
 
-    device = SimpleNamespace(slots={2: None})
+    device = SimpleNamespace(slots={2: None}, prepare=lambda: None)
     running = waiting = prompt_tokens = written_tokens = dispatches = 0
     step_seconds = {1: 0.0}  # noqa: RUF012
     hurries = False

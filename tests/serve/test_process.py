@@ -29,7 +29,7 @@ from transformer_vq.serve.service import Loaded, Service
 class Failing:
     """A scheduler that fails at its first step."""
 
-    device = SimpleNamespace(slots={1: None})
+    device = SimpleNamespace(slots={1: None}, prepare=lambda: None)
     idle = True
     drafted = 0, 0
     running = waiting = prompt_tokens = written_tokens = dispatches = 0

@@ -311,6 +311,7 @@ class Device:
         self._mesh = mesh
         with jax.default_device(device):
             self._empty = init_state(model.config, 1, room=room)
+            self._copied: State | None = None  # the empty state, for the next request
             readers = model, decoder_for(model, self._empty)  # of one row
             self._readers = readers if mesh is None else sharding.part_of(readers, device)
             self.slots = {width: self._make(width, room, draft) for width in sorted(set(widths))}
@@ -342,9 +343,19 @@ class Device:
 
     # Prompts are read at one row, before they have a slot.
 
+    def prepare(self) -> None:
+        """Have what `begin` gives, so that the next request need not wait for it."""
+        if self._copied is None:
+            self._copied = self.copy(self._empty)
+
     def begin(self, start: Snapshot | None) -> State:
         """The state of a request before its prompt, which `read` may overwrite."""
-        return self.copy(self._empty if start is None else start.state)
+        if start is not None:
+            return self.copy(start.state)
+        self.prepare()
+        state, self._copied = self._copied, None
+        assert state is not None
+        return state
 
     def copy(self, state: State) -> State:
         """The same state in arrays of its own, where prompts are read."""
@@ -354,11 +365,14 @@ class Device:
         return self._programs["copy"](state, np.zeros(1, np.int32))
 
     def read(self, state: State, tokens: Tokens) -> State:
-        """The state after at most `largest` tokens of a prompt; the given one is no more. Waits for
-        the device."""
+        """The state after at most `largest` tokens of a prompt; the given one is no more."""
         for chunk, lengths in prompt_chunks([tokens], 1):
             state = self._read("read", state, chunk, lengths)
-        return jax.block_until_ready(state)
+        return state
+
+    def wait(self, state: State) -> None:
+        """Wait till a state is there."""
+        jax.block_until_ready(state)
 
     def read_scored(self, state: State, tokens: Tokens) -> tuple[State, Scores]:
         """`read`, and how probable the tokens were."""

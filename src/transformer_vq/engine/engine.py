@@ -127,6 +127,8 @@ class Engine:
 
     def _do(self, scheduler: Scheduler) -> bool:
         """What has come in, and one step. Whether to go on."""
+        if scheduler.idle:
+            scheduler.device.prepare()
         with self._changed:
             while not (self._inbox or self._closing or not scheduler.idle):
                 self._changed.wait()

@@ -5,6 +5,7 @@ chunk of its prompt alone, at one row, puts it into free slots, and decodes all 
 So the state of a prompt does not depend on what else runs, and rows that run are not touched by it.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ from transformer_vq.engine.running import (
 )
 
 STREAMING, ALONE = 0.06, 0.25  # seconds of a dispatch, where somebody reads along and where nobody
-AFTER_A_CHUNK = 0.03  # the same where who reads along has just waited for a chunk of a prompt
+AFTER_A_CHUNK = 0.015  # the same where who reads along has just waited for a chunk of a prompt
 FIRST_STEPS = 1  # of a dispatch in which somebody waits for the first token
 NARROW_AFTER = 1.0  # seconds that a request is alone in many slots before it gets a batch of one
 
@@ -48,10 +49,12 @@ class Device(Protocol):
     @property
     def slots(self) -> Mapping[int, Slots]: ...  # by how many they are
 
+    def prepare(self) -> None: ...
     def begin(self, start: Snapshot | None) -> Any: ...
     def copy(self, state: Any) -> Any: ...
     def read(self, state: Any, tokens: Tokens) -> Any: ...
     def read_scored(self, state: Any, tokens: Tokens) -> tuple[Any, Scores]: ...
+    def wait(self, state: Any) -> None: ...
     def is_sound(self, state: Any) -> bool: ...
 
 
@@ -129,10 +132,11 @@ class Scheduler:
         self._reading: _Reading | None = None
         self._owed = 0.0  # seconds of reading that decoding has not had yet
         self._has_read = False  # a chunk in this step, while rows waited
+        self._reads_on = False  # the device may still be at the chunk of this step
         self.hurries = False  # the last step brought the first token of a stream
         self._alone_since: float | None = None
-        self.step_seconds = dict.fromkeys(device.slots, 0.002)  # of one step, as measured
-        self._measured: set[int] = set()  # of these widths; the others' is a guess
+        # Of one step, as measured; of a width that is not: one step of it is tried.
+        self.step_seconds = dict.fromkeys(device.slots, math.inf)
         self.prompt_tokens = self.written_tokens = self.dispatches = 0  # so far
 
     @property
@@ -192,7 +196,8 @@ class Scheduler:
         `meanwhile` is called once, soon: where rows are only decoded, while the device is at work.
         """
         events: list[Event] = []
-        self._has_read = self.hurries = False
+        ended = None
+        self._has_read = self._reads_on = self.hurries = False
         only_decodes = self.running and not self.waiting
         if not only_decodes:
             meanwhile()
@@ -200,23 +205,26 @@ class Scheduler:
             request = self._waiting.popleft()
             self._reading = _Reading(request, self.device.begin(request.start), request.known)
         if self._reading and self._reading.ready is None:
-            self._read(self._reading, events)
+            ended = self._read(self._reading, events)
         if self._reading and self._reading.ready:
             self._insert(self._reading)
         self._fit_width()
         if self.running:
             self._decode(events, meanwhile if only_decodes else lambda: None)
+        if ended and not self.device.is_sound(ended.state):
+            self._fail(ended.request, events)
         return events
 
     # Prompts.
 
-    def _read(self, reading: _Reading, events: list[Event]) -> None:
-        """One chunk of the prompt, unless decoding has had less than half of the time."""
+    def _read(self, reading: _Reading, events: list[Event]) -> _Reading | None:
+        """One chunk of the prompt, unless decoding has had less than half of the time. The prompt,
+        if that was its last chunk: whether its state is sound is not known yet."""
         request = reading.request
         left = request.prompt[reading.done : reading.done + self.device.largest]
         if len(left):
             if self.running and self._owed > 0:
-                return
+                return None
             began = self._clock()
             if request.scored:
                 reading.state, scores = self.device.read_scored(reading.state, left)
@@ -225,14 +233,20 @@ class Scheduler:
                 reading.state = self.device.read(reading.state, left)
             reading.done += len(left)
             self.prompt_tokens += len(left)
+            # Where nothing runs, what a first token needs is called for while the device reads.
+            self._reads_on = not self.running and reading.done == len(request.prompt)
+            if not self._reads_on:
+                self.device.wait(reading.state)
             self._owed = self._clock() - began if self.running else 0.0
             self._has_read = self.running > 0
         ends = reading.done == len(request.prompt)
         if reading.done in request.keep:
             state = reading.state if ends else self.device.copy(reading.state)
             reading.snapshots[reading.done] = self._snapshot(request, reading.done, state)
-        if ends:
-            self._end_prompt(reading, events)
+        if not ends:
+            return None
+        self._end_prompt(reading, events)
+        return reading
 
     def _snapshot(self, request: Request, done: int, state: Any) -> Snapshot:
         """The state after so many tokens of a prompt, with what penalties are to count."""
@@ -248,10 +262,6 @@ class Scheduler:
     def _end_prompt(self, reading: _Reading, events: list[Event]) -> None:
         """The prompt is read: it says so, and may have answers now."""
         request = reading.request
-        if not self.device.is_sound(reading.state):
-            self._reading, request.live = None, 0
-            events.append(Event(request, None, finish="error", error=NO_NUMBERS, last=True))
-            return
         scores = None
         if reading.scores:
             scores = Scores(*map(np.concatenate, zip(*reading.scores, strict=True)))
@@ -260,6 +270,12 @@ class Scheduler:
         reading.ready = self._snapshot(request, reading.done, reading.state)
         last = not request.params
         events.append(Event(request, None, scores=scores, snapshots=reading.snapshots, last=last))
+
+    def _fail(self, request: Request, events: list[Event]) -> None:
+        """The prompt has left a state that is not numbers: nothing else is told of its request."""
+        self.cancel(request)
+        events[:] = [event for event in events if event.request is not request]
+        events.append(Event(request, None, finish="error", error=NO_NUMBERS, last=True))
 
     # Slots.
 
@@ -303,20 +319,23 @@ class Scheduler:
         news: dict[Answer, list[Token]] = {answer: [] for _, answer in self._running.live}
         streams = [answer for answer in news if answer.request.streams]
         seconds = (AFTER_A_CHUNK if self._has_read else STREAMING) if streams else ALONE
+        of_a_step = self.step_seconds[self.width]
+        steps = int(seconds / of_a_step)
         if self._reading and self._owed > 0:  # the next chunk of a prompt waits for so much
-            seconds = min(seconds, max(self._owed, AFTER_A_CHUNK))
+            seconds = max(self._owed, AFTER_A_CHUNK)
+            steps = min(steps, math.ceil(seconds / of_a_step))
         first = any(not answer.written for answer in streams)
         self.hurries = first
         most = FIRST_STEPS if first else MOST_STEPS
         began = self._clock()
         wrote = self._running.decode(
-            max(1, min(most, int(seconds / self.step_seconds[self.width]))),
+            max(1, min(most, steps)),
             at_end=self.waiting > 0,
             meanwhile=meanwhile,
         )
         took = self._clock() - began
         self._owed = max(0.0, self._owed - took)
-        if not first or self.width not in self._measured:
+        if not self._reads_on and (not first or math.isinf(self.step_seconds[self.width])):
             self._measure(took / max(1, wrote.steps))
         self.dispatches += 1
         self.written_tokens += wrote.total
@@ -329,10 +348,9 @@ class Scheduler:
     def _measure(self, seconds: float) -> None:
         """A moving average of the time of a step. (Of a few steps at the start of a stream, what
         comes of every dispatch is too large a part: they count only where nothing is known.)"""
-        known = self.width in self._measured
-        old = self.step_seconds[self.width] if known else seconds
+        old = self.step_seconds[self.width]
+        old = seconds if math.isinf(old) else old
         self.step_seconds[self.width] = max(0.7 * old + 0.3 * seconds, 1e-6)
-        self._measured.add(self.width)
 
     def _event(self, answer: Answer, tokens: Sequence[Token], ended: int | None) -> Event:
         """An answer has grown, or ended; its row is in the slot `ended`."""

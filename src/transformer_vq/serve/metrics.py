@@ -1,6 +1,7 @@
 """What Prometheus is told."""
 
 from collections.abc import Callable
+from math import isfinite
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client import generate_latest as written
@@ -33,8 +34,8 @@ class Metrics:
         self._gauge("tvq_dispatches", "calls of the decoding program", lambda s: s.dispatches)
         self._gauge(
             "tvq_step_seconds",
-            "of a decoding step, all slots busy",
-            lambda s: s.step_seconds[max(s.step_seconds)],
+            "of a decoding step, all slots busy; 0 before one was measured",
+            lambda s: seconds if isfinite(seconds := s.step_seconds[max(s.step_seconds)]) else 0,
         )
         live = Gauge("tvq_requests", "requests that have not ended", registry=self._registry)
         live.set_function(lambda: service.live)
