@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import msgpack
 import numpy as np
 import pytest
 from safetensors.numpy import load as load_arrays
@@ -210,3 +211,25 @@ def fails(capsys, status: int, *arguments: str) -> str:
 def start(user_env: dict, *arguments: str) -> subprocess.Popen:
     pipe = subprocess.PIPE
     return subprocess.Popen([TVQ, *arguments], env=user_env, stdout=pipe, stderr=pipe)
+
+
+def hub_cache(home: Path, files: dict[str, bytes], revision="main") -> Path:
+    """What `huggingface_hub` keeps of the model owner/name: its snapshot."""
+    model, commit = home / "hub/models--owner--name", "0" * 40
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / revision).write_text(commit)
+    snapshot = model / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for name, content in files.items():
+        (snapshot / name).write_bytes(content)
+    return snapshot
+
+
+def flax_bytes(tree) -> bytes:
+    """msgpack with arrays as flax has them: extension 1 of (shape, dtype, bytes), 3 for scalars."""
+
+    def extension(x):
+        content = msgpack.packb((x.shape, x.dtype.name, x.tobytes()), use_bin_type=True)
+        return msgpack.ExtType(1 if isinstance(x, np.ndarray) else 3, content)
+
+    return msgpack.packb(tree, default=extension, strict_types=True)

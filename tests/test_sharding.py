@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from tests.helpers import tune
-from tests.ops.test_sample import make_model
+from tests.ops.models import make_model
 from transformer_vq import ModelConfig, SamplingParams, costs, generate, stream
 from transformer_vq.config import MeshConfig, TrainConfig
 from transformer_vq.data import Batches

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import STEPS, fails, raw, sample
-from tests.io.test_hub import hub_cache
+from tests.helpers import STEPS, fails, hub_cache, raw, sample
 from transformer_vq import load
 from transformer_vq.cli import main
 from transformer_vq.cli.models import open_draft

@@ -158,3 +158,28 @@ def empty_state(model, rows=BATCH):
     """Always of the same capacity: each is compiled."""
     capacity = LENGTH if model.config.attention == "full" else None
     return init_state(model.config, rows, capacity=capacity)
+
+
+def random_request(rng):
+    def choose(*values):
+        return values[rng.integers(len(values))]
+
+    longest = choose(3, 16, 16, 40, 150)
+    params = SamplingParams(
+        max_tokens=int(choose(1, 5, 20, 33)),
+        temperature=choose(0.0, 0.7, 1.0, 1.0, 1.8),
+        top_k=choose(0, 0, 5),
+        top_p=choose(1.0, 1.0, 0.9, 0.5),
+        min_p=choose(0.0, 0.0, 0.1),
+        typical_p=choose(1.0, 1.0, 0.8),
+        repetition_penalty=choose(1.0, 1.0, 1.4),
+        presence_penalty=choose(0.0, 0.0, 0.5),
+        frequency_penalty=choose(0.0, 0.0, 0.2),
+        logit_bias=choose({}, {}, {4: 1.0}),
+        banned_tokens=choose((), (), (1, 2)),
+        min_tokens=choose(0, 0, 4),
+        stop=choose((), (), (7, 8), ([9], [3, 4])),
+        logprobs=choose(False, False, False, True),
+        seed=int(rng.integers(0, 2**63)),
+    )
+    return random_prompt(rng, longest), params

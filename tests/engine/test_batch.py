@@ -21,7 +21,7 @@ from tests.engine.plain import (
     padded,
     plain_generate,
     prompts_and_seeds,
-    random_prompt,
+    random_request,
 )
 from transformer_vq import (
     Model,
@@ -66,31 +66,6 @@ def test_seeds():
     outputs = generate(MODEL, [[5]] * 8, [SamplingParams(max_tokens=12, seed=s) for s in seeds])
     assert len({tuple(x) for x in outputs[:6]}) == 6
     assert outputs[6] == outputs[1] and outputs[7] == outputs[3]
-
-
-def random_request(rng):
-    def choose(*values):
-        return values[rng.integers(len(values))]
-
-    longest = choose(3, 16, 16, 40, 150)
-    params = SamplingParams(
-        max_tokens=int(choose(1, 5, 20, 33)),
-        temperature=choose(0.0, 0.7, 1.0, 1.0, 1.8),
-        top_k=choose(0, 0, 5),
-        top_p=choose(1.0, 1.0, 0.9, 0.5),
-        min_p=choose(0.0, 0.0, 0.1),
-        typical_p=choose(1.0, 1.0, 0.8),
-        repetition_penalty=choose(1.0, 1.0, 1.4),
-        presence_penalty=choose(0.0, 0.0, 0.5),
-        frequency_penalty=choose(0.0, 0.0, 0.2),
-        logit_bias=choose({}, {}, {4: 1.0}),
-        banned_tokens=choose((), (), (1, 2)),
-        min_tokens=choose(0, 0, 4),
-        stop=choose((), (), (7, 8), ([9], [3, 4])),
-        logprobs=choose(False, False, False, True),
-        seed=int(rng.integers(0, 2**63)),
-    )
-    return random_prompt(rng, longest), params
 
 
 def run(requests):

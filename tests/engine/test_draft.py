@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.engine.plain import MODEL, make_model, random_prompt
+from tests.engine.plain import MODEL, make_model, random_prompt, random_request
 from tests.engine.scheduling import answer
 from tests.engine.scheduling import run as run_all
-from tests.engine.test_batch import random_request
 from tests.helpers import DOUBLE, close
 from transformer_vq import Model, SamplingParams, generate, stream
 from transformer_vq.engine import draft as drafts

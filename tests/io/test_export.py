@@ -14,7 +14,7 @@ from safetensors import deserialize
 from safetensors.numpy import load, save
 
 from tests.helpers import raw
-from tests.io.test_state import make_model
+from tests.io.models import make_model
 from transformer_vq.io.export import (
     CONFIG_FILE,
     MODEL_FILE,

@@ -6,21 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import hub_cache
 from transformer_vq.errors import UserError
 from transformer_vq.io.export import FILES
 from transformer_vq.io.hub import HubError, local_folder
-
-
-def hub_cache(home: Path, files: dict[str, bytes], revision="main") -> Path:
-    """What `huggingface_hub` keeps of the model owner/name: its snapshot."""
-    model, commit = home / "hub/models--owner--name", "0" * 40
-    (model / "refs").mkdir(parents=True)
-    (model / "refs" / revision).write_text(commit)
-    snapshot = model / "snapshots" / commit
-    snapshot.mkdir(parents=True)
-    for name, content in files.items():
-        (snapshot / name).write_bytes(content)
-    return snapshot
 
 
 @pytest.fixture

@@ -6,26 +6,16 @@ import pickle
 import zipfile
 
 import jax.numpy as jnp
-import msgpack
 import numpy as np
 import pytest
 
+from tests.helpers import flax_bytes
 from transformer_vq.io.official import bytes_first
 from transformer_vq.io.official_files import OfficialError, read_fields, read_weights
 
 W = np.arange(6, dtype=np.float32).reshape(2, 3)
 PARAMS = {"out_proj": {"kernel": W, "bias": W[0]}, "position_embedder": {"scale": W[0, 1:2].sum()}}
 FLAT = {"out_proj/kernel": W, "out_proj/bias": W[0], "position_embedder/scale": W[0, 1]}
-
-
-def flax_bytes(tree) -> bytes:
-    """msgpack with arrays as flax has them: extension 1 of (shape, dtype, bytes), 3 for scalars."""
-
-    def extension(x):
-        content = msgpack.packb((x.shape, x.dtype.name, x.tobytes()), use_bin_type=True)
-        return msgpack.ExtType(1 if isinstance(x, np.ndarray) else 3, content)
-
-    return msgpack.packb(tree, default=extension, strict_types=True)
 
 
 def train_state(params=PARAMS, step=7):

@@ -17,22 +17,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
 from tests.helpers import ROOT
-from transformer_vq import Model, ModelConfig, StateError, init_state, load_state, save_state
+from tests.io.models import SIZES, make_model
+from transformer_vq import ModelConfig, StateError, init_state, load_state, save_state
 from transformer_vq.io import state as state_io
-from transformer_vq.nn.model import model_specs
-
-SIZES = dict(vocab_size=17, d_model=16, d_k=8, num_layers=1, codebook_size=6, window_len=5)
-
-
-def make_model(seed=0, **fields):
-    """A model of random numbers, made without a compilation."""
-    config = ModelConfig(**{**SIZES, **fields})
-    rng = np.random.default_rng(seed)
-
-    def numbers(spec):
-        return rng.normal(size=spec.shape).astype(config.param_dtype)
-
-    return Model(*jax.tree.map(numbers, model_specs(config)), config)
 
 
 def make_state(config, batch=2, capacity=None, seed=0):

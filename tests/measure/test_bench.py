@@ -4,11 +4,9 @@ import json
 
 import pytest
 
+from tests.measure.sizes import TINY
 from transformer_vq.cli import main
 from transformer_vq.measure import bench
-
-TINY = ["--config.d-model", "16", "--config.d-k", "8", "--config.num-layers", "1"]
-TINY += ["--config.codebook-size", "8", "--config.window-len", "8", "--config.block-len", "8"]
 
 DECODING = ["decode", "--batch", "2", "--position", "3"]
 TRAINING = ["train", "--batch", "8", "--length", "16", "--attention", "full"]

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from tests.helpers import fails
-from tests.measure.test_bench import TINY
+from tests.measure.sizes import TINY
 from transformer_vq.cli import main
 from transformer_vq.measure import bench
 from transformer_vq.measure.hlo import Program

@@ -10,8 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import close, far, make_config, quick_jit, random_inputs, random_model
-from tests.nn.cases import BATCH, CASES, MEMORY, fresh, same_bits
-from tests.nn.test_reference import any_case
+from tests.nn.cases import BATCH, CASES, MEMORY, any_case, fresh, same_bits
 from transformer_vq import init_state
 from transformer_vq.nn.decode import decode_step, prepare
 from transformer_vq.nn.few import commit, read_few

@@ -17,8 +17,7 @@ from tests.helpers import (
     random_model,
     tune,
 )
-from tests.nn.cases import CASES, fresh
-from tests.nn.test_reference import run_reference
+from tests.nn.cases import CASES, fresh, run_reference
 from transformer_vq import Model
 from transformer_vq.nn.attention import keep_keys, window
 from transformer_vq.nn.dropout import DropoutKeys

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import ROOT, tune
+from tests.ops.models import BATCH, EOS, LENGTH, VOCAB, make_model
 from tests.programs import has_arrays, operations_on, reused_bytes, temporary_bytes
 from transformer_vq import (
     Model,
@@ -32,27 +33,12 @@ from transformer_vq.engine.batch import Session
 from transformer_vq.engine.prefill import FEW, PREFILL_SIZES
 from transformer_vq.errors import UserError
 from transformer_vq.nn import products
-from transformer_vq.nn.model import model_specs
 from transformer_vq.ops import decode, sample
 
-VOCAB, EOS, BATCH, LENGTH = 17, 3, 16, 30
 KEY = 5
 PROMPTS = [[1], [2, 3], [4] * 9]
 REQUESTS = [SamplingParams(max_tokens=20 + 15 * i, seed=i, stop=[2]) for i in range(3)]
 EXTEND = jax.jit(extend)
-
-
-@functools.cache
-def make_model(**fields):
-    """A model of random numbers, made without a compilation."""
-    sizes = dict(vocab_size=VOCAB, d_model=16, d_k=8, num_layers=1, codebook_size=6, window_len=4)
-    config = ModelConfig(**{**sizes, "block_len": 5, **fields})
-    rng = np.random.default_rng(0)
-
-    def numbers(spec):
-        return jnp.asarray(spec.scale * rng.normal(size=spec.shape), jnp.float32)
-
-    return Model(*jax.tree.map(numbers, model_specs(config)), config)
 
 
 MODEL = make_model(reset_at_document=True, absolute_positions=True)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import raw
-from tests.io.test_state import make_model
+from tests.io.models import make_model
 from transformer_vq import TrainConfig, load
 from transformer_vq.data import DataError, load_tokenizer, open_source, train_tokenizer
 from transformer_vq.io.export import FILES, MODEL_FILE, ExportError

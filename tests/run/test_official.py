@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.helpers import raw, recorded
-from tests.io.test_official_files import flax_bytes
+from tests.helpers import flax_bytes, raw, recorded
 from transformer_vq.cli import main
 from transformer_vq.data import load_tokenizer, open_source, train_tokenizer
 from transformer_vq.errors import UserError

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("fastapi", reason="NOT TESTED: the extra serve is not installed")
 
-from tests.serve.test_completion import served
+from tests.serve.fakes import served
 from transformer_vq.serve import aside, body
 from transformer_vq.serve.aside import json_list, json_text, token_array
 from transformer_vq.serve.body import parse

@@ -10,7 +10,7 @@ pytest.importorskip("jinja2", reason="NOT TESTED: jinja2 is not installed")
 import httpx
 
 from tests.helpers import fails
-from tests.serve.test_completion import served as served_text
+from tests.serve.fakes import served as served_text
 from transformer_vq.cli.serve import _chat_template
 from transformer_vq.errors import UserError
 from transformer_vq.serve.chat import ChatTemplate

@@ -14,8 +14,7 @@ pytest.importorskip("fastapi", reason="NOT TESTED: the extra serve is not instal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.serve.test_completion import Alphabet
-from tests.serve.test_process import Failing, loaded
+from tests.serve.fakes import Alphabet, Failing, loaded
 from transformer_vq.engine.engine import Engine
 from transformer_vq.errors import UserError
 from transformer_vq.serve.answers import AnswerFile

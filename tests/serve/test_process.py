@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import threading
-from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
@@ -17,29 +16,12 @@ import httpx
 import uvicorn
 from uvicorn.server import ServerState
 
-from tests.serve.test_states import make_store
-from transformer_vq.data import ByteTokenizer
+from tests.serve.fakes import loaded
 from transformer_vq.engine.engine import Engine
 from transformer_vq.errors import UserError
 from transformer_vq.serve.process import KEEP_ALIVE, _Connection, listen, run
 from transformer_vq.serve.server import make_app
-from transformer_vq.serve.service import Loaded, Service
-
-
-class Failing:
-    """A scheduler that fails at its first step."""
-
-    device = SimpleNamespace(slots={1: None}, prepare=lambda: None)
-    idle = True
-    drafted = 0, 0
-    running = waiting = prompt_tokens = written_tokens = dispatches = 0
-    step_seconds = {1: 0.0}  # noqa: RUF012
-
-    def add(self, request):
-        self.idle = False
-
-    def step(self, meanwhile):
-        raise RuntimeError("the device has gone")
+from transformer_vq.serve.service import Service
 
 
 class Client(threading.Thread):
@@ -71,12 +53,6 @@ def serve(make, act):
     if client.ident:
         client.join(30)
     return status, client.found
-
-
-def loaded(service):
-    parts = dict(name="m", tokenizer=ByteTokenizer(), vocab_size=256, ends_documents=False)
-    service.loaded = Loaded(**parts, capacity=9, store=make_store(), cache="any")
-    return Failing()
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("pydantic", reason="NOT TESTED: the extra serve is not installed")
 
-from tests.serve.test_states import ROW, known, snapshot, unpack
+from tests.serve.fakes import ROW, known, snapshot, unpack
 from transformer_vq.serve import prompts
 from transformer_vq.serve.prompts import PromptFiles
 from transformer_vq.serve.states import StateStore

@@ -11,39 +11,10 @@ import pytest
 
 pytest.importorskip("pydantic", reason="NOT TESTED: the extra serve is not installed")
 
-from transformer_vq.engine.scheduler import Snapshot
+from tests.serve.fakes import ROW, known, make_store, snapshot
 from transformer_vq.errors import UserError
 from transformer_vq.serve import states
 from transformer_vq.serve.states import StateStore, StoreFull
-
-ROW = 10
-
-
-class State:
-    """A state that only knows how long its text was."""
-
-    def __init__(self, position):
-        self.position = [position]
-
-
-def snapshot(position):
-    return Snapshot(State(position), np.zeros(2, bool), np.zeros(2, np.int32))
-
-
-def unpack(data, name):
-    if not data.isdigit():
-        raise UserError(f"{name} is damaged")
-    return snapshot(int(data))
-
-
-def make_store(folder=None, most=5 * ROW, grid=4):
-    pack = lambda s: str(s.position).encode()  # noqa: E731
-    return StateStore(ROW, most, folder, grid=grid, pack=pack, unpack=unpack)
-
-
-def known(store, tokens, mode="any", owner=""):
-    found = store.find(owner, tokens, mode)
-    return found.length if found else 0
 
 
 def test_the_longest_prefix():
