@@ -14,7 +14,7 @@ def write_whole(path: Path, content: bytes, *, shared: bool = False) -> os.stat_
     `shared`: others may do so at the same moment; the last one wins. What the system says of the
     new file, by which it can be told from what others write; None for a device.
 
-    Raises `OSError` naming the file; then it is as it was.
+    Raises `OSError` naming the file; then it is as it was, and so after Ctrl-C.
     """
     if path.exists() and not path.is_file():
         path.write_bytes(content)
@@ -31,6 +31,9 @@ def write_whole(path: Path, content: bytes, *, shared: bool = False) -> os.stat_
     except OSError as error:
         draft.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from None
+    except BaseException:  # Ctrl-C
+        draft.unlink(missing_ok=True)
+        raise
     return found
 
 

@@ -65,7 +65,7 @@ def save_cost(folder: Path, weights: Weights, cost: Cost) -> bool:
     """Keep it, if the folder can be written to; whether it could."""
     content = {**_content(folder), weights: asdict(cost)}
     try:
-        write_whole(folder / FILE, (json.dumps(content, indent=2) + "\n").encode())
+        write_whole(folder / FILE, (json.dumps(content, indent=2) + "\n").encode(), shared=True)
     except OSError:
         return False
     return True
