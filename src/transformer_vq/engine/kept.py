@@ -10,7 +10,6 @@ import hashlib
 from pathlib import Path
 
 import jax
-from jax._src import compilation_cache
 
 from transformer_vq.atomic import write_whole
 
@@ -49,10 +48,18 @@ class Entries:
 
 
 def keep_entries_whole() -> None:
-    """Let JAX's cache be one of `Entries`, unless it is told to be one of another kind."""
+    """Let JAX's cache be one of `Entries`, unless it is told to be one of another kind.
+
+    It has no public place for that (looked for in JAX 0.10 to 0.12): a JAX without this one keeps
+    its own.
+    """
+    try:
+        from jax._src import compilation_cache
+    except ImportError:
+        return
     limit, compares = (
         jax.config.values.get(f"jax_compilation_cache_{name}")
         for name in ("max_size", "check_contents")
     )
-    if limit == -1 and not compares:
+    if limit == -1 and not compares and hasattr(compilation_cache, "get_file_cache"):
         compilation_cache.get_file_cache = lambda path: (Entries(path), path)
