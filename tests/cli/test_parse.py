@@ -34,6 +34,11 @@ def test_numbers_at_the_edge_and_empty_values(capsys, tmp_path, command, option,
     assert says in fails(capsys, 2, command, *others[command], option, value)
 
 
+def test_who_names_no_action_is_told_of_them(capsys):
+    assert "say what to do: train (see tvq tokenizer --help)" in fails(capsys, 2, "tokenizer")
+    assert "--run is missing: give it" in fails(capsys, 2, "eval")
+
+
 def test_another_version_of_tyro_says_it_in_one_line(monkeypatch):
     """Its private part, which tells what is wrong, may be missing; and may tell something else."""
     for found in (lambda hear: parse.contextlib.nullcontext(), lambda hear: _telling(hear)):

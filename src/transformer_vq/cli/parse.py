@@ -205,7 +205,11 @@ def _explained(event: Any, known: Sequence[str]) -> str | None:
             case "MissingArgs":
                 if event.unrecognized_tokens:
                     return _unknown(event.unrecognized_tokens[0], known)
-                return f"{event.missing_arguments[0].arg.display_name()} is missing: give it SEE"
+                missing = event.missing_arguments[0].arg
+                name = missing.display_name()
+                if missing.lowered.choices and not name.startswith("-"):
+                    return f"say what to do: {', '.join(missing.lowered.choices)} SEE"
+                return f"{name} is missing: give it SEE"
             case "BadValue":
                 return f"{event.argument.display_name()} needs a value SEE"
             case "InvalidChoice":
