@@ -84,7 +84,7 @@ def test_your_own_source(run_example, tmp_path):
 def test_train_from_python(run_example, tmp_path):
     arguments = ("--steps", 2, "--tokens", 500, "--out", tmp_path / "run")
     text = run_example("train_from_python", *arguments)
-    assert re.match(r"done at step 2, validation loss \d\.\d{3}\n", text)
+    assert re.match(r"done at step 2\nvalidation loss \d\.\d{3}\n", text)
     assert re.search(r"bits per byte on 500 bytes of the test split\n\n.", text)
 
 
