@@ -72,12 +72,24 @@ def test_an_import_comes_to_its_end(monkeypatch, tmp_path):
         sys.modules.pop("interrupted_module", None)
 
 
+def test_who_is_called_by_an_import_is_interrupted_all_the_same(monkeypatch, tmp_path):
+    content = (
+        "import signal, time\nfrom transformer_vq.cli.interrupts import Interrupts\n"
+        "with Interrupts():\n    signal.raise_signal(signal.SIGINT)\n    time.sleep(1)\n"
+        "    raise SystemExit('not interrupted')\n"
+    )
+    (tmp_path / "calling_module.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        import calling_module  # pyright: ignore  # noqa: F401
+
+
 def test_a_process_that_ends_by_it_is_not_interrupted_again():
     try:
         with pytest.raises(KeyboardInterrupt), Interrupts(last=True):
             signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)  # nothing
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        signal.raise_signal(signal.SIGINT)  # nothing
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt), Interrupts():

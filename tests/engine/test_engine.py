@@ -15,7 +15,7 @@ def device():
     return FakeDevice()
 
 
-def test_engine(device):
+def test_engine(device, monkeypatch):
     """Requests of several threads; a full queue refuses at once; its end is told to all."""
     news: queue.Queue = queue.Queue()
     ended: queue.Queue = queue.Queue()
@@ -23,7 +23,10 @@ def test_engine(device):
     engine.on_end = ended.put
     with pytest.raises(EngineDead, match="takes no requests: it is starting or has ended"):
         engine.submit(Request([1], []))
+    prepared: queue.Queue = queue.Queue()
+    monkeypatch.setattr(device, "prepare", lambda: prepared.put(True))
     engine.start()
+    assert prepared.get(timeout=60)  # before anybody asks for something
     while engine.scheduler is None:
         pass
     params = [SamplingParams(max_tokens=10**9)]

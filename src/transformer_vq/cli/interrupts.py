@@ -8,8 +8,8 @@ import threading
 from types import FrameType
 from typing import Any, NoReturn, Self
 
-AGAIN = 0.5  # seconds
-SOON = 0.05
+AGAIN = 0.5  # seconds from one interrupt to the next, where that was lost
+SOON = 0.05  # from one that came in the midst of an import
 
 
 class Interrupts:
@@ -26,10 +26,12 @@ class Interrupts:
     def __init__(self, *, last: bool = False) -> None:
         self._last = last
         self._ours = False
+        self._caller: FrameType | None = None
         self._alarm: Any = None  # the handler that was there
         self._hook: Any = None
 
     def __enter__(self) -> Self:
+        self._caller = sys._getframe(1)
         main = threading.current_thread() is threading.main_thread()
         self._ours = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if self._ours:
@@ -53,7 +55,7 @@ class Interrupts:
         if self._hook is None:
             self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
         if timed:
-            wait = _imports(frame)
+            wait = _imports(frame, self._caller)
             signal.setitimer(signal.ITIMER_REAL, SOON if wait else AGAIN, AGAIN)
             if wait:
                 return
@@ -64,9 +66,9 @@ class Interrupts:
             self._hook(lost)
 
 
-def _imports(frame: FrameType | None) -> bool:
-    """Whether a module is being imported there."""
-    while frame is not None:
+def _imports(frame: FrameType | None, caller: FrameType | None) -> bool:
+    """Whether a module is being imported there, since the caller: it may be one itself."""
+    while frame is not None and frame is not caller:
         if frame.f_code.co_filename.startswith("<frozen importlib."):
             return True
         frame = frame.f_back

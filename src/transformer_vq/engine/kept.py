@@ -1,8 +1,8 @@
 """Files of compiled programs: whole, and looked at before any of it is run.
 
 One bit of a program may give other numbers, or a crash. JAX writes the entries of its cache without
-a checksum and not at once, takes most of the damaged ones for good (638 of 1,000 with one bit
-flipped), and replaces none.
+a checksum and not at once, unpacks most of the damaged ones without a complaint (638 of 1,000 with
+one bit flipped), and replaces none.
 """
 
 import contextlib
