@@ -102,7 +102,7 @@ def test_resuming_needs_the_same_vocabulary(capsys, folder, run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["tokenizer"], "action is missing"),
+        (["tokenizer"], "say what to do: train"),
         (["tokenizer", "tran", "--data", "x", "--out", "y"], "one of train"),
         (["tokenizer", "train", "--out", "y.json"], "--data is missing"),
         (["tokenizer", "train", "--data", "x", "--out", "no/y.json"], "no such folder"),
