@@ -24,7 +24,12 @@ from pathlib import Path
 from typing import Any
 
 OURS = "transformer-vq"
-NAMES = {OURS: "Transformer-VQ", "llama": "Llama", "mamba": "Mamba", "reference": "reference"}
+NAMES = {
+    OURS: "Transformer-VQ",
+    "llama": "Llama",
+    "mamba": "Mamba",
+    "reference": "the paper's code",
+}
 NEEDS = {"llama": ("torch", "transformers"), "mamba": ("torch", "transformers")}
 TITLES = {
     "decode": "decoding",

@@ -19,7 +19,7 @@ SMALL = [
         (["--topology", "cuda", "--programs", "fly"], "one of decode, sample, prefill, train"),
         (["--topology", "cuda", "--mesh.fsdp", "0"], "--mesh.fsdp is 0"),
         (["--topology", "cuda", "--train.update-len", "7"], "--train.sequence-len is 1024, not a"),
-        (["--topology", "cuda:3", *SMALL, "--programs", "train"], "batch_size is 8: it must be"),
+        (["--topology", "cuda:3", *SMALL, "--programs", "train"], "--train.batch-size is 8: it m"),
     ],
 )
 def test_wrong_options(arguments, sentence, capsys):

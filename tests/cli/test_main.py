@@ -21,6 +21,7 @@ def test_help_shows_options_defaults_and_examples(capsys, command):
     assert main([*command.split(), "--help"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(f"usage: tvq {command}")
+    assert "\n\n" in printed and "\n\n\n" not in printed
     assert "(default: " in printed or command == "info"
     assert f"  tvq {command} " in printed.partition("examples:\n")[2]
 

@@ -4,8 +4,9 @@ import pytest
 
 from tests.helpers import fails
 from transformer_vq.cli import parse
-from transformer_vq.cli.parse import UsageError, as_usage, options
+from transformer_vq.cli.parse import UsageError, as_usage, options, with_options
 from transformer_vq.cli.sample import Sample
+from transformer_vq.cli.train import Train
 from transformer_vq.config import TrainConfig
 
 
@@ -59,3 +60,15 @@ def test_fields_in_a_sentence_become_options():
         TrainConfig(sequence_len=100, update_len=64)
     said = str(as_usage(error.value, "--train.", TrainConfig))
     assert said.startswith("--train.sequence-len is 100, not a multiple of --train.update-len, 64")
+
+
+def test_sentences_name_the_options_of_the_command():
+    notes = " ".join(TrainConfig(steps=10, warmup_steps=20).notes())
+    assert with_options(notes, Train).endswith("lower --train.warmup-steps")
+    assert with_options("use d_k below far_cap", Train) == "use --config.d-k below --config.far-cap"
+    assert with_options("d_k and far_cap", Sample) == "d_k and --far-cap"  # its options alone
+    paths = "runs/d_model/x, d_model.txt, 'far_cap' and ./seed"
+    assert with_options(paths, Train) == paths
+    word = "streaming is for text, streaming"
+    assert with_options(word, Train) == word
+    assert with_options(word, Train, "streaming") == "--train.streaming is for text, streaming"

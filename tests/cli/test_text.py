@@ -2,7 +2,7 @@
 
 import pytest
 
-from transformer_vq.cli.text import printable, show_bytes, unescape
+from transformer_vq.cli.text import broken, printable, show_bytes, unescape
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,11 @@ def test_bytes_are_shown():
     assert [show_bytes(b) for b in (b" it", "é".encode(), b"\xc3", b"\n", b"")] == [
         "' it'", "'é'", "0xc3", "0x0a", "''"
     ]  # fmt: skip
+
+
+def test_long_lines_break_between_words(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    line = "data: a/path/of/more/than/thirty/characters, 60,000 bytes, of which 54,000 to train on"
+    lines = broken(line).split("\n")
+    assert [word for part in lines for word in part.split()] == line.split()
+    assert all(len(part) <= 30 or len(part.split()) == 1 for part in lines) and len(lines) == 4

@@ -31,6 +31,17 @@ def test_progress(tmp_path, terminal):
         assert (part in text) == terminal
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_breaks_lines_between_words(terminal):
+    out, line = io.StringIO(), "the warm-up takes 50 updates and the run has 20"
+    console = Console(file=out, force_terminal=terminal, width=20, legacy_windows=False)
+    progress = Progress(1, 1, console=console, reword=lambda text: text.replace("-up", ""))
+    progress.say(line)
+    printed = [part.strip() for part in out.getvalue().splitlines()]
+    assert " ".join(printed) == "the warm takes 50 updates and the run has 20"
+    assert len(printed) == (3 if terminal else 1)
+
+
 def test_duration():
     assert [duration(s) for s in (0.4, 65, 3600, 90_061)] == ["0:00", "1:05", "1:00:00", "25:01:01"]
 

@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("TVQ_TRACEBACK"):
             raise
         status = 2 if isinstance(error, UsageError) else 1
-        return end(f"tvq: {sentence(error)}", status)
+        return end(f"tvq: {_with_options(sentence(error), error, arguments)}", status)
     except Exception as error:
         if out_of_memory(error) and not os.environ.get("TVQ_TRACEBACK"):
             return end(f"tvq: {too_large(error, arguments[0])}", 1)
@@ -138,9 +138,7 @@ def _run(arguments: list[str]) -> int:
             f"there is no command {shown(name)}: {meant}the commands are {', '.join(COMMANDS)} "
             f"(see tvq --help)"
         )
-    module, kind, _ = COMMANDS[name]
-    command = getattr(importlib.import_module(f"transformer_vq.cli.{module}"), kind)
-    options = parse.options(command, name, rest)
+    options = parse.options(_command(name), name, rest)
     if options is None:  # it was a question, and is answered
         return 0
     settle_environment()
@@ -153,6 +151,19 @@ def split_command(arguments: list[str]) -> tuple[str, list[str]]:
     """The name of a command, of one word or two, and its options."""
     words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
     return " ".join(arguments[:words]), arguments[words:]
+
+
+def _command(name: str) -> type:
+    module, kind, _ = COMMANDS[name]
+    return getattr(importlib.import_module(f"transformer_vq.cli.{module}"), kind)
+
+
+def _with_options(text: str, error: Exception, arguments: list[str]) -> str:
+    """What a `UserError` says, in terms of the options of the command that was called."""
+    name, _ = split_command(arguments)
+    if name not in COMMANDS or not isinstance(error, UserError):
+        return text
+    return parse.with_options(text, _command(name), getattr(error, "field", ""))
 
 
 def _said_cache() -> str:

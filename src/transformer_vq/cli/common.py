@@ -16,6 +16,7 @@ import numpy as np
 from transformer_vq import costs
 from transformer_vq.cli.cache import cache_folder
 from transformer_vq.cli.parse import UsageError, option
+from transformer_vq.cli.text import broken
 from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.data import (
     DataError,
@@ -63,8 +64,11 @@ def tell(text: str) -> None:
 
 
 def say(text: str) -> None:
-    """A line on standard output, whatever characters the names in it have."""
-    print(plain(text))
+    """A line on standard output, whatever characters the names in it have.
+
+    A terminal that is narrower gets several, broken between words.
+    """
+    print(broken(plain(text)) if sys.stdout.isatty() else plain(text))
 
 
 def quoted(path: str | os.PathLike) -> str:
@@ -151,8 +155,12 @@ def train_with_progress(
     max_seconds: float | None = None,
     observers: "Sequence[Observer]" = (),
     mesh: "Mesh | None" = None,
+    reword: Callable[[str], str] = str,
 ) -> "TrainResult":
-    """`run.loop.train` on the train split of `tokens`, live on the terminal."""
+    """`run.loop.train` on the train split of `tokens`, live on the terminal.
+
+    `reword`: what becomes of the notes of a run, which name fields of configurations.
+    """
     from transformer_vq.measure.memory import trim_after_compiling
     from transformer_vq.run import loop
     from transformer_vq.show.progress import Progress
@@ -162,7 +170,7 @@ def train_with_progress(
     trim_after_compiling()
     source = as_source(tokens)
     tokens_per_step = train.batch_size * train.update_len
-    progress = Progress(train.steps, tokens_per_step, max_seconds=max_seconds)
+    progress = Progress(train.steps, tokens_per_step, max_seconds=max_seconds, reword=reword)
     return loop.train(
         config,
         train,

@@ -139,7 +139,7 @@ class Demo:
         limit = self.minutes * 60 * TRAIN_SHARE
         if begun := checkpoints_of(self.out).latest() is not None:
             limit -= load_info(self.out).seconds
-        print(f"model: {describe_model(CONFIG)}")
+        say(f"model: {describe_model(CONFIG)}")
         print(f"data:  Moby-Dick, {size(len(tokens))}: 90 % to train on, 10 % held out")
         minutes = "a minute" if self.minutes == 1 else f"{self.minutes:g} minutes"
         print(f"time:  at most {minutes}. Ctrl-C saves; the same command goes on.\n")

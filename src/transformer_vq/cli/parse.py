@@ -8,6 +8,7 @@ import io
 import os
 import re
 import shutil
+import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import (
@@ -93,6 +94,22 @@ def as_usage(error: Exception, prefix: str, fields: type) -> UsageError:
     return UsageError(re.sub(r"\w+", as_option, str(error)))
 
 
+def with_options(text: str, command: type, field: str = "") -> str:
+    """A sentence in which the fields of configurations are the options that somebody typed.
+
+    "lower warmup_steps" is "lower --train.warmup-steps" where the command has that option. `field`:
+    a field of one word with which the sentence may begin. Names in paths stay.
+    """
+    names = {option.rpartition(".")[2].lstrip("-"): option for option in _known_options(command)}
+
+    def as_option(match: re.Match[str]) -> str:
+        word = match[0]
+        meant = "_" in word or (word == field and match.start() == 0)
+        return names.get(word.replace("_", "-"), word) if meant else word
+
+    return re.sub(r"""(?<![\w/.\-'"])\w+(?![\w/\-'"]|\.\w)""", as_option, text)
+
+
 def options(command: type, name: str, arguments: Sequence[str]) -> Any:
     """The command with the options given; None if help was asked for, and printed.
 
@@ -108,7 +125,12 @@ def options(command: type, name: str, arguments: Sequence[str]) -> Any:
 
     heard = io.StringIO()
     try:
-        with contextlib.redirect_stderr(heard), _told_of_errors(refuse), _wide_enough():
+        with (
+            contextlib.redirect_stderr(heard),
+            contextlib.redirect_stdout(cast(io.TextIOBase, _OneBlankLine(sys.stdout))),
+            _told_of_errors(refuse),
+            _wide_enough(),
+        ):
             return tyro.cli(
                 command,
                 prog=f"tvq {name}",
@@ -241,6 +263,23 @@ def _not_a_number(name: str, message: str) -> str:
     if found := re.search(r"base 10: '(.*)'|to float: '(.*)'", message):
         return str(refusal(name, found[1] or found[2] or "", limit))
     return f"{name} cannot be used: {cut(' '.join(message.split()))} SEE"
+
+
+class _OneBlankLine:
+    """A stream that writes one blank line where tyro writes two: between paragraphs, as it makes a
+    line of its own of each line that is indented."""
+
+    def __init__(self, stream: Any):
+        self._stream, self._end = stream, ""
+
+    def write(self, text: str) -> int:
+        known = len(self._end)
+        text = re.sub(r"\n{3,}", "\n\n", self._end + text)
+        self._end = text[len(text.rstrip("\n")) :]
+        return self._stream.write(text[known:])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _wrapped(text: str) -> str:

@@ -2,6 +2,8 @@
 
 import math
 import re
+import shutil
+import textwrap
 from typing import TYPE_CHECKING
 
 from transformer_vq.data import StreamDecoder, Tokenizer
@@ -41,6 +43,14 @@ def printable(text: str) -> str:
 
 _CONTROLS = {code: f"^{chr(code ^ 64)}" for code in (*range(32), 127) if chr(code) not in "\n\t"}
 _CONTROLS |= dict.fromkeys(range(0x80, 0xA0), "\ufffd")
+
+
+def broken(text: str) -> str:
+    """A line as lines that a terminal does not break in the middle of a word."""
+    width = max(shutil.get_terminal_size().columns, 20)
+    return textwrap.fill(
+        text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def show_token(token: int, tokenizer: Tokenizer, decoder: StreamDecoder) -> str:

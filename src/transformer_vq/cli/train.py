@@ -18,6 +18,7 @@ from transformer_vq.cli.parse import (
     option,
     overrides,
     require_whole,
+    with_options,
 )
 from transformer_vq.config import MeshConfig, ModelConfig, TrainConfig
 from transformer_vq.data import (
@@ -196,7 +197,7 @@ class Train:
         from transformer_vq.run.folder import DataSource
         from transformer_vq.sharding import make_mesh
 
-        print(f"model: {describe_model(config)}")
+        say(f"model: {describe_model(config)}")
         say(f"data: {describe_data(source, part)}")
         result = train_with_progress(
             config,
@@ -207,6 +208,7 @@ class Train:
             resume=self.resume,
             observers=trackers,
             mesh=make_mesh(mesh),
+            reword=self._reworded,
         )
         out = quoted(self.out)
         again = f"{program()} train --resume --out {out}"
@@ -224,6 +226,9 @@ class Train:
         print(f"  {program()} report --run {out}")
         print(f"  {again} --steps {2 * result.step}")
         return 0
+
+    def _reworded(self, note: str) -> str:
+        return with_options(note, type(self))
 
     def _trackers(self) -> "list[Observer]":
         """What was asked for besides metrics.jsonl; raises `TrackerError` if it is missing."""
@@ -243,18 +248,18 @@ class Train:
         if self.tokenizer and "vocab_size" not in self.config:
             config = config.replace(vocab_size=load_tokenizer(self.tokenizer).vocab_size)
 
-        from transformer_vq.cli.common import describe_model, number, size, tell
+        from transformer_vq.cli.common import describe_model, number, say, size, tell
         from transformer_vq.run.plan import plan
         from transformer_vq.sharding import make_mesh
 
-        print(f"model: {describe_model(config)}")
+        say(f"model: {describe_model(config)}")
         print(
             f"recipe: {train.optimizer}, {train.steps:,} updates of {train.batch_size:,} rows by "
             f"{train.update_len:,} tokens, in sequences of {train.sequence_len:,}",
             flush=True,
         )
         for note in train.notes():
-            tell(note)
+            tell(self._reworded(note))
         made = plan(config, train, make_mesh(mesh))
         print(f"compiled: the train step in {made.compile_seconds:.1f} s, for {made.devices}")
         share = " on each device" if made.num_devices > 1 else ""

@@ -10,7 +10,7 @@ import numpy as np
 from transformer_vq.config import TrainConfig
 from transformer_vq.data.source import Source
 from transformer_vq.data.text import DataError, require_length
-from transformer_vq.errors import UserError
+from transformer_vq.errors import ConfigError, UserError
 from transformer_vq.fields import require_count
 
 if TYPE_CHECKING:  # grain takes over half a second to import: only those who train pay for it
@@ -115,7 +115,9 @@ class Batches:
             )
         require_length(self.tokens, self.sequence_len)
         if self.streaming and self.whole_documents:
-            raise UserError("streaming is for text: whole documents do not go on in the next row")
+            raise ConfigError(
+                "streaming is for text: whole documents do not go on in the next row", "streaming"
+            )
         if self.repeat_passages and self.whole_documents:
             raise UserError(
                 f"repeat_passages is {self.repeat_passages:g}, but a row is a whole document here "

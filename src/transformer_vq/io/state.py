@@ -144,8 +144,8 @@ def unpack_state(
         raise damaged
     if header.get("model") != (digest or model_hash(model)):
         raise OtherModel(
-            f"{name} is the state of another model: use the one it was made with, with the same "
-            f"far_decay, far_cap, products and weights"
+            f"{name} is the state of another model: use the one it was made with (far_decay, "
+            f"far_cap, and the rounding of products and weights included)"
         )
     positions = arrays.get(".position", np.zeros(1))
     keys = arrays.get(".units[0].keys")  # of full attention: as long as the state's capacity

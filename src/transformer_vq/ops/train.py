@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from transformer_vq.config import ModelConfig, TrainConfig
-from transformer_vq.errors import UserError
+from transformer_vq.errors import ConfigError
 from transformer_vq.nn import products, vq
 from transformer_vq.nn.attention import AttentionState, keep_keys
 from transformer_vq.nn.dropout import DropoutKeys
@@ -57,9 +57,10 @@ def require_trainable(config: ModelConfig, train: TrainConfig, mesh: Mesh) -> No
     parts = "batch_size" if train.accumulate < 2 else "batch_size over accumulate"
     require_divisible(train.batch_size // max(train.accumulate, 1), mesh, parts)
     if train.streaming and config.attention == "full":
-        raise UserError(
-            'streaming is true, but attention = "full" cannot go on without end: '
-            'use attention = "vq", or streaming = false'
+        raise ConfigError(
+            "streaming is true, but full attention cannot go on without end: turn it off, or use "
+            "VQ attention",
+            "streaming",
         )
 
 

@@ -153,8 +153,9 @@ def find_step(folder: str | os.PathLike, checkpoint: str) -> int | None:
         best = checkpoints_of(folder).best()
         if best is None and checkpoints_of(folder).latest() is not None:
             raise RunError(
-                f"no checkpoint in {folder} has a validation loss: use latest, and let "
-                f"evaluate_every and checkpoint_every meet in the next run"
+                f"no checkpoint in {folder} has a validation loss: use latest, and let validations "
+                f"and checkpoints fall on the same steps in the next run (--train.evaluate-every, "
+                f"--train.checkpoint-every)"
             )
         return best
     if not (checkpoint.isascii() and checkpoint.isdecimal() and len(checkpoint) < MOST_DIGITS):

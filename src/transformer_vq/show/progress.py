@@ -1,7 +1,7 @@
 """The progress of training on the terminal."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -33,10 +33,15 @@ class Progress(Observer):
         *,
         max_seconds: float | None = None,
         console: Console | None = None,
+        reword: Callable[[str], str] = str,
     ):
-        """`steps`: updates in all. `max_seconds`: of this session, if it has a limit."""
+        """`steps`: updates in all. `max_seconds`: of this session, if it has a limit.
+
+        `reword`: what becomes of a line before it is printed.
+        """
         self._steps, self._tokens_per_step = steps, tokens_per_step
         self._console = console or Console()
+        self._reword = reword
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self._last_line = -PLAIN_SECONDS
         self._newest: Record | None = None
@@ -63,7 +68,9 @@ class Progress(Observer):
     def say(self, text: str) -> None:
         """Print a line of its own, which stays."""
         try:
-            self._console.print(plain(text), highlight=False, markup=False, soft_wrap=True)
+            line = plain(self._reword(text))
+            whole = not self._console.is_terminal or _longest_word(line) > self._console.width
+            self._console.print(line, highlight=False, markup=False, soft_wrap=whole)
         except BrokenPipeError:
             raise
         except OSError as error:  # a terminal that was closed; a full disk behind the output
@@ -131,6 +138,10 @@ class Progress(Observer):
             )
         last.append("no checkpoint yet" if self._saved is None else f"checkpoint {self._saved:,}")
         return Group(head, table, Text(", ".join(last), style="dim", no_wrap=True))
+
+
+def _longest_word(line: str) -> int:
+    return max(map(len, line.split()), default=0)
 
 
 def _fitting(columns: list[tuple[str, str]], width: int) -> list[tuple[str, str]]:

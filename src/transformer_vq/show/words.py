@@ -40,10 +40,16 @@ def describe_attention(config: ModelConfig) -> str:
     return f"{config.codebook_size} codes, window {config.window_len}"
 
 
+def describe_layers(config: ModelConfig) -> str:
+    """How many layers there are, and how wide they are."""
+    several = "" if config.num_layers == 1 else "s"
+    return f"{config.num_layers} layer{several} of width {config.d_model}"
+
+
 def describe_model(config: ModelConfig) -> str:
     """A model in one line."""
     return (
-        f"{number(costs.parameter_count(config))} parameters, {config.num_layers} layers of width "
-        f"{config.d_model}, {describe_attention(config)}, "
+        f"{number(costs.parameter_count(config))} parameters, {describe_layers(config)}, "
+        f"{describe_attention(config)}, "
         f"{size(costs.state_bytes(config))} of state"
     )
