@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +108,34 @@ def test_what_a_program_was_given_stays(monkeypatch):
         guide.begin(row, [])
         guide._reader()
     assert [rows.tolist() for rows in given] == [[False, True, False], [False, False, True]]
+
+
+def test_others_work_while_the_device_does(monkeypatch):
+    """Between the call of a program and the wait for what it gives, once in each dispatch."""
+    of_sizes(monkeypatch, 1, 4)
+    happened = []
+
+    def new(token):
+        return SimpleNamespace(tokens=np.full((1, 4), token), lengths=np.array([2]))
+
+    def plain(*args):
+        happened.append("plain")
+        return None, new(1)
+
+    def drafted(*args, **sizes):
+        happened.append("drafted")
+        return SimpleNamespace(rows=None, guide=None, new=new(2), rounds=np.array([1]))
+
+    monkeypatch.setattr(drafts, "draft_tokens", drafted)
+    monkeypatch.setattr(jax, "device_get", lambda x: happened.append("waits") or x)
+    itself = drafts.Drafts(True, 1, 64)
+    args = None, None, None, np.ones(1, bool), SimpleNamespace(steps=2)
+    for _ in range(2):
+        itself.dispatch(
+            plain, args, with_logprobs=False, meanwhile=lambda: happened.append("others")
+        )
+    assert happened == ["plain", "others", "waits", "drafted", "others", "waits"]
+    assert itself.text(0) == [1, 1, 2, 2]
 
 
 @pytest.mark.slow

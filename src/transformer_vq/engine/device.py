@@ -200,8 +200,9 @@ class Slots:
             self.rows, new = plain(*args)
             meanwhile()
         else:
-            meanwhile()
-            self.rows, new = self.drafts.dispatch(plain, args, with_logprobs=with_logprobs)
+            self.rows, new = self.drafts.dispatch(
+                plain, args, with_logprobs=with_logprobs, meanwhile=meanwhile
+            )
         return Dispatch(*sharding.fetch(new))
 
     def _plain(self, with_logprobs: bool) -> Callable[..., Any]:

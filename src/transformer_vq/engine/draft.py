@@ -79,11 +79,17 @@ class Drafts:
         return self._recent[row][self._recent[row] >= 0].tolist()
 
     def dispatch(
-        self, plain: Callable[..., Any], args: tuple[Any, ...], *, with_logprobs: bool
+        self,
+        plain: Callable[..., Any],
+        args: tuple[Any, ...],
+        *,
+        with_logprobs: bool,
+        meanwhile: Callable[[], None],
     ) -> tuple[Rows, Generated]:
         """One call of the device: the rows, and what is new, on the host.
 
-        `args` are those of `plain`, which is `generate_tokens` with all else that it takes.
+        `args` are those of `plain`, which is `generate_tokens` with all else that it takes;
+        `meanwhile` is called while the device is at work.
         """
         keep, pause = args[3], args[4]
         size, rounds = self.pace.choose(int(pause.steps))
@@ -91,6 +97,7 @@ class Drafts:
             guide, began = self._reader(), time.monotonic()
             draft = self._ahead.get((size, with_logprobs), self._drafted(size, with_logprobs))
             done = draft(*args, self._recent, guide, self._guide_state, np.int32(rounds))
+            meanwhile()
             rows, self._guide_state = done.rows, done.guide
             new, took_part = jax.device_get((done.new, done.rounds))
             did = int(took_part.max())
@@ -99,6 +106,7 @@ class Drafts:
         else:
             began = time.monotonic()
             rows, new = plain(*args)
+            meanwhile()
             new = jax.device_get(new)
             did = int(new.lengths.max())
         seconds = time.monotonic() - began
