@@ -91,26 +91,13 @@ def draft_tokens(
         tokens = jnp.concatenate([first[:, None], guesses], axis=1)
         lengths = jnp.where(taken, jnp.minimum(rows.remaining, size), 0)
         pending = read_few(decoder, state, tokens, lengths)
-        right = _drawn_after(pending.logits[:, :-1], tokens, controls, rows) == guesses
-        right &= ~_stops(guesses, controls) & ~jnp.isnan(pending.logits[:, :-1]).any(2)
-        accepted = 1 + jnp.cumprod(right.astype(jnp.int32), axis=1).sum(1, dtype=jnp.int32)
-        accepted = jnp.minimum(accepted, lengths)
+        accepted = _accepted(pending.logits, tokens, lengths, controls, rows)
         if guide is not None and guide_state is not None:
             seen = read_few(guide, guide_state, tokens, lengths)
             guide_state = commit(guide.config, guide_state, seen, accepted)
-
         kept = iota(size) < accepted[:, None]
-        at = jnp.where(kept, out.lengths[:, None] + iota(size), out.tokens.shape[1])
-        out = out._replace(tokens=out.tokens.at[row, at].set(tokens, mode="drop"))
-        if with_logprobs:
-            before = jnp.concatenate([state.logits[:, None], pending.logits[:, :-1]], axis=1)
-            chosen, top_tokens, top_logprobs = likeliest(before, tokens, out.top_tokens.shape[2])
-            out = out._replace(
-                logprobs=out.logprobs.at[row, at].set(chosen, mode="drop"),
-                top_tokens=out.top_tokens.at[row, at].set(top_tokens, mode="drop"),
-                top_logprobs=out.top_logprobs.at[row, at].set(top_logprobs, mode="drop"),
-            )
-        out = out._replace(lengths=out.lengths + accepted)
+        logits = (state.logits, pending.logits) if with_logprobs else None
+        out = _written(out, tokens, kept, logits)._replace(lengths=out.lengths + accepted)
         remaining = rows.remaining - accepted
         rows = Rows(
             state=commit(decoder.config, state, pending, accepted),
@@ -132,6 +119,43 @@ def draft_tokens(
     _, rows, guide_state, _, out, took_part = jax.lax.while_loop(unfinished, turn, start)
     out = out._replace(active=rows.active, unsound=unsound(rows.state))
     return Drafted(rows, guide_state, out, took_part)
+
+
+def _accepted(
+    logits: jax.Array, tokens: jax.Array, lengths: jax.Array, controls: Controls, rows: Rows
+) -> jax.Array:
+    """How many of the tokens `[B, T]` each row keeps: the first, which was drawn, and the guesses
+    after it up to the first wrong one, of at most `lengths` tokens. `[B]`.
+
+    `logits` `[B, T, vocab]`: those after each token.
+    """
+    guesses, logits = tokens[:, 1:], logits[:, :-1]
+    right = _drawn_after(logits, tokens, controls, rows) == guesses
+    right &= ~_stops(guesses, controls) & ~jnp.isnan(logits).any(2)
+    accepted = 1 + jnp.cumprod(right.astype(jnp.int32), axis=1).sum(1, dtype=jnp.int32)
+    return jnp.minimum(accepted, lengths)
+
+
+def _written(
+    out: Generated, tokens: jax.Array, kept: jax.Array, logits: tuple[jax.Array, jax.Array] | None
+) -> Generated:
+    """The output with those of the tokens `[B, T]` that are `kept` at the end of each row.
+
+    `logits`, if log-probabilities are asked for: before the first token, and after each of them.
+    """
+    row, columns = iota(len(tokens))[:, None], iota(tokens.shape[1])
+    at = jnp.where(kept, out.lengths[:, None] + columns, out.tokens.shape[1])
+    out = out._replace(tokens=out.tokens.at[row, at].set(tokens, mode="drop"))
+    if logits is None:
+        return out
+    first, after = logits
+    before = jnp.concatenate([first[:, None], after[:, :-1]], axis=1)
+    chosen, top_tokens, top_logprobs = likeliest(before, tokens, out.top_tokens.shape[2])
+    return out._replace(
+        logprobs=out.logprobs.at[row, at].set(chosen, mode="drop"),
+        top_tokens=out.top_tokens.at[row, at].set(top_tokens, mode="drop"),
+        top_logprobs=out.top_logprobs.at[row, at].set(top_logprobs, mode="drop"),
+    )
 
 
 def _stops(tokens: jax.Array, controls: Controls) -> jax.Array:

@@ -1,7 +1,7 @@
 """Stateful evaluation: every token is predicted from the entire history before it."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -71,6 +71,37 @@ def evaluate(
       ValueError: for a token outside of the vocabulary, for sizes that make no sense, and for
         `far_gain` of a model without a far part.
     """
+    _check_options(model, far_gain, on_progress)
+    source = as_source(tokens)
+    streams = Streams.of(source, rows, max_tokens)
+    check_tokens(streams.tokens, model.config.vocab_size)
+    if streams.alone:
+        model = Model(model.params, model.codebook, model.config.replace(reset_at_document=True))
+        if model.config.attention == "full":
+            chunk_len = context_len = streams.document_len
+    chunks = streams.chunks(chunk_len)
+    context_len = _check_context(model.config, context_len, chunk_len, streams.longest_row)
+    room = min(context_len, streams.longest_row)
+    readers = [_Reader(model, rows, room, hits=streams.counts is not None)]
+    if far_gain:
+        readers.append(_Reader(_far_masked(model), rows, room, hits=False))
+    resets = model.config.reset_at_document and (streams.alone or len(streams.documents) > 1)
+    ids_of = streams.document_ids if resets else None
+    sums, gains = Sums(), Gains()
+    for start, lengths, (own, *masked) in _one_behind(_read(readers, chunks, context_len, ids_of)):
+        history, counted = streams.look(start, lengths, own.nll.shape[1], context_len)
+        sums.add(own, history, counted)
+        for without in masked:
+            gain = np.asarray(without.nll, np.float64) - np.asarray(own.nll, np.float64)
+            gains.add(gain, history, counted, streams.positions(start, gain.shape[1]))
+        if on_progress is not None:
+            on_progress(sums.tokens, streams.total)
+    result = sums.result(min(context_len, streams.longest_history), source.bytes_per_token)
+    return gains.added_to(result) if far_gain else result
+
+
+def _check_options(model: Model, far_gain: bool, on_progress: object) -> None:
+    """Raise `UserError` for an option of `evaluate` that is none, or that the model cannot have."""
     require_kind("model", model, Model, "from init_model or of a run (load)")
     require_kind("far_gain", far_gain, bool)
     if not (on_progress is None or callable(on_progress)):
@@ -81,42 +112,6 @@ def evaluate(
         raise UserError(
             "far_gain is true, and the model has no far part: it has full attention, or no cache"
         )
-    source = as_source(tokens)
-    streams = Streams.of(source, rows, max_tokens)
-    check_tokens(streams.tokens, model.config.vocab_size)
-    if streams.alone:
-        model = Model(model.params, model.codebook, model.config.replace(reset_at_document=True))
-        if model.config.attention == "full":
-            chunk_len = context_len = streams.document_len
-    chunks = streams.chunks(chunk_len)
-    context_len = _check_context(model.config, context_len, chunk_len, streams.longest_row)
-    resets = model.config.reset_at_document and (streams.alone or len(streams.documents) > 1)
-    room = min(context_len, streams.longest_row)
-    reader = _Reader(model, rows, room, hits=streams.counts is not None)
-    masked = _Reader(_far_masked(model), rows, room, hits=False) if far_gain else None
-    sums, gains = Sums(), Gains()
-
-    def scored() -> Iterator[tuple[int, np.ndarray, Scores, Scores | None]]:
-        """Where each chunk begins in its row, how much of it is real, and its scores."""
-        for i, chunk in enumerate(chunks):
-            start = i * chunk_len
-            if i and start % context_len == 0:
-                for each in filter(None, (reader, masked)):
-                    each.forget()
-            ids = streams.document_ids(start, chunk.inputs.shape[1]) if resets else None
-            scores = reader.read(chunk, ids)
-            yield start, chunk.lengths, scores, masked.read(chunk, ids) if masked else None
-
-    for start, lengths, scores, without in _one_behind(scored()):
-        history, counted = streams.look(start, lengths, scores.nll.shape[1], context_len)
-        sums.add(scores, history, counted)
-        if without is not None:
-            gain = np.asarray(without.nll, np.float64) - np.asarray(scores.nll, np.float64)
-            gains.add(gain, history, counted, streams.positions(start, gain.shape[1]))
-        if on_progress is not None:
-            on_progress(sums.tokens, streams.total)
-    result = sums.result(min(context_len, streams.longest_history), source.bytes_per_token)
-    return gains.added_to(result) if far_gain else result
 
 
 def has_far_part(config: ModelConfig) -> bool:
@@ -254,6 +249,29 @@ class _Reader:
             self._model, self._state, *chunk, document_ids, mesh=self._mesh, hits=self._hits
         )
         return scores
+
+
+def _read(
+    readers: Sequence[_Reader],
+    chunks: Iterable[EvalChunk],
+    context_len: int,
+    ids_of: Callable[[int, int], np.ndarray] | None,
+) -> Iterator[tuple[int, np.ndarray, list[Scores]]]:
+    """Of each chunk where it begins in its rows, how much of each row is real, and its scores by
+    every reader.
+
+    After `context_len` tokens the readers forget all. `ids_of`: `Streams.document_ids`, where the
+    model resets at documents.
+    """
+    start = 0
+    for chunk in chunks:
+        if start and start % context_len == 0:
+            for reader in readers:
+                reader.forget()
+        width = chunk.inputs.shape[1]
+        ids = ids_of(start, width) if ids_of else None
+        yield start, chunk.lengths, [reader.read(chunk, ids) for reader in readers]
+        start += width
 
 
 def _one_behind(items: Iterable[Scored]) -> Iterator[Scored]:

@@ -46,7 +46,6 @@ from transformer_vq.nn.layers import iota, wide
 from transformer_vq.nn.timeline import KeyDocuments, Timeline
 from transformer_vq.sharding import row_shares
 from transformer_vq.types import (
-    BlockQueries,
     ByHead,
     ByKeyHead,
     Codewords,
@@ -157,13 +156,12 @@ def attend_chunk(
     fades = chunk_fades(window, new, out_of_window, window_after, first, start, cut)
     if fades is not None:
         near_offsets = fades.columns + (0 if near_offsets is None else near_offsets)
+    there = first if config.reach == 0 else jnp.maximum(first, 1)
     near = Near(
         keys=keys,
         values=values,
         biases=weights.biases,
-        visible=visible_keys(
-            in_reach, first if config.reach == 0 else jnp.maximum(first, 1), start
-        ),
+        visible=visible_keys(in_reach, there, start),
         offsets=near_offsets,
     )
     far = None
@@ -184,17 +182,23 @@ def attend_chunk(
             visible=first == seen.first[..., None],
             offsets=far_offsets,
         )
-    q = block_queries(chunk.q, cut, groups=new.codes.shape[1])
-    u, w = (a[:, None, :, None] for a in (weights.u, weights.w))
-    queries = blockwise.Queries(q + u, q + w)
+    queries = block_queries(chunk.q, weights, cut)
     out, lse = blockwise.attend(queries, near, far, config.products == "bfloat16")
     if weights.sink is not None:
-        nothing = wide(weights.sink)[:, None, :, None]  # [G, 1, R, 1]
-        if fades is not None:  # scores are short of what all columns of a query have in common
-            nothing = nothing - fades.common[:, :, :, None]
-        out = out * share_of_keys(lse, nothing)[..., None].astype(out.dtype)
+        out = out * keys_share(lse, weights.sink, fades).astype(out.dtype)
     out = jnp.moveaxis(out, (2, 4), (1, 2))  # [B, n, c, G, R, V]
     return (window_after, cache), out.reshape(*chunk.q.shape[:3], -1)
+
+
+def keys_share(
+    lse: Float[jax.Array, "B G n R c"], sink: Float[jax.Array, "G R"], fades: ChunkFades | None
+) -> Float[jax.Array, "B G n R c 1"]:
+    """The part of each query's weight that the sink leaves to the keys, whose scores have this
+    log-sum-exp."""
+    nothing = wide(sink)[:, None, :, None]  # [G, 1, R, 1]
+    if fades is not None:  # scores are short of what all columns of a query have in common
+        nothing = nothing - fades.common[:, :, :, None]
+    return share_of_keys(lse, nothing)[..., None]
 
 
 def chunk_fades(
@@ -269,11 +273,15 @@ def by_key_head(unit: AttentionWeights, x: QKV) -> BlockWeights:
     return BlockWeights(unit.words.astype(x.q.dtype), u, w, r[::-1], sink)
 
 
-def block_queries(q: Float[jax.Array, "B t H K"], cut: Layout, groups: int) -> BlockQueries:
-    """The queries of a chunk, block by block."""
-    q = jnp.moveaxis(split_heads(q, groups), 1, 3)  # [B, G, R, tokens, K]
+def block_queries(
+    q: Float[jax.Array, "B t H K"], weights: BlockWeights, cut: Layout
+) -> blockwise.Queries:
+    """The queries of a chunk, block by block, with the biases u for content and w for position."""
+    q = jnp.moveaxis(split_heads(q, weights.u.shape[0]), 1, 3)  # [B, G, R, tokens, K]
     q = q.reshape(*q.shape[:3], cut.blocks_per_chunk, cut.block, q.shape[-1])
-    return jnp.moveaxis(q, 3, 2)
+    q = jnp.moveaxis(q, 3, 2)
+    u, w = (a[:, None, :, None] for a in (weights.u, weights.w))
+    return blockwise.Queries(q + u, q + w)
 
 
 # Before and after a call.
