@@ -1,6 +1,7 @@
 """Checkpoints: bit for bit, kept as asked, and clear when something is wrong."""
 
 import dataclasses
+import errno
 import os
 import shutil
 import subprocess
@@ -321,6 +322,28 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read(folder, monkeypatch):
         path.with_suffix(".deleted").rename(path)
     restored, _ = Checkpoints(folder).restore_subtree(30, part)  # control
     assert_same(restored, part)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.EMFILE, errno.ESTALE])
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(folder, monkeypatch, number):
+    """Else a good one would be deleted, by the advice for damage."""
+    newest, real = folder / "30", checksums.sha256
+
+    def unreadable(path):
+        if newest in path.parents:
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path)
+
+    monkeypatch.setattr(checksums, "sha256", unreadable)
+    for said in (
+        refused(Checkpoints(folder).metadata),
+        refused(Checkpoints(folder, best_metric="x").best),
+    ):
+        assert said.startswith(f"the checkpoint {newest} cannot be read (")
+        assert os.strerror(number) in said and "delete" not in said and "damaged" not in said
+    assert Checkpoints(folder).metadata(20)  # control
+    (folder / "10" / "metadata.json").unlink()
+    assert "10 is damaged" in refused(Checkpoints(folder).metadata, 10)
 
 
 def test_withdrawn_checkpoints_are_put_aside(tmp_path):

@@ -85,10 +85,11 @@ class Report:
 
 
 def _environment(path: Path) -> dict[str, Any]:
-    """Versions by name, as config.json has them; nothing if that file is damaged, which is told."""
+    """Versions by name, as config.json has them; nothing if it has none, and that is told."""
     try:
         found = json.loads(path.read_bytes())["environment"]
         return dict(found)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        tell(f"{path} is damaged or missing: no versions of programs")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is damaged"
+        tell(f"{path} cannot be used ({why}): no versions of programs")
         return {}

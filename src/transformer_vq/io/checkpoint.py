@@ -197,8 +197,8 @@ class Checkpoints:
     def best(self) -> int | None:
         """The step with the lowest `best_metric`, or None if none was saved with it.
 
-        Raises `CheckpointError` if a checkpoint does not say what its metric was: it is damaged,
-        and might be the best.
+        Raises `CheckpointError` if a checkpoint does not say what its metric was: it is damaged
+        or cannot be read, and might be the best.
         """
         measured = [(self._metric(step), step) for step in self.steps()]
         metric, step = min(measured, default=(math.inf, None))
@@ -280,10 +280,15 @@ class Checkpoints:
                 f"it has {', '.join(map(str, steps))}"
             )
         path = self.folder / str(step)
-        if damage := _damage(path):
+        try:
+            damage = _damage(path)
+        except CheckpointError:
+            self._require_there(path)
+            raise
+        if damage:
             self._require_there(path)
             earlier = (s for s in reversed(steps) if s < step)
-            intact = next((s for s in earlier if not _damage(self.folder / str(s))), None)
+            intact = next((s for s in earlier if _is_intact(self.folder / str(s))), None)
             advice = (
                 "and no earlier one is intact: delete it and train anew"
                 if intact is None
@@ -363,11 +368,26 @@ class Checkpoints:
 
 
 def _damage(checkpoint: Path, names: Sequence[str] = ()) -> str | None:
-    """What is wrong with a checkpoint (`checksums.find_damage`), also if it cannot be read."""
+    """What is wrong with a checkpoint (`checksums.find_damage`), also if files are missing.
+
+    Raises `CheckpointError` if a file cannot be read that is there: who knows what is in it.
+    """
     try:
         return checksums.find_damage(checkpoint, names)
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         return _reason(error)
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoint {checkpoint} cannot be read ({_reason(error)}): see to that, or name "
+            f"another step"
+        ) from None
+
+
+def _is_intact(checkpoint: Path) -> bool:
+    try:
+        return not _damage(checkpoint)
+    except CheckpointError:
+        return False
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
