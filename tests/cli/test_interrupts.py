@@ -1,14 +1,16 @@
 """Ctrl-C ends a command, also where Python loses the first `KeyboardInterrupt`."""
 
 import gc
+import hashlib
 import signal
 import sys
+import threading
 import time
 
 import pytest
 
 from transformer_vq.cli import interrupts
-from transformer_vq.cli.interrupts import Interrupts
+from transformer_vq.cli.interrupts import Interrupts, interruptible
 
 
 def interrupted_in_a_callback(seconds: float) -> None:
@@ -42,6 +44,20 @@ def test_an_interrupt_that_is_lost_comes_again(monkeypatch):
     assert sys.unraisablehook == lost.append
     time.sleep(0.1)  # and it does not come any more
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_long_call_of_a_library_in_c_is_interrupted():
+    def work(rounds: int) -> None:
+        threading.Timer(0.05, signal.raise_signal, [signal.SIGINT]).start()
+        ended.append(hashlib.pbkdf2_hmac("sha256", b"", b"", rounds))
+
+    ended = []
+    with pytest.raises(KeyboardInterrupt), Interrupts():
+        interruptible(lambda: work(20_000_000))
+    assert not ended
+    assert interruptible(lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        interruptible(lambda: 1 // 0)
 
 
 def test_handlers_of_others_stay():

@@ -5,8 +5,11 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, TypeVar
+
+Result = TypeVar("Result")
 
 AGAIN = 0.5  # seconds from one interrupt to the next, where that was lost
 SOON = 0.05  # from one that came in the midst of an import
@@ -73,6 +76,31 @@ def _imports(frame: FrameType | None, caller: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def interruptible(work: Callable[[], Result]) -> Result:
+    """What `work` gives, made in a thread of its own.
+
+    Python raises `KeyboardInterrupt` in the main thread, between two of its own instructions: where
+    that is in the midst of a long call of a library in C, Ctrl-C waits for the end of the call.
+    Here the main thread only waits. Work that nobody waits for any more ends with the process.
+    """
+    made: list[Result] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            made.append(work())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(AGAIN)
+    if failed:
+        raise failed[0]
+    return made[0]
 
 
 def leave(status: int) -> NoReturn:

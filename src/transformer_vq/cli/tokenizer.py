@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from tyro.conf import Positional
 
 from transformer_vq.cli.common import check_file, open_data, say, size
+from transformer_vq.cli.interrupts import interruptible
 from transformer_vq.cli.parse import DataPaths, UsageError, flat, option, require_whole
 from transformer_vq.data import ByteTokenizer, OnError, train_tokenizer
 
@@ -42,7 +43,7 @@ class Tokenizer:
             text_column=self.text_column,
             on_error=self.on_error,
         )
-        tokenizer = train_tokenizer(source, self.out, self.vocab_size)
+        tokenizer = interruptible(lambda: train_tokenizer(source, self.out, self.vocab_size))
         sample = source.split("validation").tokens[: 1 << 20].tobytes().decode(errors="ignore")
         count = len(tokenizer.encode(sample))
         say(f"{self.out}: {tokenizer.vocab_size:,} tokens, made of {size(source.num_bytes)}")

@@ -95,11 +95,15 @@ def check_match(
 ) -> None:
     """Raises `CheckpointError` naming the first array that is not as in the checkpoint."""
     difference = None
+    hint = "use the configuration, and the version of this package, it was saved with"
     for name, spec in specs.items():
         if name not in saved:
             difference = f"{name} is missing in {path} and {describe(spec)} here"
         elif saved[name] != describe(spec):
             difference = f"{name} is {saved[name]} in {path} and {describe(spec)} here"
+            if saved[name].replace("64[", "32[") == describe(spec).replace("64[", "32["):
+                now = "on" if jax.config.jax_enable_x64 else "off"
+                hint = f"JAX_ENABLE_X64 is {now}: set it as it was when the run began"
         if difference:
             break
     else:
@@ -107,5 +111,4 @@ def check_match(
         if unknown is not None and not subtree:
             difference = f"{unknown} is {saved[unknown]} in {path} and missing here"
     if difference:
-        hint = "use the configuration, and the version of this package, it was saved with"
         raise CheckpointError(f"{difference}: {hint}")
