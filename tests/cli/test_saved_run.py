@@ -3,8 +3,10 @@
 import shutil
 from pathlib import Path
 
+import jax
 import pytest
 
+from tests.helpers import fails
 from transformer_vq.cli.parse import UsageError
 from transformer_vq.cli.train import _saved_run
 
@@ -25,3 +27,11 @@ def test_without_a_checkpoint_data_are_given_by_hand(tmp_path):
     with pytest.raises(UsageError, match=r"is damaged .*, and there is no checkpoint: give --data"):
         _saved_run(tmp_path, by_hand=False)
     assert _saved_run(tmp_path, by_hand=True) is None
+
+
+def test_a_run_goes_on_with_numbers_of_as_many_bits(run, tmp_path, capsys):
+    """With others the same seeds draw other numbers, so the run would not be the unbroken one."""
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    with jax.enable_x64(True):
+        said = fails(capsys, 1, "train", "--resume", "--out", str(folder), "--steps", "1000")
+    assert f"JAX_ENABLE_X64 is on, and it was off when the run in {folder} was trained" in said

@@ -180,6 +180,9 @@ def test_another_tree(folder):
     assert f"opt_state/0 is int64[4,8] in {folder / '30'} and missing here" in message
     message = refused(restore, None, dataclasses.replace(state, step=1.0))
     assert "step is int64[]" in message and "float64[] here" in message
+    assert "use the configuration" in message
+    message = refused(restore, None, dataclasses.replace(state, step=np.int32(1)))
+    assert "int32[] here: JAX_ENABLE_X64 is off: set it as it was" in message
     message = refused(Checkpoints(folder).restore_subtree, None, {"ema": jnp.ones(2)})
     assert "ema is missing" in message
 

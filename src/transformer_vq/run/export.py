@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ from transformer_vq.io.export import (
 from transformer_vq.io.hub import local_folder
 from transformer_vq.nn.model import Model
 from transformer_vq.nn.products import Weights
-from transformer_vq.run.folder import RunInfo, find_step, load_run
+from transformer_vq.run.folder import RunInfo, find_step, load_run, read_environment
 from transformer_vq.run.log import Record, read_metrics, to_json
 from transformer_vq.run.weights import Cost, load_cost, save_cost
 
@@ -127,11 +126,3 @@ def require_free(out: Path, *, overwrite: bool = False) -> None:
         raise ExportError(
             f"{name} already holds an exported model: give a new folder, or --overwrite it"
         )
-
-
-def read_environment(folder: Path) -> dict[str, Any]:
-    """The versions and devices in config.json; none if that file is damaged or missing."""
-    try:
-        return dict(json.loads((folder / CONFIG_FILE).read_bytes())["environment"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return {}

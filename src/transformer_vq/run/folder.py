@@ -261,7 +261,8 @@ def open_run(folder: Path, info: RunInfo, *, resume: bool) -> RunInfo:
     """Make `folder` ready for training: the info to go on from, of which `step` may be 0.
 
     Raises `RunError`: for a folder that holds checkpoints, unless `resume`; with `resume` if it
-    does not exist, or its run has another model, other data, or another order of them.
+    does not exist, or its run has another model, other data or another order of them, or began
+    with another JAX_ENABLE_X64 (by which the same seeds draw other numbers).
     """
     make_run_folder(folder, resume=resume)
     latest = checkpoints_of(folder).latest()
@@ -272,6 +273,11 @@ def open_run(folder: Path, info: RunInfo, *, resume: bool) -> RunInfo:
     if latest is not None:
         saved = load_info(folder)
         _require_same(folder, saved, info)
+        if (before := read_environment(folder).get("x64", _x64())) != _x64():
+            raise RunError(
+                f"JAX_ENABLE_X64 is {_x64()}, and it was {before} when the run in {folder} was "
+                f"trained: resume it with the same, or start another in a new folder"
+            )
         info = dataclasses.replace(info, step=saved.step, seconds=saved.seconds)
     if jax.process_index() == 0:
         content = info.to_dict()
@@ -291,7 +297,21 @@ def environment() -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}",
         "devices": ", ".join(f"{count} × {kind}" for kind, count in devices.items()),
         "processes": str(jax.process_count()),
+        "x64": _x64(),
     }
+
+
+def read_environment(folder: Path) -> dict[str, Any]:
+    """The versions and devices in config.json; none if that file is damaged or missing."""
+    try:
+        return dict(json.loads((folder / "config.json").read_bytes())["environment"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return {}
+
+
+def _x64() -> str:
+    """Whether JAX has numbers of 64 bits (`JAX_ENABLE_X64`)."""
+    return "on" if jax.config.jax_enable_x64 else "off"
 
 
 def _require_same(folder: Path, saved: RunInfo, given: RunInfo) -> None:
