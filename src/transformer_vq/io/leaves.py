@@ -85,6 +85,11 @@ def as_like(leaf: Any, value: np.ndarray | jax.Array) -> Any:
     return array
 
 
+def x64() -> str:
+    """Whether JAX has numbers of 64 bits (`JAX_ENABLE_X64`): on or off."""
+    return "on" if jax.dtypes.canonicalize_dtype(np.float64) == np.float64 else "off"
+
+
 def describe(array: Any) -> str:
     """Dtype and shape in a word."""
     return f"{array.dtype}[{','.join(map(str, array.shape))}]"
@@ -102,8 +107,7 @@ def check_match(
         elif saved[name] != describe(spec):
             difference = f"{name} is {saved[name]} in {path} and {describe(spec)} here"
             if saved[name].replace("64[", "32[") == describe(spec).replace("64[", "32["):
-                now = "on" if jax.config.jax_enable_x64 else "off"
-                hint = f"JAX_ENABLE_X64 is {now}: set it as it was when the run began"
+                hint = f"JAX_ENABLE_X64 is {x64()}: set it as it was when the run began"
         if difference:
             break
     else:

@@ -32,6 +32,7 @@ from transformer_vq.errors import UserError, cut, shown
 from transformer_vq.io.checkpoint import Checkpoints
 from transformer_vq.io.export import MODEL_FILE, is_export, load_model, read_config
 from transformer_vq.io.hub import local_folder
+from transformer_vq.io.leaves import x64
 from transformer_vq.nn.layers import wide
 from transformer_vq.nn.model import Model, init_model
 
@@ -273,9 +274,9 @@ def open_run(folder: Path, info: RunInfo, *, resume: bool) -> RunInfo:
     if latest is not None:
         saved = load_info(folder)
         _require_same(folder, saved, info)
-        if (before := read_environment(folder).get("x64", _x64())) != _x64():
+        if (before := read_environment(folder).get("x64", x64())) != x64():
             raise RunError(
-                f"JAX_ENABLE_X64 is {_x64()}, and it was {before} when the run in {folder} was "
+                f"JAX_ENABLE_X64 is {x64()}, and it was {before} when the run in {folder} was "
                 f"trained: resume it with the same, or start another in a new folder"
             )
         info = dataclasses.replace(info, step=saved.step, seconds=saved.seconds)
@@ -297,7 +298,7 @@ def environment() -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}",
         "devices": ", ".join(f"{count} × {kind}" for kind, count in devices.items()),
         "processes": str(jax.process_count()),
-        "x64": _x64(),
+        "x64": x64(),
     }
 
 
@@ -307,11 +308,6 @@ def read_environment(folder: Path) -> dict[str, Any]:
         return dict(json.loads((folder / "config.json").read_bytes())["environment"])
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return {}
-
-
-def _x64() -> str:
-    """Whether JAX has numbers of 64 bits (`JAX_ENABLE_X64`)."""
-    return "on" if jax.config.jax_enable_x64 else "off"
 
 
 def _require_same(folder: Path, saved: RunInfo, given: RunInfo) -> None:
