@@ -18,9 +18,8 @@ from transformer_vq.nn.layers import iota, wide
 from transformer_vq.nn.timeline import Timeline
 from transformer_vq.types import Fades, Features, Params
 
-LEAST = (
-    -20.0
-)  # of a fade: nothing is left of a key, and sums of fades stay small enough to subtract
+# Of a fade: nothing is left of a key then, and sums of fades stay small enough to subtract.
+LEAST = -20.0
 
 
 @jax.tree_util.register_dataclass
@@ -70,8 +69,11 @@ def time_constants(params: Params, config: ModelConfig) -> jax.Array:
 def fades(
     gate: ForgetGate | None, x: Features, timeline: Timeline, config: ModelConfig
 ) -> Fades | None:
-    """What each token, of normed features x, adds to the scores of all keys before it: `[B, T, G]`,
-    in wide, below 0, and 0 at padding. None where keys do not fade."""
+    """l: what each token, of normed features x, adds to the scores of all keys before it,
+    `[B, T, G]`, in wide, below 0, and 0 at padding. None where keys do not fade.
+
+    `log_fades` of the oracle (`nn/reference.py`).
+    """
     if not config.fades:
         return None
     shape = (*x.shape[:2], config.num_kv_heads)

@@ -23,7 +23,10 @@ def sinusoid(positions, width, max_wavelength):
 
 
 def log_fades(x, p, unit, config):
-    """l `[B, T, G]` of normed features: what token t takes off the score of every older key."""
+    """l `[B, T, G]` of normed features, below 0: what token t adds to the score of every older key.
+
+    No l is below -20: nothing is left of a key then, and long sums stay small.
+    """
     fades = jnp.zeros((*x.shape[:2], config.num_kv_heads), x.dtype)
     if config.forget != "none":
         gate = x @ p["w_forget"] if config.forget == "gated" else 0.0
@@ -70,7 +73,8 @@ def quadratic_attention(
 
     q, k `[B, T, H, K]`, v `[B, T, H, V]`, codewords `[H, S, K]`, u, w `[H, K]`, r `[T, H, K]`
     (one row per distance), document_ids `[B, T]`. Key/value heads are repeated by the caller.
-    Where a model has them: gain `[H]`, fades `[B, T, H]` (`log_fades`) and sink `[H]`.
+    Where a model has them: gain `[H]`, fades l `[B, T, H]` (`log_fades`) and sink `[H]`.
+    The formulas are those of docs/mathematics.md: "One attention unit", and "A bounded past".
     """
     if gain is not None:
         q, u, w = (gain[:, None] * x for x in (q, u, w))
@@ -102,7 +106,7 @@ def quadratic_attention(
         biased = jnp.ones_like(near)
     bias = jnp.einsum("bthk,tjhk->bhtj", q + w, r[jnp.maximum(distance, 0)])
     scores = content + jnp.where(biased, bias, 0.0)
-    if fades is not None:  # the sum of l over the tokens after the key, up to the query
+    if fades is not None:  # D_t - D_j: the sum of l over the tokens after the key, up to the query
         total = jnp.moveaxis(jnp.cumsum(fades, axis=1), 1, 2)
         scores = scores + total[..., :, None] - total[..., None, :]
     if config.far_cap:  # as if no more keys than so many were beyond the window

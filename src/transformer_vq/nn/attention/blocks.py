@@ -1,9 +1,10 @@
 """Attention of many tokens per row over the past and each other, block by block.
 
 A block of L queries meets a span of M + L keys one by one: those before the block, and its own.
-(In training with `reach` R > M it is R + L, for the sake of gradients; what is said of M holds.)
-What is older than the span is in the cache that the block sees. Blocks that fit memory stand side
-by side in a chunk; chunks go one after the other, carrying the window and the cache.
+(In training, a `reach` above M stands in place of M, for the sake of gradients.)
+What is older than the span is in the cache that the block sees: docs/mathematics.md, "It holds for
+any split", has the picture. Blocks that fit memory stand side by side in a chunk; chunks go one
+after the other, carrying the window and the cache.
 """
 
 import functools

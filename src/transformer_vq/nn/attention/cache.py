@@ -1,10 +1,11 @@
 """The cache of codes: what is older than the window, one entry per code.
 
-Of the keys of each code it holds their mass and the mean of their values. The mass is their number;
-where keys fade (`fading.py`) each counts what is left of it, and so it does in the mean.
-The step takes in one key at a time (`join`), a few tokens as many (`join_few`), blocks many
-(`join_blocks`), and a query meets a code
-with the logarithm of its mass added to the score (`log_mass`). Nothing else knows what a mass is.
+Of the keys of each code s it holds their mass n_s and the mean m_s of their values
+(docs/mathematics.md, "Linear equals quadratic"). The mass is their number; where keys fade
+(`fading.py`) each counts what is left of it, and so it does in the mean ("A bounded past").
+The step takes in one key at a time (`join`), a few tokens as many keys as stay (`join_few`), blocks
+all that leave their windows (`join_blocks`). A query meets a code with the logarithm of its mass
+added to the score (`log_mass`). Nothing else knows what a mass is.
 """
 
 from dataclasses import dataclass
@@ -125,8 +126,9 @@ def join_few(
     joins: Bool[jax.Array, "B j"],
     weights: Float[jax.Array, "B G j"] | None = None,
 ) -> tuple[Num[jax.Array, "B G j"], Float[jax.Array, "B G two_j V"]]:
-    """`join` for several keys per row and head: `masses` of the codes of those that leave; `rows`
-    their values, and then the means of their codes.
+    """`join` for several keys per row and head, by the formula of docs/mathematics.md, "A few
+    tokens": `masses` of the codes of those that leave; `rows` their values, and then the means of
+    their codes.
 
     Keys of equal codes get equal masses and means, in which all of them are.
     """
@@ -158,7 +160,7 @@ def join_blocks(
     fades: BlockFades | None = None,
     soft: Codewords | None = None,
 ) -> tuple[Cache, Cache]:
-    """The caches that n blocks see, and the one after them.
+    """The caches that n blocks see, and the one after them: n_s and m_s by sums over blocks.
 
     The keys `leaving`, n blocks of them, stand from timeline index `start` on; those of block i
     leave the window before block i + 1. Key i leaves when token i arrives, so only as many keys

@@ -2,7 +2,8 @@
 
 The score of key j for query t gains the fades of the tokens after j, up to t: `D_t - D_j`, D being
 the sum of all fades so far. For a block whose first token is a, `D_t - D_(a-1)` is common to all
-columns of query t and cancels in its softmax. What is left depends on the column alone:
+columns of query t and cancels in its softmax (docs/mathematics.md, "A bounded past", "Blocks").
+What is left depends on the column alone:
 
 - a key before the block: the sum of the fades after it, up to a - 1 (`since`);
 - a key of the block: minus the sum of those from a up to it;
@@ -76,8 +77,8 @@ class BlockFades:
         return cls(since(leaving) + window[..., None], passing)
 
     def between(self) -> Float[jax.Array, "B G i k"]:
-        """What is left in cache i of the mass of cache k <= i (elsewhere: 1): `e^(E_i - E_k)`, with
-        E_i the sum of the fades up to cache i.
+        """K of docs/mathematics.md: what is left in cache i of the mass of cache k <= i (elsewhere:
+        1), `e^(E_i - E_k)`, with E_i the sum of the fades up to cache i.
 
         A constant: its gradient is that of `growth`, the same at less cost.
         """

@@ -1,4 +1,9 @@
-"""Attention of one token per row: few rows of the state are touched, in place."""
+"""Attention of one token per row: few rows of the state are touched, in place.
+
+The order is that of docs/mathematics.md, "Why M + 1 slots": all that is old fades by the new token
+(`fade`), the new key takes the slot of the one that turns far, which joins its code (`take_in`),
+and then the query sees all of the table.
+"""
 
 from dataclasses import replace
 
