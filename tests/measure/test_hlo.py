@@ -72,6 +72,26 @@ HloModule jit_program, is_scheduled=true, input_output_alias={ {0}: (0, {}, may-
   ROOT %tuple.1 = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) tuple(%i, %received)
 }
 
+%up_to_8 (arg.4: (u32[], f32[8,128])) -> pred[] {
+  %constant.2 = u32[]{:T(128)} constant(8)
+  %arg.4 = (u32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
+  %i.4 = u32[]{:T(128)} get-tuple-element(%arg.4), index=0
+  ROOT %less.2 = pred[]{:T(512)} compare(%i.4, %constant.2), direction=LT
+}
+
+%wide.windowed_dot_general_body_ag.1 (arg.5: (u32[], f32[8,128])) -> (u32[], f32[8,128]) {
+  %arg.5 = (u32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
+  %i.5 = u32[]{:T(128)} get-tuple-element(%arg.5), index=0
+  %part = f32[8,128]{1,0} get-tuple-element(%arg.5), index=1
+  %sent.1 = (f32[8,128]{1,0}, f32[8,128]{1,0}, u32[], u32[]) collective-permute-start(%part)
+  %received.1 = f32[8,128]{1,0} collective-permute-done(%sent.1)
+  %sent.2 = (f32[8,128]{1,0}, f32[8,128]{1,0}, u32[], u32[]) collective-permute-start(%received.1)
+  %received.2 = f32[8,128]{1,0} collective-permute-done(%sent.2)
+  %two = u32[]{:T(128)} constant(2)
+  %next = u32[]{:T(128)} add(%i.5, %two), metadata={op_name="jit(f)"}
+  ROOT %tuple.2 = (u32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) tuple(%next, %received.2)
+}
+
 ENTRY %main (p: f32[8,128], q: bf16[64,16]) -> f32[8,128] {
   %p = f32[8,128]{1,0:T(8,128)} parameter(0)
   %q = bf16[64,16]{1,0:T(8,128)(2,1)} parameter(1)
@@ -82,6 +102,8 @@ ENTRY %main (p: f32[8,128], q: bf16[64,16]) -> f32[8,128] {
 body=%body, backend_config={"known_trip_count":{"n":"24"}}
   %while.2 = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) while(%while.1), condition=%counted, \
 body=%permuting
+  %while.3 = (u32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) while(%while.2), condition=%up_to_8, \
+body=%wide.windowed_dot_general_body_ag.1
   ROOT %out = f32[8,128]{1,0:T(8,128)} get-tuple-element(%while.1), index=1
 }
 """
@@ -100,11 +122,13 @@ def test_copies_of_a_loop():
 
 def test_what_devices_exchange():
     """By kind, as often as loops run; of a result that names its operand; in fusions too, of which
-    those with one channel are parts of one."""
+    those with one channel are parts of one. A ring around a product counts by itself, and its loop
+    by what it adds to its counter."""
     found = hlo.collectives(hlo.Program.parse(TEXT))
     assert found == {
         "all-gather": hlo.Traffic(count=1, times=24, bytes=24 * 8 * 128 * 4),
         "all-reduce": hlo.Traffic(count=1, times=1, bytes=64 * 16 * 2),
+        "collective-matmul": hlo.Traffic(count=2, times=8, bytes=8 * 8 * 128 * 4),  # two a time
         "collective-permute": hlo.Traffic(count=1, times=7, bytes=7 * 8 * 128 * 4),
     }
     apart = hlo.collectives(hlo.Program.parse(TEXT.replace("channel_id=3, ", "")))

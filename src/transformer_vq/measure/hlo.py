@@ -13,6 +13,7 @@ COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all",
     "collective-permute", "collective-broadcast",
 )  # fmt: skip
+COLLECTIVE_MATMUL = "collective-matmul"  # how a permutation in the ring of a product is counted
 _MOVES = ("copy", "copy-start", "transpose")
 # How an operation names the computations that run with it. What `to_apply` names is run for each
 # number (the sum of a reduction), except by a call.
@@ -20,6 +21,10 @@ _RUNS = re.compile(r"(?:calls|body|condition|true_computation|false_computation)
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _APPLIES = re.compile(r"to_apply=%?([\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_INDEX = re.compile(r"\bindex=(\d+)")
+# XLA's own name of a loop that multiplies parts of a matrix while the next ones come around a ring
+# of devices: a gather and the product after it, or a product and the sum over devices after it.
+_RING = "windowed_dot_general"
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
 _OPERATION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
@@ -111,20 +116,40 @@ class Program:
 
     def _trips(self, operation: Operation) -> int:
         """How often the body of a loop runs: as XLA notes it, or as its condition bounds a counter,
-        which JAX has start at 0; 1 for other loops, and for what is no loop."""
+        which JAX and XLA have start at 0; 1 for other loops, and for what is no loop."""
         if operation.kind != "while":
             return 1
         if noted := _TRIPS.search(operation.rest):
             return int(noted[1])
         for name in operation.runs:
-            inside = self.computations.get(name, {})
-            root = next((op for op in inside.values() if op.is_root), None)
+            inside, root = self.computations.get(name, {}), self._root(name)
             if root is None or root.kind != "compare" or "direction=LT" not in root.rest:
                 continue
-            for bound in (inside[x] for x in root.operands if x in inside):
+            compared = [inside[x] for x in root.operands if x in inside]
+            for bound in compared:
                 if bound.kind == "constant" and (number := re.match(r"\d+", bound.rest)):
-                    return int(number[0])
+                    counter = next((x for x in compared if x.kind == "get-tuple-element"), None)
+                    return -(-int(number[0]) // self._step(operation, counter))
         return 1
+
+    def _step(self, loop: Operation, counter: Operation | None) -> int:
+        """What the body of a loop adds to its counter: more than 1 in a ring that is unrolled."""
+        if counter is None or not (found := _INDEX.search(counter.rest)):
+            return 1
+        for name in loop.runs:
+            inside, root = self.computations.get(name, {}), self._root(name)
+            if root is None or root.kind != "tuple" or len(root.operands) <= int(found[1]):
+                continue
+            moved = inside.get(root.operands[int(found[1])])
+            for added in moved.operands if moved is not None and moved.kind == "add" else ():
+                if added in inside and inside[added].kind == "constant":
+                    number = re.match(r"\d+", inside[added].rest)
+                    return max(1, int(number[0])) if number else 1
+        return 1
+
+    def _root(self, computation: str) -> Operation | None:
+        inside = self.computations.get(computation, {})
+        return next((operation for operation in inside.values() if operation.is_root), None)
 
     def arrays(self, computation: str, names: tuple[str, ...]) -> tuple[Array, ...]:
         """The arrays that operations of a computation give."""
@@ -184,7 +209,8 @@ def collectives(program: Program) -> dict[str, Traffic]:
 
     The bytes are those of the arrays that are gathered, scattered or summed, as one device has
     them: the larger of what goes in and what comes out. For a TPU, XLA writes an exchange into each
-    of the fusions that run meanwhile; all of them name one channel, and count once.
+    of the fusions that run meanwhile; all of them name one channel, and count once. What is sent
+    around in the ring of a product, instead of a gather or a sum, is a kind of its own.
     """
     found: dict[str, Traffic] = {}
     fused = set()
@@ -202,6 +228,8 @@ def collectives(program: Program) -> dict[str, Traffic]:
         if operation.kind.endswith("-start") and kind != "all-reduce":
             # Its result names its operands too, and numbers that it keeps to wait for.
             made = sum(array.bytes for array in operation.results if array.shape) - given
+        if kind == "collective-permute" and _RING in run.computation:
+            kind = COLLECTIVE_MATMUL
         before = found.get(kind, Traffic(0, 0, 0))
         moved = max(given, made) * run.times
         found[kind] = Traffic(before.count + 1, before.times + run.times, before.bytes + moved)
