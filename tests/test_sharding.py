@@ -20,6 +20,7 @@ from transformer_vq.engine.slots import take_rows
 from transformer_vq.measure import hlo
 from transformer_vq.nn.attention import blocks
 from transformer_vq.nn.model import init_model, model_specs
+from transformer_vq.ops import optimizer
 from transformer_vq.ops.evaluate import evaluate
 from transformer_vq.ops.loss import token_nll
 from transformer_vq.ops.train import init_train_state, make_train_step, train_state_shardings
@@ -146,6 +147,37 @@ def test_devices_gather_weights_and_nothing_else(double):
     weights = costs.parameter_count(CONFIG) * np.dtype(CONFIG.param_dtype).itemsize
     for kind in ("all-gather", "all-reduce"):
         assert 0.5 * weights < found[kind].bytes / TRAIN.updates_per_sequence < 1.5 * weights
+
+
+@pytest.mark.slow
+def test_muon_exchanges_matrices_and_gathers_none(double, monkeypatch):
+    """Each device makes some units' matrices orthogonal, all of each: six units of four devices."""
+    config = CONFIG.replace(num_layers=3)
+    params = jax.jit(lambda: init_model(config, 0).params)()
+    mesh, specs = mesh_of(1, 4, 2), model_specs(config)[0]
+
+    def changes(mesh):
+        muon = optimizer.make_optimizer(dataclasses.replace(TRAIN, optimizer="muon"), config)
+
+        def update(params):
+            with traced_on(mesh):
+                return muon.update(params, muon.init(params), params)[0]
+
+        place = None if mesh is None else shard_arrays(mesh, config, specs, params)
+        sharded = {} if mesh is None else dict(in_shardings=(place,), out_shardings=place)
+        update = jax.jit(update, **sharded)
+        compiled = update.lower(params).compile()
+        given = params if mesh is None else jax.device_put(params, place)
+        return hlo.collectives(hlo.Program.parse(compiled.as_text())), compiled(given)
+
+    _, alone = changes(None)
+    found, shared = changes(mesh)
+    for one, many in zip(jax.tree.leaves(alone), jax.tree.leaves(shared), strict=True):
+        np.testing.assert_allclose(many, one, rtol=1e-8, atol=1e-10)
+    matrices = sum(params["units"][name].nbytes for name in ("w_q", "w_k", "w_v", "w_g", "w_o"))
+    assert "all-gather" not in found and 0 < found["all-to-all"].bytes < matrices
+    monkeypatch.setattr(optimizer, "spread_units", lambda x: x)  # control
+    assert changes(mesh)[0]["all-gather"].bytes > 2 * matrices
 
 
 def test_chunks_are_of_what_a_device_has(monkeypatch):

@@ -178,6 +178,18 @@ def whole_columns(table: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(table, spec)
 
 
+def spread_units(units: jax.Array) -> jax.Array:
+    """Matrices `[units, in, out]` spread over `fsdp` by unit, for what is done to each as a whole:
+    every device then has all of a few. Zeros fill up what does not divide; where there are fewer
+    units than devices they stay as they are."""
+    parts = _mesh_axes().get("fsdp", 1)
+    if parts == 1 or len(units) < parts:
+        return units
+    units = jax.numpy.pad(units, [(0, -len(units) % parts)] + [(0, 0)] * (units.ndim - 1))
+    free = [PartitionSpec.UNCONSTRAINED] * (units.ndim - 1)
+    return jax.lax.with_sharding_constraint(units, PartitionSpec("fsdp", *free))
+
+
 def cuts_columns() -> bool:
     """Whether the columns of projections are spread over `tensor`."""
     return _mesh_axes().get("tensor", 1) > 1

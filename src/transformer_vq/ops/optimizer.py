@@ -10,6 +10,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from transformer_vq.config import ModelConfig, TrainConfig
 from transformer_vq.nn.layers import ArraySpec, is_spec, wide
 from transformer_vq.nn.model import model_specs
+from transformer_vq.sharding import spread_units
 from transformer_vq.types import Params
 
 MUON_MOMENTUM = 0.95
@@ -89,19 +90,35 @@ def _scale_by_optimizer(train: TrainConfig, config: ModelConfig) -> optax.Gradie
             )
             return _each_unit_by_itself(optax.chain(*steps))
         case "muon":
-
-            def matrices(params: Any) -> Any:  # [N, in, out]: N of them
-                return jax.tree.map(lambda _: MuonDimensionNumbers(1, 2), params)
-
-            def even(changes: Any, _: Any) -> Any:
-                """Orthogonal `[in, out]` has a root mean square of 1 over that of the larger."""
-                return jax.tree.map(lambda x: MUON_RMS * max(x.shape[1:]) ** 0.5 * x, changes)
-
-            muon = optax.chain(
-                scale_by_muon(beta=MUON_MOMENTUM, weight_dimension_numbers=matrices),
-                optax.stateless(even),
+            # Without an iteration it is the momentum alone: these follow, where each device has
+            # whole matrices (spread over devices, they are gathered for every product).
+            momentum = scale_by_muon(
+                beta=MUON_MOMENTUM,
+                weight_dimension_numbers=_matrices,
+                ns_steps=0,
+                preconditioning="aol",
             )
+            muon = optax.chain(momentum, optax.stateless(_orthogonal))
             return optax.partition({"muon": muon, "adam": adam}, _muon_or_adam(config))
+
+
+def _matrices(params: Any) -> Any:
+    """`[N, in, out]`: N of them."""
+    return jax.tree.map(lambda _: MuonDimensionNumbers(1, 2), params)
+
+
+def _orthogonal(changes: Any, _: Any) -> Any:
+    """The orthogonal matrices next to these. `[in, out]` of them has a root mean square of 1 over
+    that of the larger, of which nothing is left."""
+    spread = jax.tree.map(spread_units, changes)
+    iterations = scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=_matrices)
+    found, _ = iterations.update(spread, iterations.init(spread))
+
+    def even(found: jax.Array, changes: jax.Array) -> jax.Array:
+        found = spread_units(found)[: len(changes)]
+        return MUON_RMS * max(changes.shape[1:]) ** 0.5 * found
+
+    return jax.tree.map(even, found, changes)
 
 
 def decayed(config: ModelConfig) -> Params:
