@@ -111,19 +111,32 @@ def _run_units(model: Model, state: State, call: Chunk, training: Training | Non
     if training is not None and training.dropout is not None:
         keys = dropout.unit_keys(training.dropout, config.num_units)
 
-    def run(x: Features, xs: tuple) -> tuple[Features, tuple]:
+    stacked = jax.tree.map(lambda *units: jnp.stack(units), *state.units)
+    # Written where they were read, states are held once and not twice. Gradients would keep what
+    # is carried for every unit, so in training they go from one array to another.
+    given, carried = (None, stacked) if training is None else (stacked, None)
+
+    take, put = jax.lax.dynamic_index_in_dim, jax.lax.dynamic_update_index_in_dim
+
+    def run(carry: tuple, xs: tuple) -> tuple[tuple, tuple]:
+        x, states = carry
         params, codebook, unit_state, number, keys = xs
+        if states is not None:
+            unit_state = jax.tree.map(lambda a: take(a, number, 0, keepdims=False), states)
         unit_wave = wave
         if keys is not None:
             unit_wave, keys = dropout.drop_sinusoids(keys, wave, config)
         unit = prepare_unit(params, codebook, unit_wave, number, config, layout=layout)
         whole = call._replace(x=unit_input(unit, x, call.x))
         out = _run_unit(unit, unit_state, whole, cut, keys, config, training)
-        return keep_rows(out.x), (out.state, out.statistics)
+        x, new = keep_rows(out.x), out.state
+        if states is not None:
+            states, new = jax.tree.map(lambda a, b: put(a, b, number, 0), states, new), None
+        return (x, states), (new, out.statistics)
 
-    stacked = jax.tree.map(lambda *units: jnp.stack(units), *state.units)
-    xs = (model.params["units"], model.codebook, stacked, iota(config.num_units), keys)
-    x, (stacked, statistics) = jax.lax.scan(run, call.x, xs)
+    xs = (model.params["units"], model.codebook, given, iota(config.num_units), keys)
+    (x, carried), (passed, statistics) = jax.lax.scan(run, (call.x, carried), xs)
+    stacked = passed if carried is None else carried
     states = [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(config.num_units)]
     if statistics is not None:
         statistics = replace(statistics, commitment=statistics.commitment.sum())
