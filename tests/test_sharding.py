@@ -175,8 +175,10 @@ def test_muon_exchanges_matrices_and_gathers_none(double, monkeypatch):
     for one, many in zip(jax.tree.leaves(alone), jax.tree.leaves(shared), strict=True):
         np.testing.assert_allclose(many, one, rtol=1e-8, atol=1e-10)
     matrices = sum(params["units"][name].nbytes for name in ("w_q", "w_k", "w_v", "w_g", "w_o"))
-    assert "all-gather" not in found and 0 < found["all-to-all"].bytes < matrices
-    monkeypatch.setattr(optimizer, "spread_units", lambda x: x)  # control
+    # Of eight units, with those that fill up, a quarter; there and back, and nothing else.
+    assert "all-gather" not in found
+    assert 0 < found["all-to-all"].bytes <= 2 * matrices * 8 / 6 / 4
+    monkeypatch.setattr(optimizer, "spread_units", lambda function, x: function(x))  # control
     assert changes(mesh)[0]["all-gather"].bytes > 2 * matrices
 
 

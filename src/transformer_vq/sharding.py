@@ -178,16 +178,22 @@ def whole_columns(table: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(table, spec)
 
 
-def spread_units(units: jax.Array) -> jax.Array:
-    """Matrices `[units, in, out]` spread over `fsdp` by unit, for what is done to each as a whole:
-    every device then has all of a few. Zeros fill up what does not divide; where there are fewer
-    units than devices they stay as they are."""
+def spread_units(function: Callable, units: jax.Array) -> jax.Array:
+    """`function` of matrices `[units, in, out]`, of which it takes each as a whole, where every
+    device of `fsdp` has all of some units; and the result laid out as before.
+
+    Zeros fill up what does not divide. Fewer units than devices stay as they are.
+    """
     parts = _mesh_axes().get("fsdp", 1)
     if parts == 1 or len(units) < parts:
-        return units
-    units = jax.numpy.pad(units, [(0, -len(units) % parts)] + [(0, 0)] * (units.ndim - 1))
+        return function(units)
     free = [PartitionSpec.UNCONSTRAINED] * (units.ndim - 1)
-    return jax.lax.with_sharding_constraint(units, PartitionSpec("fsdp", *free))
+    keep = jax.lax.with_sharding_constraint
+    whole, spread = PartitionSpec(None, *free), PartitionSpec("fsdp", *free)
+    # Both named, before and after: left to itself, GSPMD exchanges the terms of a sum, not the sum.
+    zeros = [(0, -len(units) % parts)] + [(0, 0)] * (units.ndim - 1)
+    given = keep(jax.numpy.pad(keep(units, whole), zeros), spread)
+    return keep(keep(function(given), spread)[: len(units)], whole)
 
 
 def cuts_columns() -> bool:

@@ -110,15 +110,14 @@ def _matrices(params: Any) -> Any:
 def _orthogonal(changes: Any, _: Any) -> Any:
     """The orthogonal matrices next to these. `[in, out]` of them has a root mean square of 1 over
     that of the larger, of which nothing is left."""
-    spread = jax.tree.map(spread_units, changes)
     iterations = scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=_matrices)
-    found, _ = iterations.update(spread, iterations.init(spread))
 
-    def even(found: jax.Array, changes: jax.Array) -> jax.Array:
-        found = spread_units(found)[: len(changes)]
-        return MUON_RMS * max(changes.shape[1:]) ** 0.5 * found
+    def orthogonal(units: jax.Array) -> jax.Array:
+        return iterations.update(units, iterations.init(units))[0]
 
-    return jax.tree.map(even, found, changes)
+    return jax.tree.map(
+        lambda x: MUON_RMS * max(x.shape[1:]) ** 0.5 * spread_units(orthogonal, x), changes
+    )
 
 
 def decayed(config: ModelConfig) -> Params:
