@@ -1,5 +1,6 @@
 """Tiny programs compiled for devices that are not here; for TPUs where libtpu is installed."""
 
+import dataclasses
 import importlib.util
 import json
 
@@ -12,6 +13,8 @@ from transformer_vq.cli import main
 from transformer_vq.config import MeshConfig, ModelConfig, TrainConfig
 from transformer_vq.errors import UserError
 from transformer_vq.measure import compile, hlo
+from transformer_vq.nn import products
+from transformer_vq.nn.model import init_state
 
 TINY = {
     "d_model": 16, "d_k": 8, "num_layers": 1, "codebook_size": 8, "window_len": 8, "block_len": 8,
@@ -127,6 +130,23 @@ def test_programs_for_a_tpu(libtpu, capsys):
         assert record["device"] == "TPU v5 lite" and record["memory"]["total"] > 0
         assert bool(record["collectives"]) == (record["program"] == "train")
         assert "copies" not in record or record["copies"]["copies"] == 0
+
+
+@pytest.mark.slow
+def test_prompts_hold_states_once_on_a_tpu(libtpu, monkeypatch):
+    """The states of all units, which are scanned, are written where they were read."""
+    sizes = dict(num_layers=8, codebook_size=512, d_v=512)
+    config, mesh = CONFIG.replace(**sizes), compile.target("v5e:1x1", MeshConfig()).mesh
+    found = {}
+    for in_place in (True, False):  # the second: control
+        tuned = dataclasses.replace(products.TPU, states_in_place=in_place)
+        monkeypatch.setattr(products, "TPU", tuned)
+        jax.clear_caches()
+        traced = compile.trace_program("prefill", config, TrainConfig(), mesh, 8)
+        found[in_place] = traced.lower().compile().memory_analysis().temp_size_in_bytes
+    jax.clear_caches()
+    states = sum(x.nbytes for x in jax.tree.leaves(init_state(config, 8).units))
+    assert states < found[True] < found[False] - 0.8 * states
 
 
 @pytest.mark.slow

@@ -73,6 +73,8 @@ def test_tuning_is_that_of_the_target(monkeypatch):
     """Of the devices that are traced for, if they are known; else of JAX's default."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert products.tuning() == products.OTHERS
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert products.tuning() == products.TPU
     with traced_on(data_mesh(jax.devices("cpu"))):
         assert products.tuning() == products.CPU
     with jax.default_device(jax.devices("cpu")[0]):

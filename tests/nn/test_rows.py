@@ -146,3 +146,27 @@ def test_every_row_drops_for_itself(name, double):
     own, same = features(range(8)), features([3] * 8)
     close(same, np.repeat(own[3:4], 8, 0))
     far(own, np.repeat(own[3:4], 8, 0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["memory_documents", "full_documents"])
+def test_states_may_be_written_where_they_were_read(double, monkeypatch, name):
+    """As for TPUs, where a call of many tokens carries the states of all units along."""
+    config = CASES[name]
+    model, (tokens, document_ids, _) = random_model(config), random_inputs(config)
+
+    def two_calls(in_place):
+        tune(monkeypatch, states_in_place=in_place)
+
+        def run(state):
+            for part in (slice(0, LENGTH // 2), slice(LENGTH // 2, LENGTH)):
+                given = (jnp.asarray(x[:, part]) for x in (tokens, document_ids))
+                out = forward(model, state, next(given), document_ids=next(given))
+                state = out.state
+            return out.features, state
+
+        return str(jax.make_jaxpr(run)(fresh(config, BATCH))), quick_jit(run)(fresh(config, BATCH))
+
+    (plain, wanted), (carried, found) = two_calls(False), two_calls(True)
+    assert plain != carried  # control: it is another program
+    close(found, wanted)

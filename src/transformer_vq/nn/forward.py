@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from transformer_vq.config import ModelConfig
-from transformer_vq.nn import attention, dropout, rows
+from transformer_vq.nn import attention, dropout, products, rows
 from transformer_vq.nn.attention import AttentionState
 from transformer_vq.nn.dropout import DropoutKeys, UnitKeys
 from transformer_vq.nn.embedding import embed, to_logits
@@ -112,10 +112,10 @@ def _run_units(model: Model, state: State, call: Chunk, training: Training | Non
         keys = dropout.unit_keys(training.dropout, config.num_units)
 
     stacked = jax.tree.map(lambda *units: jnp.stack(units), *state.units)
-    # Written where they were read, states are held once and not twice. Gradients would keep what
-    # is carried for every unit, so in training they go from one array to another.
-    given, carried = (None, stacked) if training is None else (stacked, None)
-
+    # Written where they were read, they are held once and not twice. Gradients would keep what is
+    # carried for every unit, so in training states go from one stack to another.
+    in_place = training is None and products.tuning().states_in_place
+    given, carried = (None, stacked) if in_place else (stacked, None)
     take, put = jax.lax.dynamic_index_in_dim, jax.lax.dynamic_update_index_in_dim
 
     def run(carry: tuple, xs: tuple) -> tuple[tuple, tuple]:

@@ -7,7 +7,7 @@ rest of the package reads as the mathematics does. docs/benchmarks.md has the me
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -31,6 +31,7 @@ class Tuning:
     logits_per_chunk: int  # of a device, that the loss holds at once
     prompt_chunk: int  # tokens of a prompt that a server reads between dispatches
     micro_batches: bool  # the default of training: no more rows at once than fit a chunk
+    states_in_place: bool  # a call of many tokens writes states of units where it has read them
 
 
 CPU = Tuning(
@@ -46,6 +47,7 @@ CPU = Tuning(
     logits_per_chunk=2**22,
     prompt_chunk=256,  # four take as long as one of 1,024, and others wait for a quarter of it
     micro_batches=True,
+    states_in_place=False,  # XLA fuses reads with the write, and copies the states of all units
 )
 # Not in micro-batches, and logits in large chunks: each costs a sum of gradients over devices.
 OTHERS = Tuning(
@@ -61,7 +63,9 @@ OTHERS = Tuning(
     logits_per_chunk=2**26,
     prompt_chunk=1024,
     micro_batches=False,
+    states_in_place=False,
 )
+TPU = replace(OTHERS, states_in_place=True)
 
 
 def tuning() -> Tuning:
@@ -75,7 +79,7 @@ def tuning() -> Tuning:
     mesh = jax.sharding.get_abstract_mesh()
     target = mesh.abstract_device or jax.config.jax_default_device  # pyright: ignore
     platform = getattr(target, "platform", target) or jax.default_backend()
-    return CPU if platform == "cpu" else OTHERS
+    return {"cpu": CPU, "tpu": TPU}.get(platform, OTHERS)
 
 
 def wide_dtype(dtype: Any) -> Any:
