@@ -1,9 +1,9 @@
 """Products and sums over tokens, made in the form that the backend makes well.
 
 XLA's CPU backend is slow at some things that a model does: products of few rows (decoding), sums
-over many tokens (gradients), sums of the rows of each code (`sum_by_code`). What to write instead is
-decided here and nowhere else, so the rest of the package reads as the mathematics does. docs/log.md
-has the measurements.
+over many tokens (gradients), sums of the rows of each code (`sum_by_code`). What to write instead
+is decided here and nowhere else, so the rest of the package reads as the mathematics does.
+docs/log.md has the measurements.
 """
 
 import functools
