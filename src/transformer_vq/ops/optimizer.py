@@ -112,7 +112,7 @@ def _orthogonal(changes: Any, _: Any) -> Any:
     that of the larger, of which nothing is left."""
     iterations = scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=_matrices)
 
-    def orthogonal(units: jax.Array) -> jax.Array:
+    def orthogonal(units: jax.Array) -> Any:
         return iterations.update(units, iterations.init(units))[0]
 
     return jax.tree.map(
