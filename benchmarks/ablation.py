@@ -44,6 +44,10 @@ VARIANTS = {  # model, recipe
     "Muon, the three and key shift, gain": (STREAM | KEYS, MUON),
     "Muon, the three and a gate": (STREAM | GATE, MUON),
     "Muon, all": (STREAM | KEYS | GATE, MUON),
+    "Muon, all, its momentum rising": (
+        STREAM | KEYS | GATE,
+        MUON | {"momentum_warmup_steps": 100},
+    ),
     "Muon, all without the cache": (STREAM | KEYS | GATE | {"use_cache": False}, MUON),
 }
 

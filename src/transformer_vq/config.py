@@ -274,6 +274,9 @@ class TrainConfig:
     beta2: float = real(
         0.98, "Adam, decay of the second moment; Lion, of the momentum it keeps", "[0, 1)"
     )
+    momentum_warmup_steps: int = whole(
+        0, "Muon, updates in which its momentum rises from 0.85 to 0.95; 0: it is 0.95"
+    )
     epsilon: float = real(1e-9, "Adam, added to the root of the second moment", "(0, inf)")
     ema_decay: float = real(0.0, "average the weights, to evaluate and sample with", "(0, 1)",
                             also={0: "do not"})  # fmt: skip

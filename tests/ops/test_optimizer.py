@@ -182,3 +182,26 @@ def test_muon_makes_matrices_of_units_orthogonal():
     for name in ("embedding", "w_out", "output_bias"):
         assert raw(muon[name]) == raw(adam[name])
     assert raw(muon["units"]["u"]) == raw(adam["units"]["u"])
+
+
+def test_the_momentum_of_muon_climbs():
+    """In two updates from 0.85 to 0.95. The change is that of a first update by what the moments
+    of these add up to, by hand; of a constant momentum it is another."""
+    params, grads = some_gradients()
+    constant = replace(TRAIN, optimizer="muon", weight_decay=0, schedule="wsd", grad_clip=0)
+    climbing = replace(constant, momentum_warmup_steps=2)
+    rng = np.random.default_rng(3)
+    several = [jax.tree.map(lambda g: g + rng.normal(size=g.shape), grads) for _ in range(4)]
+    momenta, moment = (0.85, 0.9, 0.95, 0.95), np.zeros_like(several[0]["units"]["w_q"])
+    for count, (g, momentum) in enumerate(zip(several, momenta, strict=True), start=1):
+        g = np.asarray(g["units"]["w_q"])
+        moment = momentum * moment + (1 - momentum) * g
+        ahead = momentum * moment / (1 - momentum ** (count + 1))
+        ahead = ahead + (1 - momentum) * g / (1 - momentum**count)
+        some = several[:count]
+        found = changes_of(climbing, params, some)["units"]["w_q"]
+        alone = {**grads, "units": {**grads["units"], "w_q": jnp.float32(ahead)}}
+        expected = changes_of(constant, params, [alone])["units"]["w_q"]
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        other = np.asarray(changes_of(constant, params, some)["units"]["w_q"])
+        assert count == 1 or np.abs(other - found).max() > 1e-3

@@ -165,7 +165,8 @@ def test_damaged_files_are_named_and_the_rest_is_shown(run, tmp_path, capsys):
     said = capsys.readouterr().err
     assert f"line 2 of {copy / 'metrics.jsonl'} is damaged" in said
     assert f"line 2 of {copy / 'samples.jsonl'} is damaged" in said
-    assert f"{copy / 'config.json'} is damaged" in said and said.count("\n") == 3
+    assert f"{copy / 'config.json'} cannot be used (it is damaged)" in said
+    assert said.count("\n") == 3
     assert Page(copy / "report.html").tags.count("pre") == 3
     assert main(["info", "--run", str(copy)]) == 0
     assert "metrics.jsonl is damaged" in capsys.readouterr().err
@@ -276,4 +277,4 @@ def test_checkpoints_by_name(run, tmp_path, capsys, monkeypatch):
     for each in (copy / "checkpoints").glob("*/metadata.json"):
         each.write_text(each.read_text().replace("validation_loss", "other"))
         seal(each.parent)
-    assert "no checkpoint in" in fails("best") and "evaluate_every" in fails("best")
+    assert "no checkpoint in" in fails("best") and "--train.evaluate-every" in fails("best")

@@ -13,7 +13,7 @@ from transformer_vq.nn.model import model_specs
 from transformer_vq.sharding import spread_units
 from transformer_vq.types import Params
 
-MUON_MOMENTUM = 0.95
+FIRST_MOMENTUM, MUON_MOMENTUM = 0.85, 0.95
 MUON_RMS = 0.2  # of a change at rate 1: that of Adam's (Liu et al., 2025), so that rates are shared
 
 
@@ -90,16 +90,32 @@ def _scale_by_optimizer(train: TrainConfig, config: ModelConfig) -> optax.Gradie
             )
             return _each_unit_by_itself(optax.chain(*steps))
         case "muon":
-            # Without an iteration it is the momentum alone: these follow, where each device has
-            # whole matrices (spread over devices, they are gathered for every product).
-            momentum = scale_by_muon(
-                beta=MUON_MOMENTUM,
-                weight_dimension_numbers=_matrices,
-                ns_steps=0,
-                preconditioning="aol",
-            )
-            muon = optax.chain(momentum, optax.stateless(_orthogonal))
+            muon = optax.chain(_momentum(train), optax.stateless(_orthogonal))
             return optax.partition({"muon": muon, "adam": adam}, _muon_or_adam(config))
+
+
+def _momentum(train: TrainConfig) -> optax.GradientTransformation:
+    """The momentum of Muon. With `momentum_warmup_steps` it climbs in a line (Jordan et al., 2024,
+    modded-nanogpt); the state is that of a constant one.
+
+    Without an iteration `scale_by_muon` is the momentum alone. These follow (`_orthogonal`), where
+    each device has whole matrices: spread over devices, they are gathered for every product.
+    """
+
+    def of(beta: Any) -> optax.GradientTransformation:
+        return scale_by_muon(
+            beta=beta, weight_dimension_numbers=_matrices, ns_steps=0, preconditioning="aol"
+        )
+
+    constant = of(MUON_MOMENTUM)
+    if not train.momentum_warmup_steps:
+        return constant
+    climbing = optax.linear_schedule(FIRST_MOMENTUM, MUON_MOMENTUM, train.momentum_warmup_steps)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return of(climbing(state.count)).update(updates, state, params)
+
+    return optax.GradientTransformation(constant.init, update)
 
 
 def _matrices(params: Any) -> Any:
