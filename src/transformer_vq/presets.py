@@ -85,6 +85,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 # How they are trained, in the same order (docs/training.md says what is of the paper).
 _OURS_TRAIN = dict(
     optimizer="muon",
+    momentum_warmup_steps=300,
     learning_rate=4e-3,
     schedule="linear",
     final_learning_rate=0.0,
