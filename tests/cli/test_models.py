@@ -41,7 +41,7 @@ def test_a_state_is_of_the_weights_that_made_it(capsys, own, tmp_path):
     assert main(["sample", *rounded, *go_on]) == 0
     said = fails(capsys, 1, "sample", "--run", own, *go_on)
     assert "is the state of another model: use the one it was made with" in said
-    assert "far_cap, and the rounding of products and weights included" in said
+    assert "--far-cap, and the rounding of products and weights included" in said
 
 
 def test_rounding_that_costs_too_much_or_nobody_knows_what(capsys, own, data, tmp_path):
