@@ -124,7 +124,7 @@ def test_the_same_command_gives_the_same_losses(capsys, tmp_path, run, content):
 def test_resuming_needs_nothing_but_the_folder(capsys, tmp_path, run):
     out = shutil.copytree(run, tmp_path / "run")
     arguments = ["train", "--out", str(out), "--resume"]
-    assert "d_model 32, not 64" in fails(capsys, 1, *arguments, "--config.d-model", "64",
+    assert "--config.d-model 32, not 64" in fails(capsys, 1, *arguments, "--config.d-model", "64",
                                          "--config.d-v", "64")  # fmt: skip
     assert main([*arguments, "--steps", str(STEPS + 2)]) == 0
     assert f"resuming at step {STEPS}" in capsys.readouterr().out
