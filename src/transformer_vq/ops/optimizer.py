@@ -98,8 +98,9 @@ def _momentum(train: TrainConfig) -> optax.GradientTransformation:
     """The momentum of Muon. With `momentum_warmup_steps` it climbs in a line (Jordan et al., 2024,
     modded-nanogpt); the state is that of a constant one.
 
-    Without an iteration `scale_by_muon` is the momentum alone. These follow (`_orthogonal`), where
-    each device has whole matrices: spread over devices, they are gathered for every product.
+    Without an iteration `scale_by_muon` is the momentum alone, if it does not divide by a norm
+    before the first ("aol" does not). The iterations follow (`_orthogonal`), where each device has
+    whole matrices: spread over devices, they are gathered for every product.
     """
 
     def of(beta: Any) -> optax.GradientTransformation:
