@@ -1,4 +1,4 @@
-"""Products of few rows: of one in parts, of some with the matrix first, whole or by halves."""
+"""Products of few rows: as loops, of one row in parts, of some with the matrix first."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from transformer_vq import ModelConfig, extend, init_model, init_state
 from transformer_vq.nn import products
 from transformer_vq.sharding import data_mesh, traced_on
 
-SIZES = [(1, 8, 12), (1, 7, 9), (1, 12, 10), (3, 8, 12), (6, 8, 12), (70, 8, 12)]  # rows, in, out
+SIZES = [(1, 8, 12), (1, 7, 9), (1, 12, 10), (3, 16, 12), (4, 8, 5), (6, 8, 12), (70, 8, 12)]
 
 
 @pytest.fixture
@@ -24,13 +24,16 @@ def large(request, monkeypatch):
 
 
 @pytest.mark.parametrize("large", [True, False], indirect=True)
+@pytest.mark.parametrize("stored", [products.InputMajor, products.OutputMajor])
 @pytest.mark.parametrize(("rows", "width", "out"), SIZES)
-def test_few_rows_have_the_same_product(large, rows, width, out):
+def test_few_rows_have_the_same_product(large, stored, rows, width, out):
     rng = np.random.default_rng(0)
     x, matrix = rng.normal(size=(rows, 1, width)), rng.normal(size=(width, out))
 
     def product(x, matrix):
-        return products.matmul(jnp.asarray(x), products.OutputMajor(jnp.asarray(matrix).T))
+        matrix = jnp.asarray(matrix)
+        matrix = matrix if stored is products.InputMajor else matrix.T
+        return products.matmul(jnp.asarray(x), stored(matrix))
 
     def loss(function):
         return lambda x, matrix: jnp.sum(jnp.sin(function(x, matrix)))
@@ -53,20 +56,45 @@ def test_a_table_whole_or_in_parts(monkeypatch):
     weights, table = rng.normal(size=(2, 1, 5, 24)), rng.normal(size=(2, 1, 24, 8))
     with jax.enable_x64(True):
         for whole, parts in ((6, True), (5, False)):
-            tune(monkeypatch, large=1, whole_rows=whole)
+            tune(monkeypatch, table_size=1, whole_rows=whole)
             made = products.matmul_table(jnp.asarray(weights), jnp.asarray(table))
             np.testing.assert_allclose(made, weights @ table, rtol=1e-12, atol=1e-12)
             traced = str(jax.make_jaxpr(lambda w, t: products.matmul_table(w, t))(weights, table))
             assert ("optimization_barrier" in traced) != parts
 
 
+def multiplied(function, *args) -> list[tuple[int, ...]]:
+    """The shapes of what the products of a function give."""
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    return [e.outvars[0].aval.shape for e in jaxpr.eqns if e.primitive.name == "dot_general"]
+
+
 def test_when_there_are_parts(monkeypatch):
     """For one row and a large matrix, where an axis can be divided: else there is one product."""
     tune(monkeypatch, large=96)
-    assert products.parts_of(1, 96, 12) == 4 and products.parts_of(1, 96, 10) == 2
-    assert products.parts_of(1, 96, 9) == 1
-    assert products.parts_of(1, 95, 12) == 1
-    assert products.parts_of(2, 96, 12) == 1
+    for rows, width, out, shape in (
+        (1, 8, 12, (4, 1, 3)),
+        (1, 10, 10, (2, 1, 5)),
+        (1, 12, 9, (9, 1)),
+        (1, 7, 12, (12, 1)),  # not large
+        (2, 8, 12, (12, 2)),
+    ):
+        x, matrix = np.ones((rows, width)), np.ones((out, width))
+        assert multiplied(products.matmul_few, x, matrix) == [shape]
+
+
+def test_small_matrices_are_multiplied_in_loops(monkeypatch):
+    """By few rows, on a CPU; by more as ever. Sums of bfloat16 numbers need a product."""
+    tune(monkeypatch, large=2**10)
+    small, large = jnp.ones((16, 24)), jnp.ones((64, 64))
+    kept = products.for_few_rows(small)
+    assert isinstance(kept, products.InputMajor)
+    assert multiplied(products.matmul, jnp.ones((4, 16)), kept) == [(4, 1, 24)]  # of the sums
+    assert multiplied(products.matmul, jnp.ones((5, 16)), kept) == [(5, 24)]
+    assert isinstance(products.for_few_rows(large), products.OutputMajor)
+    assert isinstance(products.for_few_rows(small, dtype=jnp.bfloat16), products.OutputMajor)
+    monkeypatch.setattr(products, "tuning", lambda: products.OTHERS)
+    assert isinstance(products.for_few_rows(small), products.OutputMajor)
 
 
 def test_tuning_is_that_of_the_target(monkeypatch):
@@ -85,14 +113,14 @@ def test_tuning_is_that_of_the_target(monkeypatch):
     ("rows", "large", "head_type"),
     [
         (1, True, "shga"),
-        (6, False, "mha"),
+        (3, False, "mha"),
         pytest.param(1, True, "mha", marks=pytest.mark.slow),
         pytest.param(6, True, "shga", marks=pytest.mark.slow),
     ],
     indirect=["large"],
 )
 def test_a_step_in_parts_is_a_step(large, rows, head_type):
-    """Logits and state token by token, products in parts, are those of blocks."""
+    """Logits and state token by token, products in parts or loops, are those of blocks."""
     config = ModelConfig(vocab_size=24, d_model=16, d_k=8, num_layers=1, codebook_size=7,
                          block_len=4, window_len=5, head_type=head_type)  # fmt: skip
     model = init_model(config, 0)
@@ -104,11 +132,13 @@ def test_a_step_in_parts_is_a_step(large, rows, head_type):
 
     parts = [s for s in float32_arrays(step, tokens[:, :1]) if s[:2] == (4, 1) and len(s) == 3]
     assert bool(parts) == (rows == 1)  # of x
-    if rows > 1:  # the matrix first, all rows or half: w_in, w_o (those of the MLP), codes, w_out
-        barriers = float32_arrays(step, tokens[:, :1], of="optimization_barrier")
+    barriers = float32_arrays(step, tokens[:, :1], of="optimization_barrier")
+    if rows > 1 and large:  # the matrix first: w_in, w_o (those of the MLP), codes, w_out
         products = dict(shape for shape in barriers if len(shape) == 2)  # out, rows
         assert {16, 24} < products.keys(), products
-        assert set(products.values()) == {6 if large else 3}
+        assert set(products.values()) == {rows}
+    if not large:  # sums over an eighth of what comes in, for w_o and w_out
+        assert {(rows, 2, 16), (rows, 2, 24)} < set(barriers), barriers
     logits = []
     for t in range(40):
         new, state = extend(model, state, tokens[:, t : t + 1])

@@ -88,7 +88,7 @@ def test_small_matrices_are_kept_wide(monkeypatch, double):
     decoder = prepare(rounded, init_state(rounded.config, 1))
     narrow = [x for x in jax.tree.leaves(decoder) if x.dtype == "int8"]
     assert len(narrow) == rounded.config.num_units
-    assert isinstance(decoder.params["w_out"], products.OutputMajor)
+    assert isinstance(decoder.params["w_out"], products.InputMajor)
 
 
 def test_a_loop_of_steps_reads_the_numbers_as_they_are():

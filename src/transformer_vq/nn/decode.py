@@ -35,7 +35,7 @@ from transformer_vq.types import Features, Params, PerRow, PerRowFlag
 class Decoder:
     """A model prepared for decoding."""
 
-    params: Params  # the arrays outside of units; the output projection `OutputMajor` or `Narrow`
+    params: Params  # the arrays outside of units; the output projection for few rows
     units: tuple[PreparedUnit, ...]
     config: ModelConfig
 

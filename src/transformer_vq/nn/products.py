@@ -22,12 +22,13 @@ class Tuning:
 
     few_rows: int  # products of at most so many rows have the matrix first; 0: none
     large: int  # numbers in a matrix that counts as large
-    parts: int  # products that make that of one row and a large matrix
-    halved_rows: int  # products of at least so many of the few rows are made in two halves
+    parts: int  # products that make that of one row and a large matrix, or a table
+    table_size: int  # numbers in a table that is cut into parts
     whole_rows: int  # products of at least so many rows and a table are made whole
     narrow_size: int  # numbers in a matrix that is worth keeping narrow
     narrow_rows: int  # products of at most so many rows read narrow matrices as they are
-    narrow_sum: int  # rows of a narrow matrix that one loop adds up; 1: a product does
+    loop_rows: int  # products of at most so many rows and a matrix that is not large are loops
+    loop_sum: int  # rows of a matrix that one loop adds up; 1: a product does
     tokens_per_chunk: int  # of a device, that go through a unit at once
     logits_per_chunk: int  # of a device, that the loss holds at once
     prompt_chunk: int  # tokens of a prompt that a server reads between dispatches
@@ -39,11 +40,12 @@ CPU = Tuning(
     few_rows=64,
     large=2**20,
     parts=4,
-    halved_rows=6,
+    table_size=2**16,
     whole_rows=8,
     narrow_size=2**19,
     narrow_rows=2,
-    narrow_sum=16,
+    loop_rows=4,
+    loop_sum=8,
     tokens_per_chunk=2048,
     logits_per_chunk=2**22,
     prompt_chunk=256,  # four take as long as one of 1,024, and others wait for a quarter of it
@@ -55,11 +57,12 @@ OTHERS = Tuning(
     few_rows=0,
     large=0,
     parts=1,
-    halved_rows=0,
+    table_size=0,
     whole_rows=2**30,
     narrow_size=0,
     narrow_rows=2**30,
-    narrow_sum=1,
+    loop_rows=0,
+    loop_sum=1,
     tokens_per_chunk=65_536,
     logits_per_chunk=2**26,
     prompt_chunk=1024,
@@ -99,6 +102,14 @@ class OutputMajor:
     matrix: jax.Array
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class InputMajor:
+    """A matrix that is stored as `[in, out]`, of which a product with few rows is a loop."""
+
+    matrix: jax.Array
+
+
 Weights = Literal["as-saved", "bfloat16", "int8"]
 MOST_INT8 = 127
 
@@ -120,7 +131,7 @@ class Rounding:
     matrix: jax.Array
 
 
-Matrix = jax.Array | OutputMajor | Narrow | Rounding
+Matrix = jax.Array | OutputMajor | InputMajor | Narrow | Rounding
 
 
 def narrow(matrix: jax.Array, weights: Weights) -> Narrow:
@@ -135,12 +146,15 @@ def narrow(matrix: jax.Array, weights: Weights) -> Narrow:
 
 def for_few_rows(
     matrix: jax.Array, weights: Weights = "as-saved", dtype: Any = None
-) -> OutputMajor | Narrow:
+) -> OutputMajor | InputMajor | Narrow:
     """A matrix `[in, out]` as products of few rows want it: rounded as `weights` says, if it is
     large enough for that to pay; else in `dtype`, if one is given."""
-    if weights != "as-saved" and matrix.size >= tuning().narrow_size:
+    tuned = tuning()
+    if weights != "as-saved" and matrix.size >= tuned.narrow_size:
         return narrow(matrix, weights)
-    return OutputMajor(matrix.T if dtype is None else matrix.astype(dtype).T)
+    matrix = matrix if dtype is None else matrix.astype(dtype)
+    small = matrix.size < tuned.large and matrix.dtype == wide_dtype(matrix.dtype)
+    return InputMajor(matrix) if tuned.loop_rows and small else OutputMajor(matrix.T)
 
 
 def matmul(x: jax.Array, matrix: Matrix) -> jax.Array:
@@ -154,6 +168,9 @@ def matmul(x: jax.Array, matrix: Matrix) -> jax.Array:
         y = matmul_narrow(x, matrix)
     elif isinstance(matrix, Rounding):
         y = matmul_rounded(x, matrix.matrix)
+    elif isinstance(matrix, InputMajor):
+        looped = len(x) <= tuning().loop_rows
+        y = matmul_loop(x, matrix.matrix) if looped else x @ matrix.matrix
     else:
         y = matmul_few(x, matrix.matrix) if isinstance(matrix, OutputMajor) else x @ matrix
     return y.reshape(*lead, y.shape[-1])
@@ -162,84 +179,81 @@ def matmul(x: jax.Array, matrix: Matrix) -> jax.Array:
 def matmul_few(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """x `[..., rows, in]` times a matrix `[..., out, in]`: `[..., rows, out]`; meant for few rows.
 
-    On a CPU the matrix comes first, and one that is not large is multiplied with each half of some
-    rows, since two products run side by side better than one is shared. Barriers keep XLA from
-    undoing this: it would make one product of products with the same operand, and put x first.
+    On a CPU the matrix comes first, and with one row a large one is cut in parts. Barriers keep XLA
+    from undoing this: it would put x first, and make one product of the parts.
     """
     *lead, rows, width = x.shape
     out = matrix.shape[-2]
-    tuned, parts = tuning(), parts_of(rows, matrix.size, out)
+    tuned = tuning()
+    parts = math.gcd(out, tuned.parts) if rows == 1 and matrix.size >= tuned.large else 1
     if parts > 1:
         x = jnp.broadcast_to(x[..., None, :, :], (*lead, parts, rows, width))
         matrix = matrix.reshape(*lead, parts, out // parts, width)
         y = jnp.matmul(jax.lax.optimization_barrier(x), jnp.swapaxes(matrix, -1, -2))
         return jnp.moveaxis(y, -3, -2).reshape(*lead, rows, out)
     if rows <= tuned.few_rows:
-        halved = rows % 2 == 0 and rows >= tuned.halved_rows and matrix.size < tuned.large
-        halves = jnp.split(x, 2 if halved else 1, axis=-2)
-        products = [jnp.matmul(matrix, jnp.swapaxes(half, -1, -2)) for half in halves]
-        products = [jnp.swapaxes(jax.lax.optimization_barrier(y), -1, -2) for y in products]
-        return jnp.concatenate(products, axis=-2)
+        y = jnp.matmul(matrix, jnp.swapaxes(x, -1, -2))
+        return jnp.swapaxes(jax.lax.optimization_barrier(y), -1, -2)
     return jnp.matmul(x, jnp.swapaxes(matrix, -1, -2))
+
+
+def matmul_loop(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """x `[rows, in]` times a matrix `[in, out]`, as it is or narrow: `[rows, out]`.
+
+    A sum of some rows of the matrix, each times a number, is one loop that reads them in order and
+    that threads share evenly; a product with ones adds up the sums. Threads that share all large
+    operations of a step have no time to fall asleep between them.
+    """
+    (rows, width), out = x.shape, matrix.shape[-1]
+    count = math.gcd(width, tuning().loop_sum)
+    parts = matrix.reshape(count, -1, out)
+    given = jax.lax.optimization_barrier(x).reshape(rows, count, -1, 1)
+    sums = sum(widened(parts[i]).astype(x.dtype) * given[:, i] for i in range(count))
+    ones = jnp.ones((rows, 1, width // count), x.dtype)
+    return (ones @ jax.lax.optimization_barrier(sums))[:, 0]
 
 
 def matmul_narrow(x: jax.Array, matrix: Narrow) -> jax.Array:
     """x `[rows, in]` times a narrow matrix `[in, out]`: `[rows, out]`, added up in float32 or more.
 
     XLA's CPU backend has no product of int8 or bfloat16 and float32: it writes the matrix in
-    float32 first, and reads that. But a sum of some rows, each times a number, is one loop that
-    reads them as they are. The first barrier says that the matrix belongs to this step: in a loop
-    of steps XLA would turn all of it to float32 before the loop.
+    float32 first, and reads that. But a loop (`matmul_loop`) reads it as it is. The barrier says
+    that the matrix belongs to this step: in a loop of steps XLA would turn all of it to float32
+    before the loop.
     """
-    dtype = wide_dtype(x.dtype)
+    dtype, tuned = wide_dtype(x.dtype), tuning()
     numbers, given = jax.lax.optimization_barrier((matrix.numbers, x.astype(dtype)))
-    (rows, width), out, tuned = x.shape, numbers.shape[-1], tuning()
-    if rows > tuned.narrow_rows or tuned.narrow_sum == 1:
+    if len(x) > tuned.narrow_rows or tuned.loop_sum == 1:
         y = given @ widened(numbers).astype(dtype)
     else:
-        count = math.gcd(width, tuned.narrow_sum)
-        parts = numbers.reshape(count, -1, out)
-        given = given.reshape(rows, count, -1, 1)
-        sums = sum(widened(parts[i]).astype(dtype) * given[:, i] for i in range(count))
-        ones = jnp.ones((rows, 1, width // count), dtype)
-        y = (ones @ jax.lax.optimization_barrier(sums))[:, 0]
+        y = matmul_loop(given, numbers)
     if matrix.scale is not None:
         y = y * matrix.scale.astype(dtype)
     return y.astype(x.dtype)
 
 
 def widened(numbers: jax.Array) -> jax.Array:
-    """The numbers of a narrow matrix in float32. By bits, not by XLA's conversion from bfloat16,
-    which would not become a part of the loop that uses it."""
+    """The numbers of a matrix, in float32 if it is narrow. By bits, not by XLA's conversion from
+    bfloat16, which would not become a part of the loop that uses it."""
     if numbers.dtype != jnp.uint16:
-        return numbers.astype(jnp.float32)
+        return numbers
     bits = numbers.astype(jnp.uint32) << jnp.uint32(16)  # bfloat16 is the first half of float32
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-
-def parts_of(rows: int, size: int, length: int) -> int:
-    """How many products make that of `rows` rows and a matrix of `size` numbers, cut along an axis
-    of `length`.
-
-    XLA's CPU backend gives threads unequal shares of the product of one row and a large matrix;
-    several such products it shares evenly.
-    """
-    tuned = tuning()
-    return math.gcd(length, tuned.parts) if rows == 1 and size >= tuned.large else 1
 
 
 def matmul_table(weights: jax.Array, table: jax.Array) -> jax.Array:
     """Weights `[B, G, R, J]` times a table of values for each `[B, G, J, V]`: `[B, G, R, V]`.
 
-    For few rows a large table is cut along J on a CPU (`parts_of`). Of many, the sums of the parts
-    would cost more than they save; and barriers keep XLA from making one slow operation of this
-    product and those around it.
+    For few rows a table is cut along J on a CPU, into parts that threads share evenly. Of many, the
+    sums of the parts would cost more than they save; and barriers keep XLA from making one slow
+    operation of this product and those around it.
     """
-    if weights.shape[-2] >= tuning().whole_rows:
+    tuned = tuning()
+    if weights.shape[-2] >= tuned.whole_rows:
         whole = jnp.matmul(jax.lax.optimization_barrier(weights), table)
         return jax.lax.optimization_barrier(whole)
     lead, (rows, width) = weights.shape[:-1], table.shape[-2:]
-    parts = parts_of(1, table[0, 0].size, rows)
+    parts = math.gcd(rows, tuned.parts) if table[0, 0].size >= tuned.table_size else 1
     weights = weights.reshape(*lead, parts, -1)
     table = table.reshape(*table.shape[:2], parts, -1, width)
     return jnp.einsum("bgrpj,bgpjv->bgprv", weights, table).sum(2)
