@@ -302,7 +302,7 @@ def test_reading_a_few_tokens_copies_no_table(unchecked):
 def test_a_step_in_parts_copies_no_table(unchecked, monkeypatch):
     """Cut in parts, as large tables are, the table is still read where it lies."""
     jax.clear_caches()  # units that were traced with a product in one
-    tune(monkeypatch, large=1)
+    tune(monkeypatch, large=1, table_size=1)
     compiled, state = decoding_loop(variant(donate_argnames="rows"), **SMALLER)
     jax.clear_caches()
     table = state.units[0].values
