@@ -32,6 +32,9 @@ MUON = dict(optimizer="muon", schedule="linear", final_learning_rate=0.0)
 STREAM = dict(zero_outputs=True, embedding_shortcut=True, logit_cap=15.0)
 KEYS = dict(key_shift=True, score_gain=True)
 GATE = dict(forget="gated")
+# The fields and the recipe of the preset `tiny`; the momentum rises sooner, since runs are short.
+PRESET = STREAM | KEYS | GATE | dict(long_units=1, forget_horizon=1024.0)
+RECIPE = MUON | dict(codebook_init="data", revive_below=0.1, momentum_warmup_steps=100)
 VARIANTS = {  # model, recipe
     "VQ, first codebook random": ({}, {"codebook_init": "random"}),
     "VQ, first codebook from data": ({}, {"codebook_init": "data"}),
@@ -49,6 +52,18 @@ VARIANTS = {  # model, recipe
         MUON | {"momentum_warmup_steps": 100},
     ),
     "Muon, all without the cache": (STREAM | KEYS | GATE | {"use_cache": False}, MUON),
+    "preset": (PRESET, RECIPE),
+    "preset without zero outputs": (PRESET | {"zero_outputs": False}, RECIPE),
+    "preset without embedding shortcut": (PRESET | {"embedding_shortcut": False}, RECIPE),
+    "preset without logit cap": (PRESET | {"logit_cap": 0.0}, RECIPE),
+    "preset without key shift": (PRESET | {"key_shift": False}, RECIPE),
+    "preset without gain": (PRESET | {"score_gain": False}, RECIPE),
+    "preset, codebook random, no revival": (
+        PRESET,
+        RECIPE | {"codebook_init": "random", "revive_below": 0.0},
+    ),
+    "preset, momentum constant": (PRESET, RECIPE | {"momentum_warmup_steps": 0}),
+    "preset with AdamW": (PRESET, RECIPE | {"optimizer": "adamw"}),
 }
 
 
