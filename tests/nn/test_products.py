@@ -11,6 +11,7 @@ from transformer_vq import ModelConfig, extend, init_model, init_state
 from transformer_vq.nn import products
 from transformer_vq.sharding import data_mesh, traced_on
 
+# rows, in, out
 SIZES = [(1, 8, 12), (1, 7, 9), (1, 12, 10), (3, 16, 12), (4, 8, 5), (6, 8, 12), (70, 8, 12)]
 
 
@@ -51,16 +52,19 @@ def test_few_rows_have_the_same_product(large, stored, rows, width, out):
 
 
 def test_a_table_whole_or_in_parts(monkeypatch):
-    """The same product, whichever it is; barriers are where it is whole."""
+    """The same product, whichever it is; of many rows whole, between barriers, and of few in parts
+    if the table is large enough."""
     rng = np.random.default_rng(0)
     weights, table = rng.normal(size=(2, 1, 5, 24)), rng.normal(size=(2, 1, 24, 8))
     with jax.enable_x64(True):
-        for whole, parts in ((6, True), (5, False)):
-            tune(monkeypatch, table_size=1, whole_rows=whole)
+        for whole, size, parts in ((6, 24 * 8, 4), (6, 24 * 8 + 1, 1), (5, 1, None)):
+            tune(monkeypatch, table_size=size, whole_rows=whole)
             made = products.matmul_table(jnp.asarray(weights), jnp.asarray(table))
             np.testing.assert_allclose(made, weights @ table, rtol=1e-12, atol=1e-12)
             traced = str(jax.make_jaxpr(lambda w, t: products.matmul_table(w, t))(weights, table))
-            assert ("optimization_barrier" in traced) != parts
+            assert ("optimization_barrier" in traced) == (parts is None)
+            cut = [n for n in (1, 4) if f"f64[2,1,{n},{24 // n},8]" in traced]
+            assert cut == ([] if parts is None else [parts])
 
 
 def multiplied(function, *args) -> list[tuple[int, ...]]:

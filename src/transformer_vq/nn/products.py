@@ -201,8 +201,8 @@ def matmul_loop(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """x `[rows, in]` times a matrix `[in, out]`, as it is or narrow: `[rows, out]`.
 
     A sum of some rows of the matrix, each times a number, is one loop that reads them in order and
-    that threads share evenly; a product with ones adds up the sums. Threads that share all large
-    operations of a step have no time to fall asleep between them.
+    that threads share evenly; a product with ones adds up the sums. It pays where tables are cut in
+    parts too (`matmul_table`): probably threads that share all large operations stay awake.
     """
     (rows, width), out = x.shape, matrix.shape[-1]
     count = math.gcd(width, tuning().loop_sum)
