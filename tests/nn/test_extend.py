@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import close, far, make_config, random_inputs, random_model
-from tests.nn.cases import BATCH, CAPACITY, CASES, LENGTH, fresh, same_bits
+from tests.nn.cases import BATCH, CAPACITY, CASES, LENGTH, MEMORY, fresh, same_bits
 from transformer_vq import extend
 
 SLOW = (  # what others among them have too, or test_reference and test_bounds check
@@ -208,6 +208,18 @@ def test_rows_of_length_0_keep_their_state(name, double):
                     same_bits(*(jax.tree.map(lambda x, b=b: x[b], s) for s in (after, state)))
                 else:  # control
                     assert after.position[b] == state.position[b] + n
+
+
+def test_ages_of_a_row_of_length_0_keep_their_bits(double):
+    """Though they are sums, of which those of many keys round as they are made."""
+    config = make_config("mqa", num_layers=1, window_len=24, block_len=8, **MEMORY)
+    model, (tokens, ids, _) = random_model(config), random_inputs(config)
+    lengths = [(9, [9] * BATCH)] * 2
+    _, state = consume(model, fresh(config), tokens, ids, lengths)
+    _, after = consume(model, state, tokens, ids, [(9, [0, 9, 0])])
+    for b in (0, 2):
+        same_bits(*(jax.tree.map(lambda x, b=b: x[b], s) for s in (after, state)))
+    far(after.units[0].ages[1], state.units[0].ages[1])  # control
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64])

@@ -95,13 +95,35 @@ def test_chunks_are_as_the_oracle(double, monkeypatch):
 
 
 @pytest.mark.slow
-def test_ragged_rows_and_kept_keys(double, monkeypatch):
-    config = CASES["gated_heads_documents"]
+@pytest.mark.parametrize("name", ["gated_heads_documents", "memory_documents"])
+def test_ragged_rows_and_kept_keys(name, double, monkeypatch):
+    config = CASES[name]
     lengths = np.array([LENGTH, 0, 9], np.int32)
     expected, expected_grads = run(config, 10**6, monkeypatch, lengths, keys=True)
     out, grads = run(config, 1, monkeypatch, lengths, keys=True)
     close(out, expected)
     close(grads, expected_grads)
+
+
+@pytest.mark.parametrize("name", ["decay_cap_documents", "memory_documents"])
+def test_rows_that_end_before_a_chunk(name, double, monkeypatch):
+    """They go on as after one chunk; and no key is younger than the token that was read last."""
+    model, lengths = random_model(CASES[name]), np.array([LENGTH, 0, 6], np.int32)
+    tokens, document_ids, _ = map(jnp.asarray, random_inputs(model.config))
+
+    def after(tokens_per_chunk):
+        tune(monkeypatch, tokens_per_chunk=tokens_per_chunk)
+        read = quick_jit(
+            lambda state, tokens, lengths: forward(
+                model, state, tokens, lengths=lengths, document_ids=document_ids
+            )
+        )
+        state = read(fresh(model.config, BATCH), tokens, np.full_like(lengths, LENGTH)).state
+        return read(state, tokens[:, ::-1], lengths).state
+
+    whole, chunks = after(10**6), after(1)
+    close(chunks, whole)
+    assert all((unit.ages <= 0).all() for unit in chunks.units)
 
 
 @pytest.mark.slow

@@ -121,15 +121,17 @@ def split_time(cut: Chunking, micro_batch: Chunk, config: ModelConfig) -> Chunk:
             jnp.broadcast_to(x, mine.shape) for x in (samples.rows, samples.times % cut.size)
         )
         samples = SamplePositions(rows, times, samples.here * mine.astype(samples.here.dtype))
-    # In a timeline, indices count from the ring before the chunk.
+    # In a timeline, indices count from the ring before the chunk: of a row that ended earlier, from
+    # the ring at its end.
     timeline, offsets = micro_batch.timeline, starts[:, None]
+    done = jnp.minimum(offsets, timeline.length)
     first = split(timeline.first)
     before = jnp.concatenate([timeline.first_before[None], first[:-1, :, -1]])
     timeline = Timeline(
-        start=timeline.start + offsets,
+        start=timeline.start + done,
         length=jnp.clip(timeline.length - offsets, 0, cut.size),
-        first_before=before - offsets,
-        first=first - offsets[..., None],
+        first_before=before - done,
+        first=first - done[..., None],
     )
     weights = micro_batch.weights
     return Chunk(

@@ -358,7 +358,7 @@ def state_after(
     """The state after `length` tokens: the newest W keys, each in its slot, and the cache.
 
     `ring` and `new` are the keys before the call and its own, `cache` what is older than the newest
-    W. It is emptied where it is not of the current document.
+    W. It is emptied where it is not of the current document. A row of length 0 keeps all bits.
     """
     size, length = ring.codes.shape[2], timeline.length[:, None]
     newest = length + iota(size)  # [B, W] timeline indices, oldest first
@@ -369,6 +369,7 @@ def state_after(
         fades = jnp.concatenate([ring.fades, new.fades], axis=2)
         ages = since(jnp.take_along_axis(fades, newest[:, None], axis=2))
         ages = jnp.take_along_axis(ages, at_slot[:, None], axis=2)
+        ages = jnp.where((length > 0)[:, None], ages, state.ages)  # sums made anew round anew
 
     def in_slots(old: Timed, new: Shaped[jax.Array, "B G T *any"]) -> Timed:
         both = jnp.concatenate([old, new], axis=2)
