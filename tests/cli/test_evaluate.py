@@ -25,7 +25,7 @@ def test_eval_says_the_same_in_words_and_in_json(capsys, run):
     assert f"{record['by_position'][-1]['loss']:.4f}" in printed
 
 
-def test_eval_tells_what_the_far_part_brings(capsys, run):
+def test_eval_tells_what_the_far_part_brings(capsys, run, tmp_path):
     assert main(["eval", "--run", run, "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     first, *_, last = record["by_position"]
@@ -37,6 +37,10 @@ def test_eval_tells_what_the_far_part_brings(capsys, run):
     printed = capsys.readouterr().out
     said = f"The far part brings {record['far_gain']:+.4f} ± {record['far_gain_error']:.4f} bpb"
     assert said in printed and f"{last['far_gain']:+.4f} ± {last['far_gain_error']:.4f}" in printed
+    assert "(± standard error)" in printed
+    (tmp_path / "short").write_bytes(b"Call me Ishmael. " * 9)
+    assert main(["eval", "--run", run, "--data", str(tmp_path / "short"), "--split", "all"]) == 0
+    assert "(too few tokens for a standard error)" in capsys.readouterr().out
     assert main(["eval", "--run", run, "--no-gain", "--json"]) == 0
     without = json.loads(capsys.readouterr().out)
     assert without["loss"] == record["loss"] and "far_gain" not in without

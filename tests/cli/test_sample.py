@@ -138,7 +138,8 @@ def test_a_state_keeps_the_bounds_it_was_made_under(capsys, tmp_path, run):
     go_on = ["sample", "--run", run, "--state", state, "--max-tokens", "2"]
     assert main([*go_on, *decay]) == 0
     for other in ([], ["--far-decay", "101"], [*decay, "--far-cap", "9"]):
-        assert "state of another model" in fails(capsys, 1, *go_on, *other)
+        said = fails(capsys, 1, *go_on, *other)
+        assert "it was made with --far-decay 100 and --far-cap 0, and here it is --far-" in said
 
 
 def test_prefill_reads_a_prompt_once(capsys, tmp_path, run, data):

@@ -75,6 +75,18 @@ def test_dry_run_tells_and_leaves_nothing(capsys, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_of_a_task(capsys):
+    """It has the length of an episode; files are not read, and that is said."""
+    plan = ["train", "--preset", "tiny", "--dry-run", "--config.num-layers=1", "--data"]
+    assert main([*plan, "recall:pairs=3"]) == 0
+    assert "8 rows by 44 tokens, in sequences of 44" in capsys.readouterr().out
+    assert main([*plan, "recall:pairs=0"]) == 1
+    assert "pairs is 0: it must be" in capsys.readouterr().err
+    assert main([*plan, "a.txt", "--train.sequence-len=64"]) == 0
+    said = "".join(capsys.readouterr())
+    assert "in sequences of 64" in said and "the data are not read" in said
+
+
 def test_a_recipe_for_other_data_leaves_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     task = ["train", "--data", "copy:episodes=20", "--out", "run", "--preset", "tiny"]

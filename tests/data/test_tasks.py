@@ -164,6 +164,7 @@ def test_a_task_is_its_fields():
     assert str(task) == "recall:pairs=3,letters=16,filler=4,episodes=20,seed=0"
     assert Task.named(str(task)) == task and Task.named("recall:").episodes == 100_000
     assert Task.named("passkey:pairs=5").filler == 1800
+    assert Task.named("far:pairs=3,filler=4,episodes=20") == task  # as `Task` calls it
     source, again = task.source(), open_source([str(task)])
     assert source.fingerprint == again.fingerprint and again.path == str(task)
     prints = {dataclasses.replace(task, seed=seed).source().fingerprint for seed in range(3)}
@@ -206,10 +207,11 @@ def test_a_row_is_an_episode_of_which_the_answers_are_asked():
         ("recall:pairs=0", r"pairs is 0: it must be a whole number from 1 to 1024 \(the fields"),
         ("riddle:", "'riddle' is no task: the tasks are recall, updates, copy, passkey, reading"),
         ("recall:rows=3", "has 'rows=3': give FIELD=NUMBER, once for each of the fields of recall, "
-         "pairs .1 to 1,024., letters .2 to 26., filler"),
+         "pairs .1 to 26., letters .2 to 26., filler"),
         ("reading:pairs=0", "pairs is 0: it must be a whole number from 1 to 1024"),
         ("recall:episodes=0", "episodes is 0: it must be a whole number from 20"),
         ("reading:letters=3", "has 'letters=3'.*the fields of reading, pairs .1 to 1,024., filler"),
+        ("passkey:pears=3", "filler .0 to 50,000."),
         ("recall:pairs", "has 'pairs': give FIELD=NUMBER"),
         ("copy:writes=2", "has 'writes=2'.*the fields of copy, pairs"),
         ("recall:pairs=1,pairs=2", "has 'pairs=2'.*once for each"),
@@ -228,13 +230,18 @@ def test_names_that_are_no_task(name, says):
         Task.named(name)
 
 
-def test_a_task_stands_alone(tmp_path):
+def test_a_task_stands_alone(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="recall: is a task, and stands alone"):
         open_source(["recall:", tmp_path])
     with pytest.raises(DataError, match="--image-size is for pictures"):
         open_source(["recall:"], image_size=8)
+    with pytest.raises(UserError, match="there is no file 'recal:pairs=3', and 'recal' is no task"):
+        open_source(["recal:pairs=3"])
     (tmp_path / "recall:x").write_bytes(b"a file of that name")
     assert len(open_source([tmp_path / "recall:x"]).tokens) == 19
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes:day=3").write_bytes(b"no task, as it is there")
+    assert len(open_source(["notes:day=3"]).tokens) == 23
 
 
 def test_what_counts_must_fit_the_tokens():

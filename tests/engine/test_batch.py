@@ -191,9 +191,11 @@ def test_more_requests_than_slots_go_on_from_states(model):
 
 
 def test_what_slots_cannot_do():
-    with pytest.raises(UserError, match="slots is 0: it must be a whole number from 1 on"):
+    with pytest.raises(UserError, match="slots is 0: it must be at least 1"):
         generate(MODEL, [[1]] * 3, slots=0)
-    session = Session(MODEL, [[1]] * 9, SamplingParams(max_tokens=2), slots=8)
+    with pytest.raises(UserError, match=r"slots is 1\.5: it must be a whole number"):
+        generate(MODEL, [[1]] * 3, slots=1.5)
+    session = Session(MODEL, [[1]] * 9, SamplingParams(max_tokens=2), slots=np.int64(8))
     assert len(list(session)) == 18
     with pytest.raises(UserError, match=r"9 requests in 8 slots, so the states .* leave slots out"):
         session.state  # noqa: B018

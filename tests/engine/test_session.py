@@ -99,5 +99,5 @@ def test_a_session_has_one_iteration():
     rest = [(int(t), t.row) for t in session]
     assert first + rest == whole
     assert iter(session) is session and list(session) == []
-    with pytest.raises(UserError, match="steps is 0: it must be a whole number from 1 on"):
+    with pytest.raises(UserError, match="steps is 0: it must be at least 1"):
         Session(MODEL, prompts, params, steps=0)

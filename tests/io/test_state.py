@@ -115,6 +115,8 @@ def test_notes_go_with_a_state(good):
         state_io.unpack_state(changed, MODEL, name="the file")
     with pytest.raises(state_io.OtherModel, match="the state is the state of another model"):
         state_io.unpack_state(data, make_model(seed=1))
+    with pytest.raises(state_io.OtherModel, match="made with far_decay 0 and far_cap 0, and here"):
+        state_io.unpack_state(data, make_model(far_cap=9))
 
 
 # ---------------------------------------------------------------- another model

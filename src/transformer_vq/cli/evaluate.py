@@ -252,9 +252,11 @@ def show_histories(console: "Console", record: dict[str, Any]) -> None:
         table.add_row(history, f"{row['bpb']:.4f}", f"{row['loss']:.4f}", *gain, shown)
     console.print(table)
     if "far_gain" in record:
+        known = record["far_gain_error"] is not None
+        error = "± standard error" if known else "too few tokens for a standard error"
         console.print(
             f"The far part brings {_gain(record)} bpb: with keys beyond the window\n"
-            f"masked, the same tokens would take so much more (± standard error).\n"
+            f"masked, the same tokens would take so much more ({error}).\n"
         )
 
 

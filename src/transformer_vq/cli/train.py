@@ -24,7 +24,7 @@ from transformer_vq.config import MeshConfig, ModelConfig, TrainConfig
 from transformer_vq.data import (
     ByteTokenizer,
     OnError,
-    Source,
+    Task,
     Tokenizer,
     is_task,
     load_tokenizer,
@@ -131,7 +131,7 @@ class Train:
     ] = None
     dry_run: Annotated[
         bool,
-        option("compile, print sizes, memory and costs, and stop; without --data and --out"),
+        option("compile, print sizes, memory and costs, and stop; needs neither --data nor --out"),
     ] = False
     resume: Annotated[
         bool, option("go on with the run in --out, with its model, data and settings")
@@ -188,7 +188,9 @@ class Train:
         source = open_data(paths, tokenizer=tokenizer, **how)
         part = source.split("train")
         if not saved:
-            train = self._sequences(train, source)
+            shape = " x ".join(map(str, source.image_shape or ()))
+            what = f"pictures of {shape}" if shape else f"episodes of {source.path}"
+            train = self._sequences(train, source.sequence_len, what)
         require_length(part.tokens, train.sequence_len, f"the train split of {source.path}")
 
         if self.distributed or self.coordinator:
@@ -242,6 +244,10 @@ class Train:
         if self.resume:
             raise UsageError("--dry-run is for a run from the start: leave out --resume")
         config, train = self._configs(None)
+        data = flat(self.data)
+        if data and is_task(data[0]):
+            task = Task.named(data[0])
+            train = self._sequences(train, task.length, f"episodes of {task}")
         if self.products is not None:
             config = self._with_products(config, None)
         mesh = self._mesh()
@@ -260,6 +266,8 @@ class Train:
         )
         for note in train.notes():
             tell(self._reworded(note))
+        if data and not is_task(data[0]):
+            tell("the data are not read: sequences are as long as --train.sequence-len says")
         made = plan(config, train, make_mesh(mesh))
         print(f"compiled: the train step in {made.compile_seconds:.1f} s, for {made.devices}")
         share = " on each device" if made.num_devices > 1 else ""
@@ -330,12 +338,11 @@ class Train:
         except ValueError as error:
             raise as_usage(error, "--mesh.", MeshConfig) from None
 
-    def _sequences(self, train: TrainConfig, source: Source) -> TrainConfig:
-        """A new run, now that the data are known: of whole documents, a sequence is one of them."""
-        length = source.sequence_len or train.sequence_len
+    def _sequences(self, train: TrainConfig, length: int | None, what: str) -> TrainConfig:
+        """A new run, now that the data are known: of whole documents (`what`), a sequence is one of
+        them, of `length` tokens."""
+        length = length or train.sequence_len
         if length != train.sequence_len and "sequence_len" in self.train:
-            shape = " x ".join(map(str, source.image_shape or ()))
-            what = f"pictures of {shape}" if shape else f"episodes of {source.path}"
             raise UsageError(
                 f"--train.sequence-len is {train.sequence_len}, and {what} are "
                 f"sequences of {length}: leave it out"

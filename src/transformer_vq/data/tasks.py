@@ -119,9 +119,17 @@ class Task:
         Raises `UserError`, with the fields and their limits, for anything else.
         """
         name, _, rest = text.partition(":")
+        name = "recall" if name == "far" else name
         if name not in _FIELDS:
-            raise UserError(f"{shown(name)} is no task: the tasks are {', '.join(_FIELDS)}")
+            raise UserError(
+                f"there is no file {shown(text)}, and {shown(name)} is no task: "
+                f"the tasks are {', '.join(_FIELDS)}"
+            )
         bounds = limits(cls)
+        if name in USUAL_FILLER:
+            bounds["filler"] = f"0 to {MOST_TEXT:,}"
+        else:  # each letter once
+            bounds["pairs"] = bounds["letters"].replace("2", "1", 1)
         fields = ", ".join(f"{field} ({bounds[field]})" for field in _FIELDS[name])
         values = {}
         for part in filter(None, rest.split(",")):
@@ -199,8 +207,11 @@ class Task:
 
 
 def is_task(path: str | os.PathLike) -> bool:
-    """Whether a path of `--data` names a task. A file of such a name is `./recall:x`."""
-    return os.fspath(path).partition(":")[0] in _FIELDS and ":" in os.fspath(path)
+    """Whether a path of `--data` names a task, or is meant to. A file of such a name is
+    `./recall:x`."""
+    name, colon, rest = os.fspath(path).partition(":")
+    meant = re.fullmatch(r"[a-z]+", name) and re.match(r"[a-z]+=", rest)
+    return bool(colon) and (name in _FIELDS or bool(meant and not os.path.exists(path)))
 
 
 class _Draws:

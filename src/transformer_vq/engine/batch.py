@@ -23,7 +23,7 @@ from transformer_vq.engine.request import SamplingParams, Token, check_params
 from transformer_vq.engine.running import MOST_STEPS, NO_NUMBERS, Answer, Running
 from transformer_vq.engine.slots import num_rows, take_rows
 from transformer_vq.errors import UserError, is_listed, shown
-from transformer_vq.fields import MOST
+from transformer_vq.fields import require_count
 from transformer_vq.nn.model import Model, State
 
 STEPS_PER_DISPATCH = 32  # tokens per call of the decoding program
@@ -99,7 +99,8 @@ class Session:
 
     As of a file, there is one iteration: a second loop goes on where the first one stopped, and
     finds nothing after its end. `state` is what the requests have left so far. A row that ends at a
-    stop sequence may have consumed up to `steps` tokens more than it yielded.
+    stop sequence may have consumed more tokens than it yielded: up to `steps`, and the guesses of a
+    draft.
 
     Args:
       model, prompts, params, state, mesh, draft, slots: as in `generate`.
@@ -126,12 +127,11 @@ class Session:
             raise UserError("draft is for one device, and there is a mesh: give one of them")
         self.prompts = check_prompts(prompts, model.config, state)
         self.params = _one_each(params, len(self.prompts), model.config.vocab_size)
-        for name, value in {"steps": steps, "slots": 1 if slots is None else slots}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST:
-                raise UserError(f"{name} is {shown(value)}: it must be a whole number from 1 on")
-        self.steps, self.mesh, self._config = steps, mesh, model.config
+        require_count("steps", steps)
+        require_count("slots", 1 if slots is None else slots)
+        self.steps, self.mesh, self._config = int(steps), mesh, model.config
         count = len(self.prompts)
-        batch = batch_size(min(count, slots or count), mesh)
+        batch = batch_size(min(count, int(slots or count)), mesh)
         joining = batch < count
         need = [
             len(prompt) + p.max_tokens for prompt, p in zip(self.prompts, self.params, strict=True)

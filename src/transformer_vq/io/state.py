@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from transformer_vq.config import FOR_CODES
+from transformer_vq.config import FOR_CODES, ModelConfig
 from transformer_vq.errors import UserError, as_path, require_kind
 from transformer_vq.nn.model import Model, State, init_state
 
@@ -28,6 +28,7 @@ LATER_FIELDS = (
 VERSION = 2  # 1 had no spare rows in its tables
 FORMAT = "transformer-vq state"
 _MOST_HEADER = 1 << 24  # bytes of a header: a line for each array
+_FAR = "far"  # the name of the bounds of the far part, in the header
 _NOTE = "note."  # what the names of notes begin with, in the header
 
 
@@ -113,6 +114,7 @@ def pack_state(
         "version": str(VERSION),
         "model": digest or model_hash(model),
         "state_dtype": _dtype(state),
+        _FAR: _far(model.config),
         **{_NOTE + name: text for name, text in notes.items()},
     }
     header["hash"] = _hash(header, arrays)
@@ -143,6 +145,12 @@ def unpack_state(
     if header.pop("hash", "") != _hash(header, arrays):
         raise damaged
     if header.get("model") != (digest or model_hash(model)):
+        made, here = header.get(_FAR), _far(model.config)
+        if made and made != here:
+            raise OtherModel(
+                f"{name} is the state of another model: it was made with {made}, and here it is "
+                f"{here}"
+            )
         raise OtherModel(
             f"{name} is the state of another model: use the one it was made with (far_decay, "
             f"far_cap, and the rounding of products and weights included)"
@@ -216,6 +224,11 @@ def _expected(
 
     jax.eval_shape(leaves)
     return found
+
+
+def _far(config: ModelConfig) -> str:
+    """The bounds of the far part, in words."""
+    return f"far_decay {config.far_decay:g} and far_cap {config.far_cap}"
 
 
 def _dtype(state: State) -> str:
