@@ -29,7 +29,7 @@ def test_scores_of_a_span(double):
     """A column's offset, and what is common to all of a query's, are the fades between the two."""
     older, own, _ = chunk()
     all_tokens = jnp.ones((B, BLOCKS, C, C), bool)
-    common = fading.own_fades(own, jnp.tril(all_tokens))
+    common = fading.own_sums(own, jnp.tril(all_tokens))
     columns = fading.column_offsets(older, common)[:, :, :, 0]
     for i in range(BLOCKS):
         for query in range(C):
@@ -44,8 +44,8 @@ def test_an_earlier_document_is_not_in_the_sums(double):
     index = np.arange(C)
     of_document = (index <= index[:, None]) & ((index >= 2) | (index[:, None] < 2))
     of_document = jnp.broadcast_to(jnp.asarray(of_document), (B, BLOCKS, C, C))
-    sums = fading.own_fades(own, of_document)
-    moved = fading.own_fades(own.at[..., 0].add(-1.0), of_document)
+    sums = fading.own_sums(own, of_document)
+    moved = fading.own_sums(own.at[..., 0].add(-1.0), of_document)
     np.testing.assert_array_equal(moved[..., 2:], sums[..., 2:])
     assert (np.asarray(moved[..., :2]) < np.asarray(sums[..., :2])).all()
 

@@ -26,7 +26,7 @@ from transformer_vq.nn.attention.fading import (
     BlockFades,
     ChunkFades,
     column_offsets,
-    own_fades,
+    own_sums,
     since,
 )
 from transformer_vq.nn.attention.inputs import QKV, Attended, AttentionWeights, Window
@@ -157,6 +157,7 @@ def attend_chunk(
     fades = chunk_fades(window, new, out_of_window, window_after, first, start, cut)
     if fades is not None:
         near_offsets = fades.columns + (0 if near_offsets is None else near_offsets)
+    # The window of `reach` may begin before the ring, where there is no key: see `visible_keys`.
     there = first if config.reach == 0 else jnp.maximum(first, 1)
     near = Near(
         keys=keys,
@@ -220,10 +221,11 @@ def chunk_fades(
         return None
     assert leaving.fades is not None and after.fades is not None  # parts of those two
     older, own = spans(window.fades, new.fades, cut)
-    windows = jnp.concatenate([older[:, :, 1:], after.fades[:, :, None]], axis=2)  # after blocks
+    # The window after each block is what is older for the next one, and after the last `after`.
+    windows = jnp.concatenate([older[:, :, 1:], after.fades[:, :, None]], axis=2)
     index = start + cut.window + iota(cut.tokens).reshape(-1, 1, cut.block)
     of_document = jnp.tril(index >= first[..., None])
-    common = own_fades(own, of_document)
+    common = own_sums(own, of_document)
     return ChunkFades(
         columns=column_offsets(older, common),
         common=common,

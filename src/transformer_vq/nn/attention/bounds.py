@@ -33,7 +33,8 @@ def cap_offsets(beyond: Int[jax.Array, "*any"], config: ModelConfig) -> Float[ja
 def block_offsets(
     distance: Int[jax.Array, "c j"], beyond: Int[jax.Array, "B n c"], config: ModelConfig
 ) -> tuple[NearOffsets | None, FarOffsets | None]:
-    """What the scores of a block's queries gain: by key of their span, and for all codes alike.
+    """What the scores of a block's queries gain: by key of their span, of which some are beyond the
+    window, and for all codes alike.
 
     `distance`: of each key of a span from each query. `beyond`: of each query, as above.
     None where there is no cap.

@@ -177,9 +177,10 @@ def join_blocks(
     weights = jnp.ones((*codes.shape, 1), values.dtype)
     growth = None
     if fades is not None:
+        # 1 in value: it is there for the gradient.
         growth = fades.growth().astype(values.dtype)[..., None]  # [B, G, n + 1, 1]
         weights = weights * jnp.exp(fades.key)[..., None].astype(values.dtype)
-        weights = weights / growth[:, :, 1:, None]  # of block i first in cache i + 1
+        weights = weights / growth[:, :, 1:, None]  # cache i + 1 is the first to hold block i
         values = products.scaled(values, weights)
     if soft is None:
         sums = products.sum_by_code(values, codes, size)

@@ -34,7 +34,7 @@ def fades_of(ages: RingFades) -> RingFades:
     return jnp.concatenate([ages[..., :1], ages[..., :-1]], axis=-1) - ages
 
 
-def own_fades(
+def own_sums(
     fades: Float[jax.Array, "B G n c"], of_document: Bool[jax.Array, "B n c c"]
 ) -> Float[jax.Array, "B G n c"]:
     """Of each token of a block, the sum of the fades from the block's first up to it; or from the
@@ -47,11 +47,11 @@ def own_fades(
 
 
 def column_offsets(
-    older: Float[jax.Array, "B G n j"], own_sums: Float[jax.Array, "B G n c"]
+    older: Float[jax.Array, "B G n j"], own: Float[jax.Array, "B G n c"]
 ) -> Float[jax.Array, "B G n 1 span"]:
     """What the scores of the keys of each span gain: from the fades of the keys before the block,
-    and the sums of `own_fades`."""
-    return jnp.concatenate([since(older), -own_sums], axis=-1)[:, :, :, None]
+    and the sums of `own_sums`."""
+    return jnp.concatenate([since(older), -own], axis=-1)[:, :, :, None]
 
 
 @jax.tree_util.register_dataclass

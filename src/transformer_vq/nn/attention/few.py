@@ -18,7 +18,7 @@ from transformer_vq.nn import products, vq
 from transformer_vq.nn.attention.blockwise import MASKED
 from transformer_vq.nn.attention.bounds import cap_offsets, keys_beyond
 from transformer_vq.nn.attention.cache import join_few, log_mass
-from transformer_vq.nn.attention.fading import own_fades, since
+from transformer_vq.nn.attention.fading import own_sums, since
 from transformer_vq.nn.attention.inputs import QKV, AttentionWeights
 from transformer_vq.nn.attention.sink import softmax
 from transformer_vq.nn.attention.state import AttentionState
@@ -103,8 +103,8 @@ def _scores(
         ages = jnp.concatenate([state.ages, -sums], axis=2)
         scores += (ages[:, :, None] + sums[..., None])[:, :, None]
         far += sums[:, :, None, :, None]
-    of_document = timeline.first == timeline.first_before[:, None]  # whose keys the cache has
-    far = jnp.where(of_document[:, None, None, :, None], far, MASKED)
+    cached = timeline.first == timeline.first_before[:, None]  # the cache is of their document
+    far = jnp.where(cached[:, None, None, :, None], far, MASKED)
     scores = jnp.where(seen[:, None, None], scores, MASKED)
     spare = state.values.shape[2] - ring - config.codebook_size
     spare = jnp.full((*scores.shape[:-1], spare), MASKED, scores.dtype)
@@ -123,7 +123,7 @@ def _sums_of_fades(fades: TimedFades, timeline: Timeline, ring: int) -> TimedFad
     """Of each new token, the sum of the fades from the first of the call, or of its document."""
     index = ring + iota(fades.shape[2])
     of_document = jnp.tril(index >= timeline.first[..., None])  # [B, T, T]
-    return own_fades(fades[:, :, None], of_document[:, None])[:, :, 0]
+    return own_sums(fades[:, :, None], of_document[:, None])[:, :, 0]
 
 
 @jax.named_scope("commit_few")

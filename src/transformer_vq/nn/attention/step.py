@@ -82,17 +82,19 @@ def take_in(
     old_code = state.codes[rows, heads_of, slot]
     both = jnp.stack([jnp.broadcast_to(slot, old_code.shape), ring + old_code], axis=-1)  # [B G 2]
     weight, ages = None, state.ages
-    if ages is not None:
+    if ages is not None:  # the oldest key joins with what has not faded; the new one's age is 0
         weight = jnp.exp(ages[rows, heads_of, slot])
         age = jnp.where(active[:, None], 0.0, ages[rows, heads_of, slot])
         ages = ages.at[rows, heads_of, slot].set(age)
+    # The oldest key, of timeline index 0, joins if it is of the token's document.
+    joins = active & (timeline.first[:, 0] <= 0) & config.use_cache
     # One read of two rows, one write of two rows: anything else makes XLA copy the table.
     count, pair = join(
         state.counts[rows, heads_of, old_code],
         wide(state.values[rows[..., None], heads_of[..., None], both]),
         wide(values[:, 0]),
         arrives=active,
-        joins=active & (timeline.first[:, 0] <= 0) & config.use_cache,
+        joins=joins,
         weight=weight,
     )
     pair = pair.astype(state.values.dtype)
@@ -128,7 +130,7 @@ def _scores(
     near = wide(near)
     if state.ages is not None:
         near += state.ages[:, :, None]
-    visible = distance <= ring - timeline.first
+    visible = distance <= ring - timeline.first  # of the token's document
     near = jnp.where(visible[:, None, None], near, MASKED)
     if config.use_cache:
         far = wide(content) + log_mass(state.counts, near.dtype)[:, :, None]
