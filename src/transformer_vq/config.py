@@ -292,7 +292,8 @@ class TrainConfig:
     )
     repeat_passages: float = real(
         0.0,
-        "share of the rows of text in which a passage comes again, to learn to copy",
+        "share of the rows of text, until the last quarter, in which passages come again: "
+        "to learn to copy",
         "(0, 1]",
         also={0: "none"},
     )

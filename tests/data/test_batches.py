@@ -1,5 +1,7 @@
 """Batches beyond shuffled windows: short texts, many documents, streams, whole documents."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,7 +9,8 @@ from hypothesis import strategies as st
 
 from tests.pictures import pixels, write_pictures
 from transformer_vq import Model, ModelConfig, TrainConfig
-from transformer_vq.data import Batches, DataError, open_source
+from transformer_vq.data import Batches, DataError, Source, open_source
+from transformer_vq.data.loader import UNASKED
 from transformer_vq.ops.evaluate import evaluate
 from transformer_vq.ops.train import init_train_state
 from transformer_vq.run import loop
@@ -154,11 +157,19 @@ def test_a_passage_comes_again_from_earlier_in_its_document(
         np.testing.assert_array_equal(getattr(batch, name), getattr(plain, name))
     for row in range(4):
         size = batch.loss_mask[row].sum()
-        text = np.append(batch.inputs[row, :size], batch.targets[row, size - 1])
-        true = np.append(plain.inputs[row, :size], plain.targets[row, size - 1])
-        np.testing.assert_array_equal(batch.targets[row, : size - 1], text[1:-1])
+        last = batch.targets[row, size - 1 : size]
+        text = np.append(batch.inputs[row, :size], last[last != UNASKED])
+        true = np.append(plain.inputs[row, :size], plain.targets[row, size - 1])[: len(text)]
         owner = np.repeat(np.arange(len(lengths)), lengths)[true]
-        changed = np.flatnonzero(text != true)
+        # A target is the token that is read next, but where the text leaps: at the beginning of a
+        # passage, and behind the first token after it.
+        changed = text != true
+        begins, ends = np.flatnonzero(np.diff(changed.astype(int), append=0)).reshape(-1, 2).T + 1
+        leaps = {i + j for i in begins for j in range(4)} | {i + j for i in ends for j in (1, 2, 3)}
+        asked = [i not in leaps or owner[i] != owner[0] for i in range(1, len(text))]
+        expected = np.where(asked, text[1:], UNASKED)
+        np.testing.assert_array_equal(batch.targets[row, : len(text) - 1], expected)
+        changed = np.flatnonzero(changed)
         assert not changed.size or changed[0] >= 8  # it begins as it was
         for place in changed:  # tokens are their own places, so what comes again is known
             assert text[place] in text[:place] and text[place] == true[text[place] - true[0]]
@@ -177,6 +188,15 @@ def test_how_many_rows_have_passages_that_come_again():
     # those rows, and no others, are as if all had been chosen
     np.testing.assert_array_equal(half, np.where(changed, whole, plain))
     assert 0.35 < (plain != whole).mean() < 0.6  # about half of such a row
+
+
+def test_a_run_ends_with_text_as_it_is():
+    """The last quarter of the updates, of which a recipe tells the number."""
+    source, recipe = Source.of(np.arange(3000)), TrainConfig(batch_size=4, sequence_len=50, steps=8)
+    plain = Batches.of(source, recipe)
+    batches = Batches.of(source, dataclasses.replace(recipe, repeat_passages=1.0))
+    whole = [same(batches.batch(i), plain.batch(i)) for i in range(9)]
+    assert whole == [False] * 6 + [True] * 3
 
 
 def test_passages_are_a_function_of_the_index_and_shared_by_processes():

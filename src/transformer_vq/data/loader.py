@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # grain takes over half a second to import: only those who tr
 
 UNASKED = -1  # in place of a target that is read later, but need not be foretold
 SHORTEST, LONGEST = 8, 100  # tokens of a passage that comes again
+UNFORESEEN = 4  # tokens that nobody can foretell, where the text leaps to another place
 
 
 class Batch(NamedTuple):
@@ -58,7 +59,9 @@ class Batches:
     Of targets that are not `counted` (bool `[N]`; by default all are), UNASKED stands in place.
 
     In a share `repeat_passages` of the rows, chosen at random, passages come again in place of
-    later text of the same document: a model that sees such text learns to copy from its past.
+    later text of the same document: a model that sees such text learns to copy from its past. What
+    nobody can foretell there, as a passage begins and ends, is UNASKED. Batches from index
+    `repeats_end` on have none: a run ends with text as it is.
 
     `tokens` is an integer array `[N]`, memory-mapped or not; `starts`, integers `[documents]`, says
     where documents begin in it, the first at 0. `batch_size` is global: of several processes, each
@@ -77,6 +80,7 @@ class Batches:
     streaming: bool = False
     whole_documents: bool = False
     repeat_passages: float = 0.0
+    repeats_end: int | None = None  # None: never
     process_index: int = 0
     process_count: int = 1
 
@@ -92,6 +96,7 @@ class Batches:
             whole_documents=source.whole_documents,
             streaming=train.streaming,
             repeat_passages=train.repeat_passages,
+            repeats_end=train.steps * 3 // 4,
             batch_size=train.batch_size,
             sequence_len=train.sequence_len,
             seed=train.seed,
@@ -157,12 +162,13 @@ class Batches:
         windows = np.zeros((count, self.sequence_len + 1), np.int32)
         targets = np.zeros((count, self.sequence_len), np.int32)
         for row, window, target, (start, stop) in zip(numbers, windows, targets, rows, strict=True):
-            window[: stop - start] = self.tokens[start:stop]
-            if self.repeat_passages:
-                self._repeat(window[: self._document_end(start, stop) - start], index, row)
-            target[: stop - start - 1] = window[1 : stop - start]
-            if self.counted is not None:
-                target[: stop - start - 1][~self.counted[start + 1 : stop]] = UNASKED
+            size = stop - start
+            window[:size] = self.tokens[start:stop]
+            asked = np.ones(size, bool) if self.counted is None else self.counted[start:stop].copy()
+            if bits := self._repeats(index, row):
+                end = self._document_end(start, stop) - start
+                repeat(window[:end], asked[:end], bits)
+            target[: size - 1] = np.where(asked[1:], window[1:size], UNASKED)
         places = np.arange(self.sequence_len)
         starts, stops = np.array(rows)[:, :, None].transpose(1, 0, 2)
         documents = np.searchsorted(self._starts, starts + places, side="right") - 1
@@ -225,31 +231,13 @@ class Batches:
         start = offset + window * self.sequence_len
         return start, min(start + self.sequence_len + 1, len(self.tokens))
 
-    def _repeat(self, text: np.ndarray, index: int, row: int) -> None:
-        """Put passages of `text` in place of later ones, if this row is one of those.
-
-        Half of it, about, is new and half has been there before. Short passages and short ways back
-        are likelier than long ones: copying is learned from those first (docs/log.md).
-        """
+    def _repeats(self, index: int, row: int) -> np.random.PCG64 | None:
+        """The random bits of a row in which passages come again; None for any other row."""
+        if not self.repeat_passages or (self.repeats_end is not None and index >= self.repeats_end):
+            return None
         position = index * self.batch_size + row
         bits = np.random.PCG64(np.random.SeedSequence((self.seed, position, 1)))
-
-        def below(limit: int) -> int:  # small numbers are likelier than large ones
-            first, second = bits.random_raw(2)
-            return int(second) % (1 + int(first) % limit)
-
-        if bits.random_raw() >= self.repeat_passages * 2**64:
-            return
-        place = 0
-        while True:
-            place += SHORTEST + below(LONGEST - SHORTEST + 1)
-            size = SHORTEST + below(LONGEST - SHORTEST + 1)
-            if place >= len(text):
-                return
-            size = min(size, place, len(text) - place)
-            start = place - size - below(place - size + 1)
-            text[place : place + size] = text[start : start + size]
-            place += size
+        return bits if bits.random_raw() < self.repeat_passages * 2**64 else None
 
     def _document_end(self, start: int, stop: int) -> int:
         """Where the document that has token `start` ends, `stop` at most."""
@@ -260,6 +248,33 @@ class Batches:
         """Where the cutting of so many targets into windows begins, of those that leave room."""
         slack = max(0, targets - self.num_windows * self.sequence_len)
         return _draw(self.seed, slack + 1, epoch)
+
+
+def repeat(text: np.ndarray, asked: np.ndarray, bits: np.random.PCG64) -> None:
+    """Put passages of `text` in place of later ones.
+
+    Half of it, about, is new and half has been there before. Short passages and short ways back
+    are likelier than long ones: copying is learned from those first (docs/log.md). Tokens of
+    which no past tells that they come are not `asked`: the first ones of a passage, and those
+    after the first token that does not go on with it.
+    """
+
+    def below(limit: int) -> int:  # small numbers are likelier than large ones
+        first, second = bits.random_raw(2)
+        return int(second) % (1 + int(first) % limit)
+
+    place = 0
+    while True:
+        place += SHORTEST + below(LONGEST - SHORTEST + 1)
+        size = SHORTEST + below(LONGEST - SHORTEST + 1)
+        if place >= len(text):
+            return
+        size = min(size, place, len(text) - place)
+        start = place - size - below(place - size + 1)
+        text[place : place + size] = text[start : start + size]
+        asked[place : place + UNFORESEEN] = False
+        place += size
+        asked[place + 1 : place + UNFORESEEN] = False
 
 
 def eval_chunks(
