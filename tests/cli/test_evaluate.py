@@ -11,6 +11,7 @@ from tests.helpers import fails
 from transformer_vq.cli import main
 from transformer_vq.io.checksums import seal
 from transformer_vq.ops.evaluate import Evaluation
+from transformer_vq.ops.scores import Gain
 
 
 def test_eval_says_the_same_in_words_and_in_json(capsys, run):
@@ -73,9 +74,11 @@ def test_eval_bounds_what_far_keys_weigh(capsys, run):
 
 
 def test_eval_says_that_long_histories_confuse(capsys, monkeypatch, run):
-    for late, warned in ((1.1, False), (1.3, True)):
+    """Where losses rise with history, unless the far part is known to help all the same."""
+    for late, gain, warned in ((1.1, -0.1, False), (1.3, -0.1, True), (1.3, 0.1, False)):
         bins = [(0, 64, 2.0), (64, 128, 1.0), (128, 256, late)]
-        result = Evaluation(1.5, 256, bins)
+        gains = [Gain(gain, 0.01)] * 3
+        result = Evaluation(1.5, 256, bins, far_gain=gains[0], far_gain_by_position=gains)
         monkeypatch.setattr("transformer_vq.cli.evaluate.score", lambda *_, r=result, **__: r)
         assert main(["eval", "--run", run]) == 0
         assert ("longer histories confuse it" in capsys.readouterr().out) == warned

@@ -197,10 +197,12 @@ def summary(result: "Evaluation") -> dict[str, Any]:
 
 
 def _warn_of_long_histories(record: dict[str, Any], sequence_len: int) -> None:
-    """Say so if tokens far beyond the length of training are predicted much worse."""
+    """Say so if tokens far beyond the length of training are predicted much worse; but not where
+    the far part is known to help them: then it is the text that is harder there."""
     beyond = [row for row in record["by_position"] if row["start"] >= sequence_len]
     best = min((row["bpb"] for row in beyond), default=0.0)
-    if beyond and beyond[-1]["bpb"] > TOO_MUCH * best:
+    helps = beyond and beyond[-1].get("far_gain", 0.0) > 0
+    if beyond and beyond[-1]["bpb"] > TOO_MUCH * best and not helps:
         print(
             f"The model was trained on sequences of {sequence_len:,} tokens, and longer histories "
             f"confuse it: let far keys fade (--far-decay {2 * sequence_len}), forget them "
