@@ -368,6 +368,7 @@ def state_after(
     index = jnp.take_along_axis(newest, at_slot, axis=1)[:, None, :]
     ages = None
     if ring.fades is not None and new.fades is not None:
+        assert state.ages is not None
         fades = jnp.concatenate([ring.fades, new.fades], axis=2)
         ages = since(jnp.take_along_axis(fades, newest[:, None], axis=2))
         ages = jnp.take_along_axis(ages, at_slot[:, None], axis=2)
