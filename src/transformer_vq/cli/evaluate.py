@@ -201,8 +201,9 @@ def _warn_of_long_histories(record: dict[str, Any], sequence_len: int) -> None:
     the far part is known to help them: then it is the text that is harder there."""
     beyond = [row for row in record["by_position"] if row["start"] >= sequence_len]
     best = min((row["bpb"] for row in beyond), default=0.0)
-    helps = beyond and beyond[-1].get("far_gain", 0.0) > 0
-    if beyond and beyond[-1]["bpb"] > TOO_MUCH * best and not helps:
+    if not beyond or beyond[-1].get("far_gain", 0.0) > 0:
+        return
+    if beyond[-1]["bpb"] > TOO_MUCH * best:
         print(
             f"The model was trained on sequences of {sequence_len:,} tokens, and longer histories "
             f"confuse it: let far keys fade (--far-decay {2 * sequence_len}), forget them "

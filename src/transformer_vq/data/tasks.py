@@ -129,7 +129,7 @@ class Task:
         if name in USUAL_FILLER:
             bounds["filler"] = f"0 to {MOST_TEXT:,}"
         else:  # each letter once
-            bounds["pairs"] = bounds["letters"].replace("2", "1", 1)
+            bounds["pairs"] = f"1 to {len(KEYS)}"
         fields = ", ".join(f"{field} ({bounds[field]})" for field in _FIELDS[name])
         values = {}
         for part in filter(None, rest.split(",")):
