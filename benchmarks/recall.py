@@ -166,7 +166,7 @@ def recall(name: str, model_name: str, seed: int, args: Options) -> Iterator[dic
     model = train_on(config, recipe(name, task.length, seed, args), task.source().split("train"))
     for times in map(int, args.lengths.split(",")):
         count = min(ASKED, max(ASKED_TOKENS // (task.length + times * task.filler), LEAST_ASKED))
-        longer = dataclasses.replace(task, filler=times * task.filler, nearest=AUTO)
+        longer = dataclasses.replace(task, filler=times * task.filler, nearest=AUTO, episodes=AUTO)
         yield {
             "task": name,
             "model": model_name,

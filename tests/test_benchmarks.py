@@ -60,6 +60,16 @@ def test_training_tells_amid_the_filler_and_asking_before_all_of_it(monkeypatch)
         *[(20, 20), (320, 320)] * 2, (20, 20), (320, 300)]  # fmt: skip
 
 
+def test_asking_160_times_as_far_as_in_training(monkeypatch):
+    """As many episodes of that length as are trained on would be too many."""
+    asked = []
+    monkeypatch.setattr(recall, "train_on", lambda *_: None)
+    monkeypatch.setattr(recall, "share_right", lambda _, task, **more: asked.append((task, more)))
+    list(recall.recall("far", "vq", 0, recall.Options(lengths="160", filler=100)))
+    [(task, more)] = asked
+    assert task.filler == 16_000 and more == {"episodes": 2**20 // 16_124}
+
+
 def test_a_table_and_a_figure_of_rows(tmp_path):
     rows = [
         {"task": "far", "model": model, "seed": seed, "filler": filler, "accuracy": seed / filler}

@@ -222,7 +222,7 @@ def test_block_len_moves_gradients_only(double):
 
 
 @pytest.mark.slow
-@settings(max_examples=25, suppress_health_check=list(HealthCheck))
+@settings(max_examples=18, suppress_health_check=list(HealthCheck))
 @given(any_case())
 def test_any_configuration(case):
     with jax.enable_x64(True):
