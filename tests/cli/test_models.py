@@ -3,11 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from tests.engine.plain import make_model
 from tests.helpers import fails
-from transformer_vq.cli import main
+from transformer_vq.cli import main, models
 
 PROMPT = ["--prompt", "It was", "--max-tokens", "8"]
 
@@ -63,3 +65,15 @@ def test_rounding_that_costs_too_much_or_nobody_knows_what(capsys, own, data, tm
         away.rename(data)
     assert "what --weights int8 costs was not measured yet, and the text of the run" in said
     assert f"measure it once with tvq eval --run {bad} --weights int8 --data FILE" in said
+
+
+def test_a_state_after_a_stop_text_has_the_room_of_any_other():
+    """Of full attention. The text is read again, whether or not the prompt was read before."""
+    model = make_model(attention="full")
+    prompt, tokens, room = [1, 2], [3], 1000
+    beyond = SimpleNamespace(state=SimpleNamespace(position=[4]))
+    whole = models.read(model, prompt, None, room=room)
+    assert (whole.capacity or 0) >= len(prompt) + room
+    for start, unread in ((None, prompt), (whole, [])):
+        after = models.state_after(model, start, unread, tokens, beyond, room)
+        assert after.capacity == whole.capacity and int(after.position[0]) == 3

@@ -192,6 +192,8 @@ def test_full_attention_that_memory_does_not_hold():
     with pytest.raises(UserError, match=sentence):
         Session(FULL, [[1]], SamplingParams(max_tokens=2**31 - 1))
     Session(MODEL, [[1]], SamplingParams(max_tokens=2**31 - 1))
+    with pytest.raises(UserError, match=f"draft does not fit: {sentence}"):
+        Session(MODEL, [[1]], SamplingParams(max_tokens=2**31 - 1), draft=FULL)
 
 
 PARAMS = [

@@ -207,10 +207,12 @@ def state_after(
     prompt: Sequence[int],
     tokens: Sequence[int],
     session: Any,
+    max_tokens: int,
 ) -> "State":
     """The state after the tokens that were shown, no further.
 
-    A stop text is in the session's state by the time it is found: then the tokens are read again.
+    A stop text is in the session's state by the time it is found: then the tokens are read again,
+    into a state that has room for all `max_tokens`, as any other has.
     """
     before = 0 if start is None else int(start.position[0])
     consumed = [*prompt, *map(int, tokens)]
@@ -219,7 +221,7 @@ def state_after(
     if not consumed:
         assert start is not None  # without a state there is a prompt
         return start
-    return read(model, consumed, start, room=1, quiet=True)
+    return read(model, consumed, start, room=max(1, max_tokens - len(tokens)), quiet=True)
 
 
 def require_probabilities(state: "State", run: Path, step: int) -> None:

@@ -140,7 +140,7 @@ class Sample:
             if self.json:
                 records.append(self._record(seed, tokens, text))
             if self.save_state:
-                state = state_after(model, start, unread, tokens, request)
+                state = state_after(model, start, unread, tokens, request, params.max_tokens)
         if self.draft is not None:
             share = f", {right / guessed:.0%} of them right" if guessed else ""
             tell(f"{guessed:,} tokens were guessed ahead{share}")

@@ -65,7 +65,10 @@ class Drafts:
                     "draft is a model of full attention, which takes so many tokens and no more, "
                     "and texts here have no end: give one of vq attention"
                 )
-            self._guide_state = begin(self._guide.config, None, [room or 1], width, None)
+            try:
+                self._guide_state = begin(self._guide.config, None, [room or 1], width, None)
+            except UserError as error:
+                raise UserError(f"draft does not fit: {error}") from None
         self._ahead: dict[Any, Program] = {}
 
     def begin(self, row: int, text: Tokens) -> None:
