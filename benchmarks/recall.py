@@ -193,6 +193,7 @@ def reading(name: str, model_name: str, seed: int, args: Options) -> Iterator[di
             between=between,
             passages=PASSAGES,
             far_gain=True,
+            start=0,  # as episodes begin
         )
         yield {
             "task": name,

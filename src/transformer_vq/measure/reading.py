@@ -40,11 +40,14 @@ def second_reading(
     between: int = 2000,
     passages: int = 8,
     far_gain: bool = False,
+    start: int | None = None,
 ) -> Reading:
     """Read `passages` passages, spread over the text, twice, with `between` tokens in between.
 
     Each begins with an empty state. `text`: bytes that the model was not trained on, `[N]`. With
-    `far_gain` also what the far part brings to the second reading, if the model has one.
+    `far_gain` also what the far part brings to the second reading, if the model has one. `start`:
+    the token that is given first; by default the one before the passage in the text. (A token that
+    the model never met would spoil the first reading alone.)
 
     Raises:
       UserError: if the text is shorter than a passage and what comes in between, or for sizes
@@ -52,15 +55,17 @@ def second_reading(
     """
     for name, value in (("passage", passage), ("between", between), ("passages", passages)):
         require_count(name, value)
-    if len(text) < passage + between:
+    if len(text) < 1 + passage + between:
         raise UserError(
-            f"the text has {len(text):,} tokens, and a passage and what comes in between take "
-            f"{passage + between:,}: give a longer text, or smaller sizes"
+            f"the text has {len(text):,} tokens, and a passage, the token before it and what comes "
+            f"in between take {1 + passage + between:,}: give a longer text, or smaller sizes"
         )
     size = 1 + 2 * passage + between  # begins with a token that is given
-    starts = np.linspace(0, len(text) - passage - between, passages).astype(int)
-    pieces = [text[start : start + passage + between] for start in starts]
-    tokens = np.concatenate([x for p in pieces for x in ([0], p, p[:passage])]).astype(text.dtype)
+    begins = np.linspace(1, len(text) - passage - between, passages).astype(int)
+    first_time = text[begins[:, None] - 1 + np.arange(size - passage)]
+    if start is not None:
+        first_time[:, 0] = start
+    tokens = np.concatenate([first_time, first_time[:, 1 : 1 + passage]], axis=1).ravel()
     place = np.arange(len(tokens)) % size
     read = Source(tokens, np.arange(passages) * size, passages * (size - 1), whole_documents=True)
     rows = passages if model.config.attention == "vq" else 1  # all keys of all rows are too many
