@@ -12,6 +12,7 @@ import pytest
 
 from tests.helpers import ROOT, make_run
 from transformer_vq.errors import UserError
+from transformer_vq.measure.reading import Reading
 
 
 def script(name):
@@ -68,6 +69,15 @@ def test_asking_160_times_as_far_as_in_training(monkeypatch):
     list(recall.recall("far", "vq", 0, recall.Options(lengths="160", filler=100)))
     [(task, more)] = asked
     assert task.filler == 16_000 and more == {"episodes": 2**20 // 16_124}
+
+
+def test_a_passage_begins_as_the_episodes_of_training(monkeypatch):
+    read, given = Reading(3.0, 2.0), []
+    monkeypatch.setattr(recall, "train_on", lambda *_: None)
+    monkeypatch.setattr(recall, "second_reading", lambda *_, **more: given.append(more) or read)
+    list(recall.reading("reading", "vq", 0, recall.Options(lengths="1")))
+    task = recall.TASKS["reading"].source()
+    assert [more["start"] for more in given] == [task.tokens[task.starts[0]]]
 
 
 def test_a_table_and_a_figure_of_rows(tmp_path):
