@@ -51,20 +51,31 @@ def test_few_rows_have_the_same_product(large, stored, rows, width, out):
             np.testing.assert_allclose(mine, plain, rtol=1e-12, atol=1e-12)
 
 
-def test_a_table_whole_or_in_parts(monkeypatch):
-    """The same product, whichever it is; of many rows whole, between barriers, and of few in parts
-    if the table is large enough."""
+def test_a_table_is_multiplied_in_a_loop_in_parts_or_whole(monkeypatch):
+    """The same product, whichever it is: of few rows a loop, if it is not too large; else of one
+    row in parts, and of more whole, between barriers. Elsewhere than on a CPU plainly."""
     rng = np.random.default_rng(0)
-    weights, table = rng.normal(size=(2, 1, 5, 24)), rng.normal(size=(2, 1, 24, 8))
+    table = rng.normal(size=(2, 1, 24, 8))
+    size = 2 * 24 * 8  # multiplications of a row
     with jax.enable_x64(True):
-        for whole, size, parts in ((6, 24 * 8, 4), (6, 24 * 8 + 1, 1), (5, 1, None)):
-            tune(monkeypatch, table_size=size, whole_rows=whole)
+        for rows, most, cut in (
+            (1, size, 8),
+            (8, 8 * size, 8),
+            (1, size - 1, 4),
+            (8, 8 * size - 1, None),
+            (9, 9 * size, None),
+        ):
+            tune(monkeypatch, loop_size=most)
+            weights = rng.normal(size=(2, 1, rows, 24))
             made = products.matmul_table(jnp.asarray(weights), jnp.asarray(table))
             np.testing.assert_allclose(made, weights @ table, rtol=1e-12, atol=1e-12)
             traced = str(jax.make_jaxpr(lambda w, t: products.matmul_table(w, t))(weights, table))
-            assert ("optimization_barrier" in traced) == (parts is None)
-            cut = [n for n in (1, 4) if f"f64[2,1,{n},{24 // n},8]" in traced]
-            assert cut == ([] if parts is None else [parts])
+            parts = [n for n in (1, 4, 8) if f"f64[2,1,{n},{24 // n},8]" in traced]
+            assert parts == ([] if cut is None else [cut])
+            assert ("optimization_barrier" in traced) == (cut != 4)
+    monkeypatch.setattr(products, "tuning", lambda: products.OTHERS)
+    traced = jax.make_jaxpr(lambda w, t: products.matmul_table(w, t))(weights, table)
+    assert "optimization_barrier" not in str(traced)
 
 
 def multiplied(function, *args) -> list[tuple[int, ...]]:
@@ -93,8 +104,8 @@ def test_small_matrices_are_multiplied_in_loops(monkeypatch):
     small, large = jnp.ones((16, 24)), jnp.ones((64, 64))
     kept = products.for_few_rows(small)
     assert isinstance(kept, products.InputMajor)
-    assert multiplied(products.matmul, jnp.ones((4, 16)), kept) == [(4, 1, 24)]  # of the sums
-    assert multiplied(products.matmul, jnp.ones((5, 16)), kept) == [(5, 24)]
+    assert multiplied(products.matmul, jnp.ones((8, 16)), kept) == [(8, 1, 24)]  # of the sums
+    assert multiplied(products.matmul, jnp.ones((9, 16)), kept) == [(9, 24)]
     assert isinstance(products.for_few_rows(large), products.OutputMajor)
     assert isinstance(products.for_few_rows(small, dtype=jnp.bfloat16), products.OutputMajor)
     monkeypatch.setattr(products, "tuning", lambda: products.OTHERS)

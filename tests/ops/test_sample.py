@@ -245,6 +245,7 @@ def unchecked():
 
 STATIC = dict(steps=32, with_logprobs=False)
 SMALLER = dict(head_type="mqa", num_layers=1, d_v=128)  # one unit: quicker to compile
+ONE_HEAD = {**SMALLER, "head_type": "shga"}  # one row for each table
 
 
 def decoding_loop(function, **fields):
@@ -301,10 +302,10 @@ def test_reading_a_few_tokens_copies_no_table(unchecked):
 
 
 def test_a_step_in_parts_copies_no_table(unchecked, monkeypatch):
-    """Cut in parts, as large tables are, the table is still read where it lies."""
-    jax.clear_caches()  # units that were traced with a product in one
-    tune(monkeypatch, large=1, table_size=1)
-    compiled, state = decoding_loop(variant(donate_argnames="rows"), **SMALLER)
+    """Cut in parts, as tables of many rows are, the table is still read where it lies."""
+    jax.clear_caches()  # units that were traced with loops
+    tune(monkeypatch, large=1, loop_size=1)
+    compiled, state = decoding_loop(variant(donate_argnames="rows"), **ONE_HEAD)
     jax.clear_caches()
     table = state.units[0].values
     *_, rows, width = table.shape

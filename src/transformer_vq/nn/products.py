@@ -23,11 +23,10 @@ class Tuning:
     few_rows: int  # products of at most so many rows have the matrix first; 0: none
     large: int  # numbers in a matrix that counts as large
     parts: int  # products that make that of one row and a large matrix, or a table
-    table_size: int  # numbers in a table that is cut into parts
-    whole_rows: int  # products of at least so many rows and a table are made whole
     narrow_size: int  # numbers in a matrix that is worth keeping narrow
     narrow_rows: int  # products of at most so many rows read narrow matrices as they are
-    loop_rows: int  # products of at most so many rows and a matrix that is not large are loops
+    loop_rows: int  # products of at most so many rows and a small matrix, or a table, are loops
+    loop_size: int  # multiplications in such a product with tables, at most
     loop_sum: int  # rows of a matrix that one loop adds up; 1: a product does
     tokens_per_chunk: int  # of a device, that go through a unit at once
     logits_per_chunk: int  # of a device, that the loss holds at once
@@ -40,11 +39,10 @@ CPU = Tuning(
     few_rows=64,
     large=2**20,
     parts=4,
-    table_size=2**16,
-    whole_rows=8,
     narrow_size=2**19,
     narrow_rows=2,
-    loop_rows=4,
+    loop_rows=8,
+    loop_size=2**23,
     loop_sum=8,
     tokens_per_chunk=2048,
     logits_per_chunk=2**22,
@@ -57,11 +55,10 @@ OTHERS = Tuning(
     few_rows=0,
     large=0,
     parts=1,
-    table_size=0,
-    whole_rows=2**30,
     narrow_size=0,
     narrow_rows=2**30,
     loop_rows=0,
+    loop_size=0,
     loop_sum=1,
     tokens_per_chunk=65_536,
     logits_per_chunk=2**26,
@@ -198,19 +195,21 @@ def matmul_few(x: jax.Array, matrix: jax.Array) -> jax.Array:
 
 
 def matmul_loop(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """x `[rows, in]` times a matrix `[in, out]`, as it is or narrow: `[rows, out]`.
+    """x `[..., rows, in]` times a matrix `[..., in, out]`, as it is or narrow: `[..., rows, out]`.
 
     A sum of some rows of the matrix, each times a number, is one loop that reads them in order and
-    that threads share evenly; a product with ones adds up the sums. It pays where tables are cut in
-    parts too (`matmul_table`): probably threads that share all large operations stay awake.
+    that threads share evenly; a product with ones adds up the sums.
     """
-    (rows, width), out = x.shape, matrix.shape[-1]
-    count = math.gcd(width, tuning().loop_sum)
-    parts = matrix.reshape(count, -1, out)
-    given = jax.lax.optimization_barrier(x).reshape(rows, count, -1, 1)
-    sums = sum(widened(parts[i]).astype(x.dtype) * given[:, i] for i in range(count))
-    ones = jnp.ones((rows, 1, width // count), x.dtype)
-    return (ones @ jax.lax.optimization_barrier(sums))[:, 0]
+    *lead, rows, width = x.shape
+    count, out = math.gcd(width, tuning().loop_sum), matrix.shape[-1]
+    dtype = wide_dtype(x.dtype)
+    given = computed_once(x.astype(dtype)).reshape(*lead, rows, count, -1, 1)
+    parts = matrix.reshape(*lead, count, -1, out)
+    terms = (  # [..., rows, in / count, out]
+        given[..., i, :, :] * widened(parts[..., None, i, :, :]).astype(dtype) for i in range(count)
+    )
+    ones = jnp.ones((*lead, rows, 1, width // count), dtype)
+    return (ones @ computed_once(sum(terms)))[..., 0, :].astype(x.dtype)
 
 
 def matmul_narrow(x: jax.Array, matrix: Narrow) -> jax.Array:
@@ -244,19 +243,23 @@ def widened(numbers: jax.Array) -> jax.Array:
 def matmul_table(weights: jax.Array, table: jax.Array) -> jax.Array:
     """Weights `[B, G, R, J]` times a table of values for each `[B, G, J, V]`: `[B, G, R, V]`.
 
-    For few rows a table is cut along J on a CPU, into parts that threads share evenly. Of many, the
-    sums of the parts would cost more than they save; and barriers keep XLA from making one slow
-    operation of this product and those around it.
+    For few rows it is a loop on a CPU, as long as the sums of its parts stay in the caches; one row
+    of more is cut in parts along J. Of many rows the sums of parts would cost more than they save,
+    and barriers keep XLA from making one slow operation of this product and those around it.
     """
     tuned = tuning()
-    if weights.shape[-2] >= tuned.whole_rows:
-        whole = jnp.matmul(jax.lax.optimization_barrier(weights), table)
-        return jax.lax.optimization_barrier(whole)
-    lead, (rows, width) = weights.shape[:-1], table.shape[-2:]
-    parts = math.gcd(rows, tuned.parts) if table[0, 0].size >= tuned.table_size else 1
-    weights = weights.reshape(*lead, parts, -1)
-    table = table.reshape(*table.shape[:2], parts, -1, width)
-    return jnp.einsum("bgrpj,bgpjv->bgprv", weights, table).sum(2)
+    *lead, rows, length = weights.shape
+    if not tuned.loop_rows:
+        return jnp.matmul(weights, table)
+    if rows <= tuned.loop_rows and weights.size * table.shape[-1] <= tuned.loop_size:
+        return matmul_loop(weights, table)
+    if rows == 1:
+        parts = math.gcd(length, tuned.parts)
+        weights = weights.reshape(*lead, rows, parts, -1)
+        table = table.reshape(*lead, parts, -1, table.shape[-1])
+        return jnp.einsum("bgrpj,bgpjv->bgprv", weights, table).sum(2)
+    whole = jnp.matmul(computed_once(weights), table)
+    return computed_once(whole)
 
 
 # Products that round what they multiply: training and prompts.
