@@ -67,11 +67,11 @@ class Ours:
         return lambda: read(self.model, None, prompt).logits.block_until_ready()
 
     def score(self, length: int) -> Call:
-        """A call that gives the loss of a text, as `tvq eval` does."""
-        from transformer_vq import evaluate
+        """A call that gives the loss of a text, as `tvq eval` scores a long one."""
+        from transformer_vq.ops.evaluate import LONG_CHUNK, evaluate
 
         tokens = random_tokens(1, length + 1)[0]
-        return lambda: evaluate(self.model, tokens)
+        return lambda: evaluate(self.model, tokens, chunk_len=LONG_CHUNK)
 
     def train(self, rows: int, length: int) -> Call:
         """A call of one update."""

@@ -9,7 +9,7 @@ import pytest
 from tests.pictures import pixels, write_pictures
 from transformer_vq import Model, ModelConfig, extend, init_model, init_state
 from transformer_vq.data import DataError, Source, open_source
-from transformer_vq.ops.evaluate import evaluate
+from transformer_vq.ops.evaluate import Streams, evaluate
 from transformer_vq.sharding import data_mesh, replicated
 
 CONFIG = ModelConfig(
@@ -62,6 +62,31 @@ def test_does_not_depend_on_chunks_or_blocks(chunk_len, block_len):
     result = evaluate(model, TOKENS, chunk_len=chunk_len)
     assert result.tokens == expected.tokens
     np.testing.assert_allclose(result.by_position, expected.by_position, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("longest", "context_len", "chunk_len"),
+    [
+        (300, None, 2048),
+        (131_071, None, 2048),
+        (131_072, None, 8192),
+        (131_072, 16_384, 8192),
+        (131_072, 10_240, 2048),  # not a multiple of 8,192
+        (131_072, 300, 300),
+        (1000, 16_384, 2048),
+    ],
+)
+def test_long_rows_are_scored_in_long_chunks(monkeypatch, longest, context_len, chunk_len):
+    class Asked(Exception):
+        pass
+
+    def chunks(streams, width):
+        raise Asked(width)
+
+    monkeypatch.setattr(Streams, "chunks", chunks)
+    monkeypatch.setattr(Streams, "longest_row", property(lambda streams: longest))
+    with pytest.raises(Asked, match=f"^{chunk_len}$"):
+        evaluate(MODEL, TOKENS, context_len=context_len)
 
 
 def test_history_counts():

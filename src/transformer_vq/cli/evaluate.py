@@ -58,7 +58,10 @@ class Evaluate:
         str, option("train, validation, test (90, 5 and 5 %, if not given) or all", "NAME")
     ] = "test"
     rows: Annotated[int, option("streams to cut it into, scored side by side: faster")] = 1
-    chunk_len: Annotated[int, option("tokens of each stream at once: more need more memory")] = 2048
+    chunk_len: Annotated[
+        int | None,
+        option("tokens of each stream at once: more need more memory", default="2048 or 8192"),
+    ] = None
     context_len: Annotated[
         int, option("forget everything after so many tokens, again and again", default="never")
     ] = 0
@@ -71,19 +74,22 @@ class Evaluate:
 
     def main(self) -> int:
         require_whole("--rows", self.rows)
-        require_whole("--chunk-len", self.chunk_len)
+        if self.chunk_len is not None:
+            require_whole("--chunk-len", self.chunk_len)
         require_whole("--context-len", self.context_len, low=0)
-        chunk_len = min(self.chunk_len, self.context_len or self.chunk_len)
-        if self.context_len % chunk_len:
-            raise UsageError(
-                f"--context-len is {self.context_len}: it must be a multiple of --chunk-len, "
-                f"{self.chunk_len}, or less than it"
-            )
 
         from transformer_vq.nn.weights import round_weights
-        from transformer_vq.ops.evaluate import has_far_part
+        from transformer_vq.ops.evaluate import CHUNK, has_far_part
         from transformer_vq.run.folder import find_step, load_run
 
+        chunk_len = self.chunk_len
+        if self.context_len:
+            if self.context_len % min(chunk_len or CHUNK, self.context_len):
+                raise UsageError(
+                    f"--context-len is {self.context_len}: it must be a multiple of --chunk-len, "
+                    f"{chunk_len or CHUNK}, or less than it"
+                )
+            chunk_len = chunk_len and min(chunk_len, self.context_len)
         folder = local(self.run)
         model, info = load_run(folder, find_step(folder, self.checkpoint))
         model = bounded(model, self.far)
@@ -146,7 +152,7 @@ def score(
     tokens: Any,
     *,
     rows: int = 1,
-    chunk_len: int = 2048,
+    chunk_len: int | None = None,
     context_len: int | None = None,
     max_tokens: int | None = None,
     far_gain: bool = False,

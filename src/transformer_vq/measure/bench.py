@@ -34,7 +34,7 @@ from transformer_vq.nn.decode import Decoder
 from transformer_vq.nn.model import init_model
 from transformer_vq.nn.products import Narrow, Weights
 from transformer_vq.nn.weights import round_weights
-from transformer_vq.ops.evaluate import evaluate
+from transformer_vq.ops.evaluate import LONG_CHUNK, evaluate
 from transformer_vq.ops.sample import SampleConfig, sample_op
 from transformer_vq.ops.train import init_train_state, make_train_step, require_trainable
 from transformer_vq.run.peak import peak_flops, product_rate
@@ -358,14 +358,14 @@ def bench_train(config: ModelConfig, train: TrainConfig, *, repeats: int = 5) ->
 
 
 def bench_evaluate(config: ModelConfig, length: int, *, repeats: int = 3) -> dict[str, Any]:
-    """Seconds to score one row of `length` tokens, as `tvq eval` does.
+    """Seconds to score one row of `length` tokens, as `tvq eval` scores a long text.
 
     The rate of products is measured between the repeats.
     """
     model = init_model(config, 0)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, length + 1, np.int32)
     start = time.perf_counter()
-    evaluate(model, tokens)
+    call = functools.partial(evaluate, model, tokens, chunk_len=LONG_CHUNK)
+    call()
     first = time.perf_counter() - start
-    call = functools.partial(evaluate, model, tokens)
     return _reading(config, length, costs.forward_flops(config), call, first, repeats)

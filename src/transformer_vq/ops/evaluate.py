@@ -31,12 +31,15 @@ from transformer_vq.types import PerRow, Tokens
 
 Scored = TypeVar("Scored")
 
+CHUNK, LONG_CHUNK = 2048, 8192  # tokens of a call
+MANY_CHUNKS = 16  # of so many, what the last one is padded with is little
+
 
 def evaluate(
     model: Model,
     tokens: np.ndarray | Source,
     *,
-    chunk_len: int = 2048,
+    chunk_len: int | None = None,
     rows: int = 1,
     max_tokens: int | None = None,
     context_len: int | None = None,
@@ -55,13 +58,15 @@ def evaluate(
         over the devices if their number divides, and done by all alike if not.
       tokens: a source, or bare integers `[N]`; below `config.vocab_size`. The first of each row is
         not predicted.
-      chunk_len: tokens of each row in one call: more need more memory.
+      chunk_len: tokens of each row in one call: more need more memory. By default 8,192 of long
+        rows, as every call costs something by itself, and 2,048 of others, as the last is padded.
       rows: streams that the tokens are cut into and that are scored side by side, each with a
         history of its own.
       max_tokens: how many to predict, from the beginning on; all by default. Where some tokens
         count, to the end of the document.
       context_len: forget everything after so many tokens, again and again; a multiple of
-        `chunk_len`. Never, by default; full attention must, for more tokens than it can hold.
+        `chunk_len` (where that is not given, of 2,048, or less). Never, by default; full attention
+        must, for more tokens than it can hold.
       far_gain: also score every token with the far part masked, so that keys beyond the window
         weigh nothing, which takes twice the time: what the far part brings is the difference.
       on_progress: called with the number of tokens scored, and of all. What it raises ends it.
@@ -79,6 +84,10 @@ def evaluate(
         model = Model(model.params, model.codebook, model.config.replace(reset_at_document=True))
         if model.config.attention == "full":
             chunk_len = context_len = streams.document_len
+    if context_len is not None:
+        require_count("context_len", context_len)
+    if chunk_len is None:
+        chunk_len = _default_chunk_len(streams.longest_row, context_len)
     chunks = streams.chunks(chunk_len)
     context_len = _check_context(model.config, context_len, chunk_len, streams.longest_row)
     room = min(context_len, streams.longest_row)
@@ -314,6 +323,14 @@ def _score(
     return jax.lax.with_sharding_constraint((scores, out.state), shardings)
 
 
+def _default_chunk_len(longest: int, context_len: int | None) -> int:
+    """Tokens of a call, of rows of at most `longest`."""
+    if context_len is None:
+        return LONG_CHUNK if longest >= MANY_CHUNKS * LONG_CHUNK else CHUNK
+    fits = context_len % LONG_CHUNK == 0 and longest >= MANY_CHUNKS * LONG_CHUNK
+    return LONG_CHUNK if fits else min(CHUNK, context_len)
+
+
 def _check_context(
     config: ModelConfig, context_len: int | None, chunk_len: int, longest: int
 ) -> int:
@@ -326,7 +343,6 @@ def _check_context(
                 f"give a context_len of {most:,} or less"
             )
         return chunk_len * -(-longest // chunk_len)
-    require_count("context_len", context_len)
     if context_len % chunk_len:
         raise UserError(
             f"context_len is {context_len}: it must be a multiple of chunk_len, {chunk_len}"
