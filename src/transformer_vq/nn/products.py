@@ -209,7 +209,8 @@ def matmul_loop(x: jax.Array, matrix: jax.Array) -> jax.Array:
         given[..., i, :, :] * widened(parts[..., None, i, :, :]).astype(dtype) for i in range(count)
     )
     ones = jnp.ones((*lead, rows, 1, width // count), dtype)
-    return (ones @ computed_once(sum(terms)))[..., 0, :].astype(x.dtype)
+    sums = functools.reduce(jnp.add, terms)
+    return (ones @ computed_once(sums))[..., 0, :].astype(x.dtype)
 
 
 def matmul_narrow(x: jax.Array, matrix: Narrow) -> jax.Array:
