@@ -60,7 +60,10 @@ class Evaluate:
     rows: Annotated[int, option("streams to cut it into, scored side by side: faster")] = 1
     chunk_len: Annotated[
         int | None,
-        option("tokens of each stream at once: more need more memory", default="2048 or 8192"),
+        option(
+            "tokens of each stream at once: more need more memory",
+            default="2048, of long texts 8192",
+        ),
     ] = None
     context_len: Annotated[
         int, option("forget everything after so many tokens, again and again", default="never")
