@@ -99,7 +99,8 @@ def test_when_there_are_parts(monkeypatch):
 
 
 def test_small_matrices_are_multiplied_in_loops(monkeypatch):
-    """By few rows, on a CPU; by more as ever. Sums of bfloat16 numbers need a product."""
+    """By few rows, on a CPU, where a loop adds up 8 rows of the matrix; by more as ever. Sums of
+    bfloat16 numbers need a product."""
     tune(monkeypatch, large=2**10)
     small, large = jnp.ones((16, 24)), jnp.ones((64, 64))
     kept = products.for_few_rows(small)
@@ -108,6 +109,8 @@ def test_small_matrices_are_multiplied_in_loops(monkeypatch):
     assert multiplied(products.matmul, jnp.ones((9, 16)), kept) == [(9, 24)]
     assert isinstance(products.for_few_rows(large), products.OutputMajor)
     assert isinstance(products.for_few_rows(small, dtype=jnp.bfloat16), products.OutputMajor)
+    odd = jnp.ones((12, 24))  # a loop would add up 4 rows, and write many sums
+    assert isinstance(products.for_few_rows(odd), products.OutputMajor)
     monkeypatch.setattr(products, "tuning", lambda: products.OTHERS)
     assert isinstance(products.for_few_rows(small), products.OutputMajor)
 

@@ -302,7 +302,7 @@ def test_reading_a_few_tokens_copies_no_table(unchecked):
 
 
 def test_a_step_in_parts_copies_no_table(unchecked, monkeypatch):
-    """Cut in parts, as tables of many rows are, the table is still read where it lies."""
+    """Cut in parts, as large tables of large batches are, the table is still read where it lies."""
     jax.clear_caches()  # units that were traced with loops
     tune(monkeypatch, large=1, loop_size=1)
     compiled, state = decoding_loop(variant(donate_argnames="rows"), **ONE_HEAD)

@@ -150,8 +150,9 @@ def for_few_rows(
     if weights != "as-saved" and matrix.size >= tuned.narrow_size:
         return narrow(matrix, weights)
     matrix = matrix if dtype is None else matrix.astype(dtype)
-    small = matrix.size < tuned.large and matrix.dtype == wide_dtype(matrix.dtype)
-    return InputMajor(matrix) if tuned.loop_rows and small else OutputMajor(matrix.T)
+    small = matrix.size < tuned.large and len(matrix) % tuned.loop_sum == 0
+    loops = tuned.loop_rows > 0 and small and matrix.dtype == wide_dtype(matrix.dtype)
+    return InputMajor(matrix) if loops else OutputMajor(matrix.T)
 
 
 def matmul(x: jax.Array, matrix: Matrix) -> jax.Array:

@@ -58,8 +58,9 @@ def evaluate(
         over the devices if their number divides, and done by all alike if not.
       tokens: a source, or bare integers `[N]`; below `config.vocab_size`. The first of each row is
         not predicted.
-      chunk_len: tokens of each row in one call: more need more memory. By default 8,192 of long
-        rows, as every call costs something by itself, and 2,048 of others, as the last is padded.
+      chunk_len: tokens of each row in one call: more need more memory. By default 8,192 of rows
+        of 131,072 and more, as every call costs something by itself, and 2,048 of others, as the
+        last is padded; and what divides `context_len`, if that is given.
       rows: streams that the tokens are cut into and that are scored side by side, each with a
         history of its own.
       max_tokens: how many to predict, from the beginning on; all by default. Where some tokens
