@@ -64,19 +64,27 @@ def test_does_not_depend_on_chunks_or_blocks(chunk_len, block_len):
     np.testing.assert_allclose(result.by_position, expected.by_position, atol=1e-5)
 
 
+LARGE = CONFIG.replace(d_model=2048, d_v=4096)
+
+
 @pytest.mark.parametrize(
-    ("longest", "context_len", "chunk_len"),
+    ("config", "longest", "options", "chunk_len"),
     [
-        (300, None, 2048),
-        (131_071, None, 2048),
-        (131_072, None, 8192),
-        (131_072, 16_384, 8192),
-        (131_072, 10_240, 2048),  # not a multiple of 8,192
-        (131_072, 300, 300),
-        (1000, 16_384, 2048),
+        (CONFIG, 300, {}, 2048),
+        (CONFIG, 131_071, {}, 2048),
+        (CONFIG, 131_072, {}, 8192),
+        (CONFIG, 131_072, {"context_len": 16_384}, 8192),
+        (CONFIG, 131_072, {"context_len": 10_240}, 2048),  # not a multiple of 8,192
+        (CONFIG, 131_072, {"context_len": 300}, 300),
+        (CONFIG, 1000, {"context_len": 16_384}, 2048),
+        (LARGE, 131_072, {}, 2048),  # Ctrl-C would wait too long
+        (LARGE.replace(d_model=256, d_v=512), 131_072, {}, 8192),
+        (LARGE.replace(d_model=256, d_v=512), 131_072, {"rows": 100}, 2048),
     ],
 )
-def test_long_rows_are_scored_in_long_chunks(monkeypatch, longest, context_len, chunk_len):
+def test_long_rows_of_small_models_are_scored_in_long_chunks(
+    monkeypatch, config, longest, options, chunk_len
+):
     class Asked(Exception):
         pass
 
@@ -86,7 +94,7 @@ def test_long_rows_are_scored_in_long_chunks(monkeypatch, longest, context_len, 
     monkeypatch.setattr(Streams, "chunks", chunks)
     monkeypatch.setattr(Streams, "longest_row", property(lambda streams: longest))
     with pytest.raises(Asked, match=f"^{chunk_len}$"):
-        evaluate(MODEL, TOKENS, context_len=context_len)
+        evaluate(Model(MODEL.params, MODEL.codebook, config), TOKENS, **options)
 
 
 def test_history_counts():

@@ -62,7 +62,7 @@ class Evaluate:
         int | None,
         option(
             "tokens of each stream at once: more need more memory",
-            default="2048, of long texts 8192",
+            default="2048, of long texts and a small model 8192",
         ),
     ] = None
     context_len: Annotated[
@@ -87,12 +87,13 @@ class Evaluate:
 
         chunk_len = self.chunk_len
         if self.context_len:
-            if self.context_len % min(chunk_len or CHUNK, self.context_len):
+            each = min(chunk_len or CHUNK, self.context_len)
+            if self.context_len % each:
                 raise UsageError(
                     f"--context-len is {self.context_len}: it must be a multiple of --chunk-len, "
                     f"{chunk_len or CHUNK}, or less than it"
                 )
-            chunk_len = chunk_len and min(chunk_len, self.context_len)
+            chunk_len = chunk_len and each
         folder = local(self.run)
         model, info = load_run(folder, find_step(folder, self.checkpoint))
         model = bounded(model, self.far)

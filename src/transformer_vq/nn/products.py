@@ -150,9 +150,9 @@ def for_few_rows(
     if weights != "as-saved" and matrix.size >= tuned.narrow_size:
         return narrow(matrix, weights)
     matrix = matrix if dtype is None else matrix.astype(dtype)
-    small = matrix.size < tuned.large and len(matrix) % tuned.loop_sum == 0
-    loops = tuned.loop_rows > 0 and small and matrix.dtype == wide_dtype(matrix.dtype)
-    return InputMajor(matrix) if loops else OutputMajor(matrix.T)
+    small = matrix.size < tuned.large and matrix.dtype == wide_dtype(matrix.dtype)
+    loops = tuned.loop_rows > 0 and len(matrix) % tuned.loop_sum == 0
+    return InputMajor(matrix) if small and loops else OutputMajor(matrix.T)
 
 
 def matmul(x: jax.Array, matrix: Matrix) -> jax.Array:
@@ -245,9 +245,9 @@ def widened(numbers: jax.Array) -> jax.Array:
 def matmul_table(weights: jax.Array, table: jax.Array) -> jax.Array:
     """Weights `[B, G, R, J]` times a table of values for each `[B, G, J, V]`: `[B, G, R, V]`.
 
-    For few rows it is a loop on a CPU, as long as the sums of its parts stay in the caches; one row
-    of more is cut in parts along J. Of many rows the sums of parts would cost more than they save,
-    and barriers keep XLA from making one slow operation of this product and those around it.
+    For few rows it is a loop on a CPU, where its sums fit the caches. Where they do not, that of
+    one row is made in parts along J. Of more rows it is whole, between barriers, which keep XLA
+    from making one slow operation of it and those around it.
     """
     tuned = tuning()
     *lead, rows, length = weights.shape
@@ -260,8 +260,7 @@ def matmul_table(weights: jax.Array, table: jax.Array) -> jax.Array:
         weights = weights.reshape(*lead, rows, parts, -1)
         table = table.reshape(*lead, parts, -1, table.shape[-1])
         return jnp.einsum("bgrpj,bgpjv->bgprv", weights, table).sum(2)
-    whole = jnp.matmul(computed_once(weights), table)
-    return computed_once(whole)
+    return computed_once(jnp.matmul(computed_once(weights), table))
 
 
 # Products that round what they multiply: training and prompts.

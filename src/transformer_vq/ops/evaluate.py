@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from transformer_vq import costs
 from transformer_vq.config import ModelConfig
 from transformer_vq.data import (
     DataError,
@@ -33,6 +34,7 @@ Scored = TypeVar("Scored")
 
 CHUNK, LONG_CHUNK = 2048, 8192  # tokens of a call
 MANY_CHUNKS = 16  # of so many, what the last one is padded with is little
+MOST_OPERATIONS = 2**38  # of a long call: some seconds of a CPU
 
 
 def evaluate(
@@ -58,9 +60,9 @@ def evaluate(
         over the devices if their number divides, and done by all alike if not.
       tokens: a source, or bare integers `[N]`; below `config.vocab_size`. The first of each row is
         not predicted.
-      chunk_len: tokens of each row in one call: more need more memory. By default 8,192 of rows
-        of 131,072 and more, as every call costs something by itself, and 2,048 of others, as the
-        last is padded; and what divides `context_len`, if that is given.
+      chunk_len: tokens of each row in one call: more need more memory. By default 8,192
+        where rows have 131,072 and more and such a call takes seconds at most (small models, few
+        rows), else 2,048; and what divides `context_len`, if that is given.
       rows: streams that the tokens are cut into and that are scored side by side, each with a
         history of its own.
       max_tokens: how many to predict, from the beginning on; all by default. Where some tokens
@@ -88,7 +90,7 @@ def evaluate(
     if context_len is not None:
         require_count("context_len", context_len)
     if chunk_len is None:
-        chunk_len = _default_chunk_len(streams.longest_row, context_len)
+        chunk_len = _default_chunk_len(model.config, streams, context_len)
     chunks = streams.chunks(chunk_len)
     context_len = _check_context(model.config, context_len, chunk_len, streams.longest_row)
     room = min(context_len, streams.longest_row)
@@ -324,12 +326,14 @@ def _score(
     return jax.lax.with_sharding_constraint((scores, out.state), shardings)
 
 
-def _default_chunk_len(longest: int, context_len: int | None) -> int:
-    """Tokens of a call, of rows of at most `longest`."""
-    if context_len is None:
-        return LONG_CHUNK if longest >= MANY_CHUNKS * LONG_CHUNK else CHUNK
-    fits = context_len % LONG_CHUNK == 0 and longest >= MANY_CHUNKS * LONG_CHUNK
-    return LONG_CHUNK if fits else min(CHUNK, context_len)
+def _default_chunk_len(config: ModelConfig, streams: Streams, context_len: int | None) -> int:
+    """Tokens of each row in a call: a call costs something by itself, but Ctrl-C and progress wait
+    for its end, and the last one is padded."""
+    operations = LONG_CHUNK * len(streams.rows) * costs.forward_flops(config)
+    many = streams.longest_row >= MANY_CHUNKS * LONG_CHUNK
+    if many and operations <= MOST_OPERATIONS and (context_len or 0) % LONG_CHUNK == 0:
+        return LONG_CHUNK
+    return min(CHUNK, context_len or CHUNK)
 
 
 def _check_context(
